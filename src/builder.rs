@@ -1,0 +1,237 @@
+//! [`Builder`]: what the caller wants of a thread.
+
+use crate::error::SpawnError;
+use crate::handle::{JoinHandle, Packet, ScopedJoinHandle};
+use crate::scope::Scope;
+use crate::stack::Wanted;
+use crate::stack::cache::StackCache;
+use crate::start;
+use crate::start::Body;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// std's default.
+const DEFAULT_STACK_SIZE: usize = 2 << 20;
+
+/// Attributes of a thread to be created; as `std::thread::Builder`, and more.
+///
+/// ```
+/// let handle = nptl::Builder::new()
+///     .name("virtio-blk0")
+///     .stack_size(256 * 1024)
+///     .spawn(|| "done")?;
+/// assert_eq!(handle.join().unwrap(), "done");
+/// # Ok::<(), nptl::SpawnError>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+#[must_use = "nothing is created before spawn"]
+pub struct Builder {
+    name: Option<String>,
+    stack_size: Option<usize>,
+    guard_size: Option<usize>,
+    cache: Option<StackCache>,
+    lock: bool,
+    prefault: usize,
+}
+
+/// A builder's wishes, with defaults filled in and checked.
+pub(crate) struct Request {
+    pub name: Option<Arc<str>>,
+    pub comm: Option<[u8; 16]>,
+    pub wanted: Wanted,
+    pub cache: StackCache,
+    /// What is wrong with it.
+    pub invalid: Option<&'static str>,
+}
+
+impl Builder {
+    /// Default attributes: no name, 2 MiB of stack or RUST_MIN_STACK, one guard page, the global
+    /// cache.
+    pub fn new() -> Builder {
+        Builder::default()
+    }
+
+    /// Names the thread. The handle has all of it; the kernel's `comm` gets as many whole
+    /// characters as fit 15 bytes, and a filter that denies prctl(2) only costs that. A name with a
+    /// NUL byte is refused at [`Step::Attributes`](crate::Step::Attributes).
+    pub fn name(self, name: impl Into<String>) -> Builder {
+        Builder {
+            name: Some(name.into()),
+            ..self
+        }
+    }
+
+    /// Usable bytes of stack: guard and thread-local storage are not taken out of them. Rounded up
+    /// to `PTHREAD_STACK_MIN` (16 KiB), to whole pages and to the cache's size class (less than a
+    /// quarter more, of address space only); a size that cannot exist is refused at
+    /// [`Step::Attributes`](crate::Step::Attributes) with EINVAL.
+    pub fn stack_size(self, bytes: usize) -> Builder {
+        Builder {
+            stack_size: Some(bytes),
+            ..self
+        }
+    }
+
+    /// Bytes below the stack that fault when touched, rounded up to whole pages (more than one
+    /// page: at least 16); 0 means none, and then an overflow hits whatever lies there.
+    pub fn guard_size(self, bytes: usize) -> Builder {
+        Builder {
+            guard_size: Some(bytes),
+            ..self
+        }
+    }
+
+    /// Where the stack comes from and goes to; [`StackCache::global`] otherwise.
+    pub fn stack_cache(self, cache: &StackCache) -> Builder {
+        Builder {
+            cache: Some(cache.clone()),
+            ..self
+        }
+    }
+
+    /// The stack is resident and locked (mlock(2)) before the closure runs. Refused at
+    /// [`Step::PrepareStack`](crate::Step::PrepareStack), with ENOMEM or EPERM where
+    /// RLIMIT_MEMLOCK does not allow it.
+    pub fn lock_stack(self, yes: bool) -> Builder {
+        Builder { lock: yes, ..self }
+    }
+
+    /// The uppermost `bytes` of the stack (at most all of it) are resident before the closure runs:
+    /// `MADV_POPULATE_WRITE`, or a touch of each page before Linux 5.14.
+    pub fn prefault_stack(self, bytes: usize) -> Builder {
+        Builder {
+            prefault: bytes,
+            ..self
+        }
+    }
+
+    /// Creates the thread.
+    ///
+    /// # Errors
+    /// A [`SpawnError`] that names the refused step. The closure is dropped then:
+    /// [`spawn_or_return`](Self::spawn_or_return) gives it back.
+    pub fn spawn<F, T>(self, f: F) -> Result<JoinHandle<T>, SpawnError>
+    where
+        F: FnOnce() -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        self.spawn_or_return(f).map_err(|(error, _)| error)
+    }
+
+    /// As [`spawn`](Self::spawn), but a refusal gives the closure back, with everything that was
+    /// moved into it.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    ///
+    /// ```
+    /// let vcpu = vec![1, 2, 3];
+    /// let impossible = nptl::Builder::new().stack_size(usize::MAX);
+    /// let (error, vcpu) = impossible.spawn_or_return(move || vcpu).unwrap_err();
+    /// assert_eq!(vcpu(), [1, 2, 3]);
+    /// assert_eq!(error.step(), nptl::Step::Attributes);
+    /// ```
+    pub fn spawn_or_return<F, T>(self, f: F) -> Result<JoinHandle<T>, (SpawnError, F)>
+    where
+        F: FnOnce() -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        let packet = Arc::new(Packet::new(f, None));
+        let body: Arc<dyn Body> = Arc::clone(&packet) as _;
+        match crate::spawn::spawn(&self.request(), body) {
+            Ok(running) => Ok(JoinHandle::new(running, packet)),
+            Err(error) => match packet.take_work() {
+                Some(f) => Err((error, f)),
+                // No thread was made, so nobody can have taken the closure.
+                None => unreachable!("a refused spawn ran the closure"),
+            },
+        }
+    }
+
+    /// Creates a thread in a [`scope`](crate::scope), which may borrow what outlives the scope.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub fn spawn_scoped<'scope, F, T>(
+        self,
+        scope: &'scope Scope<'scope, '_>,
+        f: F,
+    ) -> Result<ScopedJoinHandle<'scope, T>, SpawnError>
+    where
+        F: FnOnce() -> T + Send + 'scope,
+        T: Send + 'scope,
+    {
+        let packet = Arc::new(Packet::new(f, Some(Arc::clone(scope.latch()))));
+        let body = start::scoped(Arc::clone(&packet) as _, scope.latch());
+        let running = crate::spawn::spawn(&self.request(), body)?;
+        Ok(ScopedJoinHandle::new(running, packet))
+    }
+
+    fn request(self) -> Request {
+        let name = self.name.map(Arc::<str>::from);
+        let invalid = name
+            .as_ref()
+            .is_some_and(|name| name.as_bytes().contains(&0))
+            .then_some("name contains a NUL byte");
+        let wanted = Wanted {
+            size: self.stack_size.unwrap_or_else(default_stack_size),
+            guard: self
+                .guard_size
+                .unwrap_or_else(crate::stack::layout::page_size),
+            lock: self.lock,
+            prefault: self.prefault,
+        };
+        Request {
+            comm: name.as_deref().map(comm),
+            name,
+            invalid,
+            wanted,
+            cache: self.cache.unwrap_or_else(|| StackCache::global().clone()),
+        }
+    }
+}
+
+/// As much of a name as `TASK_COMM_LEN` allows, cut between characters.
+fn comm(name: &str) -> [u8; 16] {
+    let mut comm = [0; 16];
+    let end = name.floor_char_boundary(15);
+    for (to, from) in comm.iter_mut().zip(name.as_bytes().iter().take(end)) {
+        *to = *from;
+    }
+    comm
+}
+
+/// RUST_MIN_STACK, read once as std does, or 2 MiB.
+fn default_stack_size() -> usize {
+    static SIZE: AtomicUsize = AtomicUsize::new(0);
+    match SIZE.load(Ordering::Relaxed) {
+        0 => {
+            let size = std::env::var("RUST_MIN_STACK")
+                .ok()
+                .and_then(|value| value.parse().ok())
+                .unwrap_or(DEFAULT_STACK_SIZE)
+                .max(1);
+            SIZE.store(size, Ordering::Relaxed);
+            size
+        }
+        size => size,
+    }
+}
+
+/// Creates a thread with the default attributes: see [`Builder`].
+///
+/// # Errors
+/// A [`SpawnError`] that names the refused step; std panics here.
+///
+/// ```
+/// let handle = nptl::spawn(|| "hello from a thread")?;
+/// assert_eq!(handle.join().unwrap(), "hello from a thread");
+/// # Ok::<(), nptl::SpawnError>(())
+/// ```
+pub fn spawn<F, T>(f: F) -> Result<JoinHandle<T>, SpawnError>
+where
+    F: FnOnce() -> T + Send + 'static,
+    T: Send + 'static,
+{
+    Builder::new().spawn(f)
+}

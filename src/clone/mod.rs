@@ -1,0 +1,117 @@
+//! Raw clones and the few raw system calls a thread needs outside libc.
+//!
+//! One file per architecture exports the same handful of functions; a new architecture is one more
+//! file and one more line here.
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as arch;
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("nptl supports x86-64 only: another architecture is one more file in src/clone/");
+
+pub(crate) mod sys;
+
+pub(crate) use arch::{fill_header, syscall, thread_pointer};
+
+use libc::{c_void, pid_t};
+use nix::errno::Errno;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Exactly nptl's flags: valgrind and qemu-user accept no other combination, and kernel-side
+/// accounting (`CLONE_SYSVSEM`, `CLONE_FS`) must match what glibc promises its threads.
+pub(crate) const FLAGS: u64 = (libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID) as u64;
+
+/// What the kernel needs to make a thread.
+pub(crate) struct Request {
+    /// Lowest address of the stack.
+    pub stack: usize,
+    /// Its length; the initial stack pointer is `stack + stack_size`.
+    pub stack_size: usize,
+    /// The thread pointer of a complete TLS block.
+    pub thread_pointer: usize,
+    /// Set to the thread id before the thread runs, cleared and woken when the kernel has let go.
+    pub tid: *mut pid_t,
+    /// The argument of [`crate::start::main`].
+    pub start: *mut c_void,
+}
+
+/// clone3 answered ENOSYS: an old kernel, valgrind, or a filter made after Docker's fix. It will
+/// answer so again, so later threads go straight to clone.
+static NO_CLONE3: AtomicBool = AtomicBool::new(false);
+
+/// Which of the two calls gave the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    /// clone3(2)
+    Clone3,
+    /// clone(2), after clone3 was not to be had
+    Clone,
+}
+
+/// Makes the thread. Prefers clone3 (under shadow stacks the kernel needs the stack's size), and
+/// falls back to clone on ENOSYS and on EPERM: Docker's old seccomp profile answers EPERM to every
+/// clone3, and with exactly [`FLAGS`] the kernel itself has no EPERM to give, so whoever said so
+/// was a filter or an LSM, and clone's own answer is then the one to report.
+///
+/// # Safety
+/// The stack, the TLS block and `start` belong to the new thread alone from here on, unless this
+/// returns an error (rules 1 and 2 of architecture.md).
+pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, Call)> {
+    if !NO_CLONE3.load(Ordering::Relaxed) {
+        // SAFETY: all-zero is a valid clone_args: no pidfd, no exit signal, no set_tid.
+        let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+        args.flags = FLAGS;
+        args.parent_tid = request.tid as u64;
+        args.child_tid = request.tid as u64;
+        args.stack = request.stack as u64;
+        args.stack_size = request.stack_size as u64;
+        args.tls = request.thread_pointer as u64;
+        // SAFETY: the caller vouches for stack, block and start.
+        let answer = unsafe {
+            arch::clone3(
+                &raw const args,
+                size_of::<libc::clone_args>(),
+                request.start,
+            )
+        };
+        match errno_of(answer) {
+            None => return Ok(answer as pid_t),
+            Some(Errno::ENOSYS) => NO_CLONE3.store(true, Ordering::Relaxed),
+            Some(Errno::EPERM) => {}
+            Some(errno) => return Err((errno, Call::Clone3)),
+        }
+    }
+    // SAFETY: as above.
+    let answer = unsafe {
+        arch::clone(
+            FLAGS as usize,
+            request.stack + request.stack_size,
+            request.tid,
+            request.tid,
+            request.thread_pointer,
+            request.start,
+        )
+    };
+    match errno_of(answer) {
+        None => Ok(answer as pid_t),
+        Some(errno) => Err((errno, Call::Clone)),
+    }
+}
+
+/// The errno in a raw system call's answer.
+#[inline(always)]
+pub(crate) fn errno_of(answer: isize) -> Option<Errno> {
+    (-4095..0)
+        .contains(&answer)
+        .then(|| Errno::from_raw(-answer as i32))
+}

@@ -1,0 +1,172 @@
+//! Raw system calls for the places where libc's wrappers may not be used: they set `errno`, which
+//! lies in TLS, and a thread has none that is its own before its first and after its last moment.
+
+use super::{errno_of, syscall};
+use nix::errno::Errno;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// The kernel's `sigset_t`: bit `n - 1` is signal `n`.
+pub(crate) type KernelSigSet = u64;
+
+/// Every signal.
+pub(crate) const ALL: KernelSigSet = !0;
+
+/// Every signal but the two that belong to glibc: 32 (cancel) and 33 (set-id). They must stay
+/// deliverable wherever a thread waits for the list lock, or a set-id broadcast, which holds that
+/// lock, waits for this thread for ever (rule 3 of facts/glibc-rules.md).
+pub(crate) const APPLICATION: KernelSigSet = !((1 << 31) | (1 << 32));
+
+/// rt_sigprocmask(2) with `SIG_SETMASK`; the mask that was there before.
+#[inline(always)]
+pub(crate) fn set_signal_mask(mask: KernelSigSet) -> KernelSigSet {
+    let mut old: KernelSigSet = 0;
+    // SAFETY: both sets are eight bytes on this stack; changing one's own mask is memory-safe.
+    unsafe {
+        syscall(
+            libc::SYS_rt_sigprocmask,
+            [
+                libc::SIG_SETMASK as usize,
+                (&raw const mask) as usize,
+                (&raw mut old) as usize,
+                size_of::<KernelSigSet>(),
+                0,
+                0,
+            ],
+        )
+    };
+    old
+}
+
+/// Ends the calling thread, and only it: exit(2).
+#[inline(always)]
+pub(crate) fn exit_thread() -> ! {
+    loop {
+        // SAFETY: exit takes no pointer and does not return; the loop satisfies the type.
+        unsafe { syscall(libc::SYS_exit, [0; 6]) };
+    }
+}
+
+/// Waits with plain FUTEX_WAIT (operation 0: shared, relative time-out) while `word` holds
+/// `expected`. The kernel wakes a cleared tid word with a shared wake, and VMM filters allow this
+/// operation (facts/vmm.md). Returns early for any reason: the caller looks at the word again.
+pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
+    let spec = timeout.map(|t| libc::timespec {
+        tv_sec: t.as_secs().min(i64::MAX as u64) as i64,
+        tv_nsec: i64::from(t.subsec_nanos()),
+    });
+    let spec = spec.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the word and the timespec outlive the call.
+    unsafe {
+        syscall(
+            libc::SYS_futex,
+            [
+                (&raw const *word) as usize,
+                libc::FUTEX_WAIT as usize,
+                expected as usize,
+                spec as usize,
+                0,
+                0,
+            ],
+        )
+    };
+}
+
+/// glibc's low-level lock: 0 free, 1 taken, 2 taken with waiters; private futex. It serves both
+/// glibc's own list lock and the places where a thread has no TLS left for another lock.
+#[inline(always)]
+pub(crate) fn lll_lock(word: &AtomicU32) {
+    if word
+        .compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed)
+        .is_ok()
+    {
+        return;
+    }
+    while word.swap(2, Ordering::Acquire) != 0 {
+        // SAFETY: the word outlives the call; a spurious return only loops.
+        unsafe {
+            syscall(
+                libc::SYS_futex,
+                [
+                    (&raw const *word) as usize,
+                    (libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG) as usize,
+                    2,
+                    0,
+                    0,
+                    0,
+                ],
+            )
+        };
+    }
+}
+
+/// Releases what [`lll_lock`] took.
+#[inline(always)]
+pub(crate) fn lll_unlock(word: &AtomicU32) {
+    if word.swap(0, Ordering::Release) == 2 {
+        // SAFETY: a wake touches no memory, so the word may be gone by now.
+        unsafe {
+            syscall(
+                libc::SYS_futex,
+                [
+                    (&raw const *word) as usize,
+                    (libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG) as usize,
+                    1,
+                    0,
+                    0,
+                    0,
+                ],
+            )
+        };
+    }
+}
+
+/// tgkill(2).
+pub(crate) fn tgkill(pid: libc::pid_t, tid: libc::pid_t, signal: libc::c_int) -> nix::Result<()> {
+    // SAFETY: sending a signal touches no memory of ours.
+    let answer = unsafe {
+        syscall(
+            libc::SYS_tgkill,
+            [pid as usize, tid as usize, signal as usize, 0, 0, 0],
+        )
+    };
+    errno_of(answer).map_or(Ok(()), Err)
+}
+
+/// pidfd_open(2) with `PIDFD_THREAD` (Linux 6.9); close-on-exec, as every pidfd.
+pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> nix::Result<std::os::fd::OwnedFd> {
+    use std::os::fd::FromRawFd;
+    const PIDFD_THREAD: usize = libc::O_EXCL as usize;
+    // SAFETY: takes no pointer.
+    let answer = unsafe {
+        syscall(
+            libc::SYS_pidfd_open,
+            [tid as usize, PIDFD_THREAD, 0, 0, 0, 0],
+        )
+    };
+    match errno_of(answer) {
+        Some(errno) => Err(errno),
+        // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+        None => Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(answer as i32) }),
+    }
+}
+
+/// The last errno-free question: which process is this? getpid(2), never cached.
+pub(crate) fn process_id() -> libc::pid_t {
+    nix::unistd::getpid().as_raw()
+}
+
+/// madvise(2), raw, so that a dying thread can use it.
+///
+/// # Safety
+/// The range is the caller's to discard or protect.
+#[inline(always)]
+pub(crate) unsafe fn madvise(
+    start: usize,
+    length: usize,
+    advice: libc::c_int,
+) -> Result<(), Errno> {
+    // SAFETY: the caller owns the range.
+    let answer = unsafe { syscall(libc::SYS_madvise, [start, length, advice as usize, 0, 0, 0]) };
+    errno_of(answer).map_or(Ok(()), Err)
+}

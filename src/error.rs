@@ -1,0 +1,252 @@
+//! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
+
+use nix::errno::Errno;
+use std::fmt;
+
+/// The step of thread creation that was refused, in the order in which they are taken.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Step {
+    /// What the caller asked for was checked: sizes, names.
+    Attributes,
+    /// glibc was looked at: symbols, calibration, self-checks.
+    Runtime,
+    /// mmap(2) of the stack.
+    MapStack,
+    /// The guard: `MADV_GUARD_INSTALL`, or mprotect(2) where that is not to be had.
+    GuardStack,
+    /// mlock(2) or `MADV_POPULATE_WRITE` of the stack.
+    PrepareStack,
+    /// `_dl_allocate_tls`: thread-local storage of every loaded module.
+    AllocateTls,
+    /// clone3(2), or clone(2).
+    Clone,
+    /// sigaltstack(2) in the new thread.
+    SignalStack,
+    /// sched_setaffinity(2).
+    Affinity,
+    /// sched_setattr(2).
+    Scheduler,
+    /// The cgroup of the new thread.
+    Cgroup,
+}
+
+impl Step {
+    /// The words used in messages, such as `clone` or `map the stack`.
+    fn words(self) -> &'static str {
+        match self {
+            Step::Attributes => "attributes",
+            Step::Runtime => "runtime",
+            Step::MapStack => "map stack",
+            Step::GuardStack => "guard stack",
+            Step::PrepareStack => "prepare stack",
+            Step::AllocateTls => "allocate TLS",
+            Step::Clone => "clone",
+            Step::SignalStack => "signal stack",
+            Step::Affinity => "affinity",
+            Step::Scheduler => "scheduler",
+            Step::Cgroup => "cgroup",
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.words())
+    }
+}
+
+/// Where the stack of a refused thread came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum StackOrigin {
+    /// There was none yet.
+    None,
+    /// A stack of an earlier thread, from the cache.
+    Cache,
+    /// Mapped for this thread.
+    Fresh,
+}
+
+/// What became of the stack of a refused thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum StackFate {
+    /// There was none.
+    None,
+    /// It is in the cache, for the next thread.
+    Cached,
+    /// Its memory was given back to the kernel.
+    Unmapped,
+}
+
+/// The stack's part in a refusal: a refused spawn leaves no mapping behind that was not there
+/// before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StackOutcome {
+    /// Where it came from.
+    pub origin: StackOrigin,
+    /// Where it went.
+    pub fate: StackFate,
+}
+
+impl StackOutcome {
+    pub(crate) const NONE: StackOutcome = StackOutcome {
+        origin: StackOrigin::None,
+        fate: StackFate::None,
+    };
+}
+
+impl fmt::Display for StackOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match (self.origin, self.fate) {
+            (StackOrigin::None, _) | (_, StackFate::None) => "no stack yet",
+            (StackOrigin::Cache, StackFate::Cached) => "stack from cache, back in cache",
+            (StackOrigin::Cache, StackFate::Unmapped) => "stack from cache, unmapped",
+            (StackOrigin::Fresh, StackFate::Cached) => "stack freshly mapped, now in cache",
+            (StackOrigin::Fresh, StackFate::Unmapped) => "stack freshly mapped, unmapped",
+        })
+    }
+}
+
+/// Everything about one refusal.
+#[derive(Clone, Debug)]
+pub(crate) struct Refusal {
+    pub step: Step,
+    pub errno: Errno,
+    /// Usable bytes of stack that were asked for.
+    pub stack_size: usize,
+    /// Bytes of the mapping or range that the refused call was about; 0 for other calls.
+    pub bytes: usize,
+    pub stack: StackOutcome,
+    pub attempts: u32,
+    /// Cached stacks that were given back to the kernel before the last attempt.
+    pub reclaimed: usize,
+    /// What the step itself knows about its refusal, such as the attribute that was wrong.
+    pub detail: &'static str,
+}
+
+/// A thread could not be created.
+///
+/// One line by [`Display`](fmt::Display), made to be grepped: step, errno, size, and what became
+/// of the stack. One word wide, so that results stay small; its memory is allocated before the
+/// first step is taken, because at the moment of a refusal the machine is out of something.
+///
+/// ```
+/// let error = nptl::Builder::new().stack_size(usize::MAX).spawn(|| ()).unwrap_err();
+/// assert_eq!(error.step(), nptl::Step::Attributes);
+/// assert_eq!(error.errno(), nix::errno::Errno::EINVAL);
+/// println!("{error}");
+/// ```
+#[derive(Clone)]
+pub struct SpawnError(Box<Refusal>);
+
+/// The memory of an error that has not happened yet.
+pub(crate) struct Reserve(Box<Refusal>);
+
+impl Reserve {
+    pub(crate) fn new(stack_size: usize) -> Reserve {
+        Reserve(Box::new(Refusal {
+            step: Step::Attributes,
+            errno: Errno::UnknownErrno,
+            stack_size,
+            bytes: 0,
+            stack: StackOutcome::NONE,
+            attempts: 1,
+            reclaimed: 0,
+            detail: "",
+        }))
+    }
+
+    /// Turns the reserve into the error, without allocating.
+    pub(crate) fn refuse(mut self, fill: impl FnOnce(&mut Refusal)) -> SpawnError {
+        fill(&mut self.0);
+        SpawnError(self.0)
+    }
+}
+
+impl SpawnError {
+    /// The step that was refused.
+    pub fn step(&self) -> Step {
+        self.0.step
+    }
+
+    /// The errno as the kernel or glibc gave it at that step.
+    pub fn errno(&self) -> Errno {
+        self.0.errno
+    }
+
+    /// What `pthread_create` would have returned: it folds ENOMEM into EAGAIN
+    /// (pthread_create(3); `__pthread_create_2_1` and `allocate_stack` in nptl).
+    pub fn pthread_errno(&self) -> Errno {
+        match self.0.errno {
+            Errno::ENOMEM => Errno::EAGAIN,
+            other => other,
+        }
+    }
+
+    /// Where the stack came from and where it went.
+    pub fn stack(&self) -> StackOutcome {
+        self.0.stack
+    }
+
+    /// How often the refused step was tried.
+    pub fn attempts(&self) -> u32 {
+        self.0.attempts
+    }
+}
+
+impl fmt::Display for SpawnError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Refusal {
+            step,
+            errno,
+            stack_size,
+            bytes,
+            stack,
+            attempts,
+            reclaimed,
+            detail,
+        } = &*self.0;
+        write!(f, "nptl: spawn refused: step={step} errno={errno:?}")?;
+        if !detail.is_empty() {
+            write!(f, " ({detail})")?;
+        }
+        write!(f, " stack_size={stack_size}")?;
+        if *bytes != 0 {
+            write!(f, " bytes={bytes}")?;
+        }
+        if *attempts > 1 {
+            write!(f, " attempts={attempts}")?;
+        }
+        write!(f, "; {stack}")?;
+        if *reclaimed > 0 {
+            write!(f, "; after {reclaimed} cached stacks were unmapped")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for SpawnError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for SpawnError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0.errno)
+    }
+}
+
+/// Keeps what callers of `std::thread::Builder::spawn` look at: `raw_os_error` of the kind
+/// pthread_create gives, and the whole [`SpawnError`] as the source.
+impl From<SpawnError> for std::io::Error {
+    fn from(error: SpawnError) -> std::io::Error {
+        std::io::Error::new(
+            std::io::Error::from_raw_os_error(error.pthread_errno() as i32).kind(),
+            error,
+        )
+    }
+}

@@ -1,0 +1,322 @@
+//! [`JoinHandle`]: what the creator keeps of a thread.
+
+use crate::scope::Latch;
+use crate::stack::cache::StackCache;
+use crate::stack::{Life, Stack, StackInfo};
+use crate::start::Body;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::Result as Outcome;
+use std::time::Duration;
+
+/// What creator and thread share: the closure on its way in, the result on its way out.
+///
+/// One allocation a thread. A refused spawn finds the closure still inside.
+pub(crate) struct Packet<F, T> {
+    work: Mutex<Option<F>>,
+    result: Mutex<Option<Outcome<T>>>,
+    scope: Option<Arc<Latch>>,
+}
+
+impl<F, T> Packet<F, T> {
+    pub(crate) fn new(work: F, scope: Option<Arc<Latch>>) -> Packet<F, T> {
+        Packet {
+            work: Mutex::new(Some(work)),
+            result: Mutex::new(None),
+            scope,
+        }
+    }
+
+    /// The closure of a thread that did not come to be.
+    pub(crate) fn take_work(&self) -> Option<F> {
+        self.work.lock().take()
+    }
+}
+
+impl<F, T> Body for Packet<F, T>
+where
+    F: FnOnce() -> T + Send,
+    T: Send,
+{
+    fn run(&self) {
+        if let Some(work) = self.take_work() {
+            // As in std: whoever looks at the data afterwards knows from join that it panicked.
+            let outcome = catch_unwind(AssertUnwindSafe(work));
+            *self.result.lock() = Some(outcome);
+        }
+    }
+}
+
+/// The handle's view of a packet.
+trait Deliver<T>: Send + Sync {
+    fn take(&self) -> Option<Outcome<T>>;
+}
+
+impl<F: Send, T: Send> Deliver<T> for Packet<F, T> {
+    fn take(&self) -> Option<Outcome<T>> {
+        self.result.lock().take()
+    }
+}
+
+impl<F, T> Drop for Packet<F, T> {
+    fn drop(&mut self) {
+        let result = self.result.get_mut().take();
+        if let (Some(Err(_)), Some(scope)) = (&result, &self.scope) {
+            scope.note_panic();
+        }
+        // A result whose destructor panics must not take a thread down on its way out; the panic
+        // hook has reported it.
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(result))) {
+            std::mem::forget(payload);
+        }
+    }
+}
+
+/// A running, or ended, thread and its stack: whoever holds this sees to it that the stack goes back.
+pub(crate) struct Running {
+    stack: &'static Stack,
+    cache: StackCache,
+    tid: libc::pid_t,
+    name: Option<Arc<str>>,
+}
+
+impl Running {
+    pub(crate) fn new(
+        stack: &'static Stack,
+        cache: StackCache,
+        tid: libc::pid_t,
+        name: Option<Arc<str>>,
+    ) -> Running {
+        Running {
+            stack,
+            cache,
+            tid,
+            name,
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.stack.change_life(Life::Attached, Life::Detached) {
+            self.cache.give(self.stack);
+        }
+    }
+}
+
+/// Handle and scoped handle are the same but for the lifetime of the result.
+struct Handle<'a, T> {
+    running: Running,
+    packet: Arc<dyn Deliver<T> + 'a>,
+}
+
+impl<T> Handle<'_, T> {
+    /// The kernel has let go of the thread: its result, and its stack goes back.
+    fn finish(self) -> Outcome<T> {
+        // A thread that died of a bare exit or a filter has not said so.
+        self.running.stack.change_life(Life::Attached, Life::Ending);
+        drop(self.running);
+        self.packet.take().unwrap_or_else(|| {
+            Err(Box::new(
+                "the thread ended without returning from its closure",
+            ))
+        })
+    }
+
+    fn join(self) -> Outcome<T> {
+        self.running.stack.wait_released(None);
+        self.finish()
+    }
+
+    fn try_join(self) -> Result<Outcome<T>, Self> {
+        if self.running.stack.is_released() {
+            Ok(self.finish())
+        } else {
+            Err(self)
+        }
+    }
+
+    fn join_timeout(self, timeout: Duration) -> Result<Outcome<T>, Self> {
+        if self.running.stack.wait_released(Some(timeout)) {
+            Ok(self.finish())
+        } else {
+            Err(self)
+        }
+    }
+}
+
+macro_rules! shared_methods {
+    () => {
+        /// Whether the thread has ended and the kernel has let go of it: then `join` does not wait.
+        pub fn is_finished(&self) -> bool {
+            self.0.running.stack.is_released()
+        }
+
+        /// The kernel's thread id, as clone(2) returned it: valid as soon as spawn returns. After
+        /// the thread's end the kernel may give it to another; `kill` and `pidfd` know the
+        /// difference.
+        pub fn tid(&self) -> Pid {
+            Pid::from_raw(self.0.running.tid)
+        }
+
+        /// The whole name, however long; the kernel's `comm` holds 15 bytes of it.
+        pub fn name(&self) -> Option<&str> {
+            self.0.running.name.as_deref()
+        }
+
+        /// For glibc's `pthread_*` calls: `pthread_kill`, `pthread_getattr_np`,
+        /// `pthread_setaffinity_np`, `pthread_setname_np`, `pthread_getcpuclockid` and the like.
+        /// Valid while this handle exists. `pthread_join` and `pthread_detach` refuse it with
+        /// EINVAL; a cancellation request stays pending (cancellation is disabled in threads of
+        /// this crate, because it cannot unwind through Rust closures).
+        pub fn as_pthread_t(&self) -> libc::pthread_t {
+            self.0.running.stack.pthread()
+        }
+
+        /// Sends `signal` to this thread and to no other, however often its tid was given away
+        /// since: tgkill(2) under a lock that the thread takes before it ends. `None` probes.
+        ///
+        /// Errors: ESRCH if the thread has ended; else those of tgkill(2).
+        pub fn kill(&self, signal: impl Into<Option<Signal>>) -> nix::Result<()> {
+            let signal = signal.into().map_or(0, |signal| signal as libc::c_int);
+            self.0.running.stack.signal(self.0.running.tid, signal)
+        }
+
+        /// As [`kill`](Self::kill), for every signal by its number, real-time ones included
+        /// (`libc::SIGRTMIN() + n`), which nix's `Signal` has no names for.
+        ///
+        /// Errors: EINVAL also for 32 and 33, which belong to glibc.
+        pub fn kill_raw(&self, signal: libc::c_int) -> nix::Result<()> {
+            if (32..libc::SIGRTMIN()).contains(&signal) {
+                return Err(nix::errno::Errno::EINVAL);
+            }
+            self.0.running.stack.signal(self.0.running.tid, signal)
+        }
+
+        /// A pidfd of the thread: readable (poll(2)) when it has ended.
+        ///
+        /// Errors: ESRCH if the thread has ended, EINVAL before Linux 6.9 (`PIDFD_THREAD`); else
+        /// those of pidfd_open(2).
+        pub fn pidfd(&self) -> nix::Result<std::os::fd::OwnedFd> {
+            self.0.running.stack.pidfd(self.0.running.tid)
+        }
+
+        /// Where its stack lies, how large it is, and how much of it was used.
+        pub fn stack(&self) -> StackInfo {
+            self.0.running.stack.info()
+        }
+    };
+}
+
+/// Owns the right to join a thread. Dropping it detaches the thread.
+///
+/// ```
+/// let handle = nptl::spawn(|| 6 * 7)?;
+/// assert_eq!(handle.join().unwrap(), 42);
+/// # Ok::<(), nptl::SpawnError>(())
+/// ```
+pub struct JoinHandle<T>(Handle<'static, T>);
+
+impl<T> JoinHandle<T> {
+    pub(crate) fn new<F>(running: Running, packet: Arc<Packet<F, T>>) -> JoinHandle<T>
+    where
+        F: Send + 'static,
+        T: Send + 'static,
+    {
+        JoinHandle(Handle { running, packet })
+    }
+
+    /// Waits for the thread's end and returns what its closure returned; `Err` is the payload of
+    /// its panic. A thread that died without returning (a bare exit(2), a seccomp filter, or it
+    /// stayed behind in the parent of a fork) gives an `Err` with a `&str`.
+    ///
+    /// Waits with FUTEX_WAIT until the kernel has cleared the thread's tid word.
+    pub fn join(self) -> Outcome<T> {
+        self.0.join()
+    }
+
+    /// As [`join`](Self::join) if that need not wait; else the handle comes back.
+    pub fn try_join(self) -> Result<Outcome<T>, Self> {
+        self.0.try_join().map_err(JoinHandle)
+    }
+
+    /// As [`join`](Self::join), for at most `d`; then the handle comes back.
+    ///
+    /// ```
+    /// use std::{sync::mpsc::channel, time::Duration};
+    /// let (go, wait) = channel::<()>();
+    /// let handle = nptl::spawn(move || wait.recv().is_err())?;
+    /// let handle = handle.join_timeout(Duration::from_millis(10)).unwrap_err();
+    /// drop(go);
+    /// assert!(handle.join().unwrap());
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
+    pub fn join_timeout(self, d: Duration) -> Result<Outcome<T>, Self> {
+        self.0.join_timeout(d).map_err(JoinHandle)
+    }
+
+    /// Lets the thread run on without a handle, as dropping this does.
+    pub fn detach(self) {}
+
+    shared_methods!();
+}
+
+impl<T> std::fmt::Debug for JoinHandle<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("JoinHandle")
+            .field("tid", &self.0.running.tid)
+            .field("name", &self.name())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Owns the right to join a scoped thread.
+///
+/// ```
+/// let mut numbers = vec![1, 2, 3];
+/// nptl::scope(|s| {
+///     let sum = s.spawn(|| numbers.iter().sum::<i32>()).unwrap();
+///     assert_eq!(sum.join().unwrap(), 6);
+/// });
+/// numbers.push(4);
+/// ```
+pub struct ScopedJoinHandle<'scope, T>(Handle<'scope, T>);
+
+impl<'scope, T> ScopedJoinHandle<'scope, T> {
+    pub(crate) fn new<F>(running: Running, packet: Arc<Packet<F, T>>) -> Self
+    where
+        F: Send + 'scope,
+        T: Send + 'scope,
+    {
+        ScopedJoinHandle(Handle { running, packet })
+    }
+
+    /// As [`JoinHandle::join`].
+    pub fn join(self) -> Outcome<T> {
+        self.0.join()
+    }
+
+    /// As [`JoinHandle::try_join`].
+    pub fn try_join(self) -> Result<Outcome<T>, Self> {
+        self.0.try_join().map_err(ScopedJoinHandle)
+    }
+
+    /// As [`JoinHandle::join_timeout`].
+    pub fn join_timeout(self, d: Duration) -> Result<Outcome<T>, Self> {
+        self.0.join_timeout(d).map_err(ScopedJoinHandle)
+    }
+
+    shared_methods!();
+}
+
+impl<T> std::fmt::Debug for ScopedJoinHandle<'_, T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ScopedJoinHandle")
+            .field("tid", &self.0.running.tid)
+            .field("name", &self.name())
+            .finish_non_exhaustive()
+    }
+}

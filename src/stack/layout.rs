@@ -1,0 +1,61 @@
+//! What lies where in the mapping of one thread.
+//!
+//! ```text
+//!  base ──► guard │ stack ◄── top │ signal stack │ block ◄── end
+//! ```
+
+use crate::tcb::Runtime;
+
+/// The smallest stack: `PTHREAD_STACK_MIN`, which std rounds up to as well.
+pub(crate) const SMALLEST: usize = 16 * 1024;
+
+/// Sizes in bytes, all multiples of the page size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub guard: usize,
+    pub stack: usize,
+    pub signal_stack: usize,
+    pub block: usize,
+}
+
+impl Layout {
+    /// None: the sizes overflow the address space.
+    pub(crate) fn new(runtime: &Runtime, stack: usize, guard: usize) -> Option<Layout> {
+        let page = page_size();
+        let layout = Layout {
+            guard: guard.checked_next_multiple_of(page)?,
+            stack: stack.max(SMALLEST).checked_next_multiple_of(page)?,
+            signal_stack: signal_stack_size(page),
+            block: runtime.block_size(page),
+        };
+        let total = layout
+            .guard
+            .checked_add(layout.stack)?
+            .checked_add(layout.signal_stack)?
+            .checked_add(layout.block)?;
+        // mmap answers ENOMEM for more than this; an impossible size is the caller's mistake, not
+        // a lack of memory.
+        (total <= isize::MAX as usize).then_some(layout)
+    }
+
+    pub(crate) fn total(&self) -> usize {
+        self.guard + self.stack + self.signal_stack + self.block
+    }
+}
+
+/// The page size, in bytes.
+pub(crate) fn page_size() -> usize {
+    nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .map_or(4096, |size| size as usize)
+}
+
+/// Room for the signal frame (which grows with the vector registers; the kernel tells its size)
+/// and for the overflow report. Untouched, and so without cost, until an overflow happens.
+fn signal_stack_size(page: usize) -> usize {
+    const HANDLER: usize = 12 * 1024;
+    // SAFETY: getauxval only reads the auxiliary vector.
+    let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+    (frame.max(2048) + HANDLER).next_multiple_of(page)
+}

@@ -1,0 +1,931 @@
+//! The ledger of all stacks of one cache: which are in use, which wait for the kernel, which can be had.
+//!
+//! It makes no system call but its lock's (and that only if the lock is contended), allocates nothing and knows
+//! nothing of mappings, so that it can be checked alone (`tests/loom_ledger.rs`, `tests/ledger_model.rs`).
+//!
+//! ```text
+//!            adopt              give, word not yet cleared
+//!  (mapped) ───────► live ──────────────────────────────► pending
+//!                    ▲  │ give, word cleared                 │ word cleared, seen by a later call
+//!              take  │  ▼                                    │
+//!                   cached ◄─────────────────────────────────┤
+//!                    ▲  │ over budget, trim, clear           │ no class, or too large for the budget
+//!     munmap failed  │  ▼                                    ▼
+//!                  unmapping ◄──────────────────────────── doomed
+//!                       │ munmap done
+//!                       ▼
+//!                     (gone)
+//! ```
+//!
+//! **Rule 2** (no reuse before the kernel has cleared the tid word) is kept here and nowhere else: every way into
+//! `cached`, `doomed` and `unmapping` passes [`Entry::released`]. A detached thread gives its stack back while it
+//! still runs on it; the stack then waits as `pending`.
+//!
+//! **Cost.** The lists are doubly linked through the entries. Each call holds the lock for a constant number of steps,
+//! whatever the number of stacks or classes; those that must see many stacks (trim, clear, sweep, hand-over) take the
+//! lock anew for every few of them. The two exceptions hold it for O(n) and say so: [`Ledger::for_each`] and the calls
+//! in a forked child.
+//!
+//! **Accounts.** A stack is in exactly one state, and [`Stats::mapped`] is the sum over the states: at any instant every
+//! mapping is accounted for, also while it is being unmapped. A call that does not fit its entry's state (a stack
+//! given back twice, or to the wrong cache) changes nothing but [`Stats::refused`].
+
+use std::mem;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::class::{CLASSES, Class};
+use super::lock::{Guard, Guarded, Lock};
+
+/// Pending stacks that each call looks at. More than one, so that a burst of detached threads drains faster than it
+/// fills.
+pub(crate) const LOOK: usize = 4;
+/// Further pending stacks that `take` looks at before it reports a miss, which costs a mmap and page faults.
+pub(crate) const LOOK_ON_MISS: usize = 8;
+/// Most stacks that one `give` makes its caller unmap. A stack is given once and can be over budget once, so the
+/// average is at most one, and what `take` and `adopt` let through is made up for by the next few calls.
+pub(crate) const EVICT: usize = 4;
+/// Entries per turn of the lock for the calls that see many.
+const TURN: usize = 32;
+
+/// What the ledger keeps accounts of: the record of one stack, never freed.
+///
+/// All methods but `orphaned` are called with the ledger's lock held: plain reads, no call back into the ledger.
+///
+/// # Safety
+/// `links` returns the same object on every call, and no other entry returns it.
+pub(crate) unsafe trait Entry: Sync + Sized + 'static {
+    fn links(&self) -> &Links<Self>;
+
+    /// Which requests the stack serves; `None`: it is never cached. Read when the stack is adopted.
+    fn class(&self) -> Option<Class>;
+
+    /// Bytes of address space, guard and TLS block included. Read when the stack is adopted.
+    fn bytes(&self) -> usize;
+
+    /// Upper bound of the bytes that stay resident while nobody uses the stack. Read when it is given back, and again
+    /// when a failed munmap puts it back.
+    fn resident(&self) -> usize;
+
+    /// The kernel has cleared the tid word (Acquire), or no thread has run on the stack since it was taken.
+    fn released(&self) -> bool;
+}
+
+/// Most that a cache keeps; `usize::MAX` for no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Budget {
+    /// Bytes of memory.
+    pub(crate) resident: usize,
+    /// Bytes of address space.
+    pub(crate) bytes: usize,
+    pub(crate) stacks: usize,
+}
+
+impl Budget {
+    /// Keeps nothing.
+    pub(crate) const NOTHING: Budget = Budget {
+        resident: 0,
+        bytes: 0,
+        stacks: 0,
+    };
+
+    /// Limits nothing but memory.
+    pub(crate) const fn resident(bytes: usize) -> Self {
+        Budget {
+            resident: bytes,
+            bytes: usize::MAX,
+            stacks: usize::MAX,
+        }
+    }
+
+    fn holds(&self, tally: Tally) -> bool {
+        tally.stacks <= self.stacks && tally.bytes <= self.bytes && tally.resident <= self.resident
+    }
+}
+
+/// A number of stacks and what they take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) stacks: usize,
+    /// Bytes of address space.
+    pub(crate) bytes: usize,
+    /// Bytes of memory, by [`Entry::resident`]; 0 while live, since only the thread itself could tell.
+    pub(crate) resident: usize,
+}
+
+impl Tally {
+    const ZERO: Tally = Tally {
+        stacks: 0,
+        bytes: 0,
+        resident: 0,
+    };
+
+    const fn of(facts: Facts) -> Self {
+        Tally {
+            stacks: 1,
+            bytes: facts.bytes,
+            resident: facts.resident,
+        }
+    }
+
+    // Saturating, because the numbers can have been caught half-way by a fork (see `after_bare_fork`).
+    const fn plus(self, other: Tally) -> Self {
+        Tally {
+            stacks: self.stacks.saturating_add(other.stacks),
+            bytes: self.bytes.saturating_add(other.bytes),
+            resident: self.resident.saturating_add(other.resident),
+        }
+    }
+
+    const fn minus(self, other: Tally) -> Self {
+        Tally {
+            stacks: self.stacks.saturating_sub(other.stacks),
+            bytes: self.bytes.saturating_sub(other.bytes),
+            resident: self.resident.saturating_sub(other.resident),
+        }
+    }
+}
+
+/// The accounts at one instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stats {
+    /// In use by a thread, by one about to start or by one not yet joined.
+    pub(crate) live: Tally,
+    /// Given back; the kernel had not let go when last looked.
+    pub(crate) pending: Tally,
+    /// Ready to be taken. Only this counts against the budget.
+    pub(crate) cached: Tally,
+    /// Not worth keeping; the next call that unmaps takes them.
+    pub(crate) doomed: Tally,
+    /// Being unmapped by some thread just now.
+    pub(crate) unmapping: Tally,
+    /// Calls of `take` that found a stack.
+    pub(crate) hits: u64,
+    pub(crate) misses: u64,
+    /// Cached stacks unmapped to keep a budget, by `trim` or by `clear`.
+    pub(crate) evictions: u64,
+    /// Calls that did not fit the state of their entry: 0 unless the caller has a bug.
+    pub(crate) refused: u64,
+}
+
+impl Stats {
+    /// All that is mapped.
+    pub(crate) fn mapped(&self) -> Tally {
+        self.live
+            .plus(self.pending)
+            .plus(self.cached)
+            .plus(self.doomed)
+            .plus(self.unmapping)
+    }
+}
+
+/// Where a stack is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Not in the ledger.
+    Gone,
+    Live,
+    Pending,
+    Cached,
+    Doomed,
+    Unmapping,
+}
+
+/// Owner of an entry in no ledger.
+const NOBODY: usize = 0;
+/// Owner of an entry on its way from one ledger to another.
+const IN_TRANSIT: usize = usize::MAX;
+
+/// The ledger's part of an entry.
+pub(crate) struct Links<E: 'static> {
+    /// Address of the ledger that the entry is in: says whose lock guards the cells below.
+    owner: AtomicUsize,
+    facts: Guarded<Facts>,
+    /// Neighbours in the list of the entry's state; for a cached entry, in the list of its class.
+    home: Guarded<Pair<E>>,
+    /// Neighbours by age, for cached entries only.
+    age: Guarded<Pair<E>>,
+}
+
+impl<E> Links<E> {
+    pub(crate) const fn new() -> Self {
+        Links {
+            owner: AtomicUsize::new(NOBODY),
+            facts: Guarded::new(Facts {
+                state: State::Gone,
+                evicted: false,
+                class: None,
+                epoch: 0,
+                bytes: 0,
+                resident: 0,
+            }),
+            home: Guarded::new(Pair::NONE),
+            age: Guarded::new(Pair::NONE),
+        }
+    }
+}
+
+/// What the ledger knows of an entry. Sizes are kept, not asked for again, so that what is subtracted is what was added.
+#[derive(Clone, Copy)]
+struct Facts {
+    state: State,
+    /// Was cached before it became `Unmapping`.
+    evicted: bool,
+    class: Option<Class>,
+    /// Value of [`Lists::epoch`] when the state was set; otherwise the lists that the links speak of no longer exist.
+    epoch: u32,
+    bytes: usize,
+    resident: usize,
+}
+
+struct Pair<E: 'static> {
+    prev: Option<&'static E>,
+    next: Option<&'static E>,
+}
+
+impl<E> Pair<E> {
+    const NONE: Self = Pair {
+        prev: None,
+        next: None,
+    };
+}
+
+impl<E> Clone for Pair<E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E> Copy for Pair<E> {}
+
+/// Proof that the ledger's lock is held: the only one lies inside.
+struct Key(());
+
+impl<E: Entry> Links<E> {
+    fn facts(&self, _key: &Key) -> Facts {
+        // SAFETY: the key's lock is held, and it guards this cell: entries are reached through the lists behind that
+        // lock, or by `Ledger::enter`, which has compared `owner`.
+        unsafe { self.facts.get() }
+    }
+
+    fn set_facts(&self, _key: &mut Key, facts: Facts) {
+        // SAFETY: as in `facts`.
+        unsafe { self.facts.set(facts) }
+    }
+
+    fn pair<const BY_AGE: bool>(&self, _key: &Key) -> Pair<E> {
+        let cell = if BY_AGE { &self.age } else { &self.home };
+        // SAFETY: as in `facts`.
+        unsafe { cell.get() }
+    }
+
+    fn set_pair<const BY_AGE: bool>(&self, _key: &mut Key, pair: Pair<E>) {
+        let cell = if BY_AGE { &self.age } else { &self.home };
+        // SAFETY: as in `facts`.
+        unsafe { cell.set(pair) }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum End {
+    Front,
+    Back,
+}
+
+/// A doubly linked list through `age` or `home` of its entries.
+struct List<E: 'static, const BY_AGE: bool> {
+    head: Option<&'static E>,
+    tail: Option<&'static E>,
+}
+
+impl<E: Entry, const BY_AGE: bool> List<E, BY_AGE> {
+    const EMPTY: Self = List {
+        head: None,
+        tail: None,
+    };
+
+    fn push(&mut self, key: &mut Key, e: &'static E, end: End) {
+        let pair = match end {
+            End::Front => Pair {
+                prev: None,
+                next: self.head,
+            },
+            End::Back => Pair {
+                prev: self.tail,
+                next: None,
+            },
+        };
+        self.join(key, pair.prev, Some(e));
+        self.join(key, Some(e), pair.next);
+        e.links().set_pair::<BY_AGE>(key, pair);
+    }
+
+    fn remove(&mut self, key: &mut Key, e: &'static E) {
+        let Pair { prev, next } = e.links().pair::<BY_AGE>(key);
+        self.join(key, prev, next);
+        e.links().set_pair::<BY_AGE>(key, Pair::NONE);
+    }
+
+    /// Makes `next` follow `prev`; `None` stands for the list's ends.
+    fn join(&mut self, key: &mut Key, prev: Option<&'static E>, next: Option<&'static E>) {
+        match prev {
+            Some(e) => {
+                let pair = e.links().pair::<BY_AGE>(key);
+                e.links().set_pair::<BY_AGE>(key, Pair { next, ..pair });
+            }
+            None => self.head = next,
+        }
+        match next {
+            Some(e) => {
+                let pair = e.links().pair::<BY_AGE>(key);
+                e.links().set_pair::<BY_AGE>(key, Pair { prev, ..pair });
+            }
+            None => self.tail = prev,
+        }
+    }
+
+    fn for_each(&self, key: &Key, mut f: impl FnMut(&'static E)) {
+        let mut at = self.head;
+        while let Some(e) = at {
+            at = e.links().pair::<BY_AGE>(key).next;
+            f(e);
+        }
+    }
+}
+
+/// What the lock guards.
+struct Lists<E: 'static> {
+    key: Key,
+    /// Counts how often the lists were given up in a forked child.
+    epoch: u32,
+    budget: Budget,
+    live: List<E, false>,
+    pending: List<E, false>,
+    doomed: List<E, false>,
+    unmapping: List<E, false>,
+    /// Cached stacks by class, warmest first.
+    classes: [List<E, false>; CLASSES],
+    /// All cached stacks, warmest first.
+    age: List<E, true>,
+    /// `refused` and the rest of the accounts, kept as they are reported.
+    stats: Stats,
+}
+
+impl<E: Entry> Lists<E> {
+    const fn new(budget: Budget) -> Self {
+        Lists {
+            key: Key(()),
+            epoch: 0,
+            budget,
+            live: List::EMPTY,
+            pending: List::EMPTY,
+            doomed: List::EMPTY,
+            unmapping: List::EMPTY,
+            classes: [const { List::EMPTY }; CLASSES],
+            age: List::EMPTY,
+            stats: Stats {
+                live: Tally::ZERO,
+                pending: Tally::ZERO,
+                cached: Tally::ZERO,
+                doomed: Tally::ZERO,
+                unmapping: Tally::ZERO,
+                hits: 0,
+                misses: 0,
+                evictions: 0,
+                refused: 0,
+            },
+        }
+    }
+
+    fn facts(&self, e: &E) -> Facts {
+        let facts = e.links().facts(&self.key);
+        Facts {
+            state: if facts.epoch == self.epoch {
+                facts.state
+            } else {
+                State::Gone
+            },
+            ..facts
+        }
+    }
+
+    /// Moves `e` to the list of `state`. A cached entry goes to the given end of its class; by age it is the youngest.
+    fn put(&mut self, e: &'static E, state: State, resident: usize, end: End) {
+        let old = self.facts(e);
+        let new = Facts {
+            state,
+            evicted: old.state == State::Cached,
+            epoch: self.epoch,
+            resident,
+            ..old
+        };
+        for (facts, entering) in [(old, false), (new, true)] {
+            let (list, tally) = match facts.state {
+                State::Gone => (None, None),
+                State::Live => (Some(&mut self.live), Some(&mut self.stats.live)),
+                State::Pending => (Some(&mut self.pending), Some(&mut self.stats.pending)),
+                State::Doomed => (Some(&mut self.doomed), Some(&mut self.stats.doomed)),
+                State::Unmapping => (Some(&mut self.unmapping), Some(&mut self.stats.unmapping)),
+                State::Cached => {
+                    if entering {
+                        self.age.push(&mut self.key, e, End::Front);
+                    } else {
+                        self.age.remove(&mut self.key, e);
+                    }
+                    let class = facts
+                        .class
+                        .and_then(|class| self.classes.get_mut(class.index()));
+                    (class, Some(&mut self.stats.cached))
+                }
+            };
+            if let Some(list) = list {
+                if entering {
+                    list.push(&mut self.key, e, end);
+                } else {
+                    list.remove(&mut self.key, e);
+                }
+            }
+            if let Some(tally) = tally {
+                let one = Tally::of(facts);
+                *tally = if entering {
+                    tally.plus(one)
+                } else {
+                    tally.minus(one)
+                };
+            }
+        }
+        e.links().set_facts(&mut self.key, new);
+    }
+
+    /// Enters a stack that the ledger does not know, or no longer.
+    fn admit(&mut self, e: &'static E, class: Option<Class>, bytes: usize) {
+        let facts = Facts {
+            state: State::Gone,
+            evicted: false,
+            class,
+            epoch: self.epoch,
+            bytes,
+            resident: 0,
+        };
+        e.links().set_facts(&mut self.key, facts);
+        self.put(e, State::Live, 0, End::Front);
+    }
+
+    fn forget(&mut self, e: &'static E) {
+        self.put(e, State::Gone, 0, End::Front);
+    }
+
+    /// Keeps a released stack, or dooms it if the budget could never hold it.
+    ///
+    /// Dooming it at once, rather than caching it as the youngest, spares the older ones: they would all have to go
+    /// before it does.
+    fn shelve(&mut self, e: &'static E, end: End) {
+        let facts = Facts {
+            resident: e.resident(),
+            ..self.facts(e)
+        };
+        if facts.class.is_some() && self.budget.holds(Tally::of(facts)) {
+            self.put(e, State::Cached, facts.resident, end);
+        } else {
+            self.put(e, State::Doomed, facts.resident, End::Back);
+        }
+    }
+
+    /// Looks at up to `n` pending stacks, oldest first. One that is still held goes to the back of the queue, so that a
+    /// thread that was preempted in its exit does not block the others.
+    fn settle(&mut self, n: usize) {
+        for _ in 0..n.min(self.stats.pending.stacks) {
+            let Some(e) = self.pending.head else { return };
+            if e.released() {
+                self.shelve(e, End::Front);
+            } else {
+                self.pending.remove(&mut self.key, e);
+                self.pending.push(&mut self.key, e, End::Back);
+            }
+        }
+    }
+
+    fn warmest(&self, class: Class) -> Option<&'static E> {
+        self.classes.get(class.index())?.head
+    }
+
+    /// The next stack to unmap, now on its way. The budget comes first: a doomed stack that cannot be unmapped must not
+    /// keep the cache over it.
+    fn evict(&mut self, limit: Limit) -> Option<&'static E> {
+        let limit = match limit {
+            Limit::Budget => self.budget,
+            Limit::Resident(bytes) => Budget {
+                resident: self.budget.resident.min(bytes),
+                ..self.budget
+            },
+            Limit::Nothing => Budget::NOTHING,
+        };
+        let e = if limit.holds(self.stats.cached) {
+            self.doomed.head
+        } else {
+            self.age.tail
+        }?;
+        self.put(e, State::Unmapping, self.facts(e).resident, End::Front);
+        Some(e)
+    }
+}
+
+/// The stacks of one cache. See the top of this file.
+pub(crate) struct Ledger<E: 'static> {
+    lists: Lock<Lists<E>>,
+}
+
+impl<E: Entry> Ledger<E> {
+    pub(crate) const fn new(budget: Budget) -> Self {
+        Ledger {
+            lists: Lock::new(Lists::new(budget)),
+        }
+    }
+
+    fn id(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
+    /// Locks, if `e` is this ledger's and in `state`. An entry that was lost with the lists (`after_bare_fork`) counts
+    /// as live: its user is the only one who still knows it.
+    fn enter(&self, e: &'static E, state: State) -> Option<Guard<'_, Lists<E>>> {
+        let mut lists = self.lists.lock();
+        // Relaxed: only a holder of this lock makes the ledger an entry's owner, or ends that.
+        if e.links().owner.load(Ordering::Relaxed) == self.id() {
+            let facts = e.links().facts(&lists.key);
+            if facts.epoch != lists.epoch && state == State::Live {
+                lists.admit(e, facts.class, facts.bytes);
+            }
+            if lists.facts(e).state == state {
+                return Some(lists);
+            }
+        }
+        lists.stats.refused += 1;
+        None
+    }
+
+    /// Enters a freshly mapped stack as live. O(1).
+    pub(crate) fn adopt(&self, e: &'static E) {
+        let mut lists = self.lists.lock();
+        let free = e
+            .links()
+            .owner
+            .compare_exchange(NOBODY, self.id(), Ordering::Acquire, Ordering::Relaxed)
+            .is_ok();
+        if free {
+            lists.admit(e, e.class(), e.bytes());
+        } else {
+            lists.stats.refused += 1;
+        }
+    }
+
+    /// The warmest cached stack of the class, now live; counts a hit or a miss. O(1): one list head and at most
+    /// [`LOOK`] + [`LOOK_ON_MISS`] pending stacks.
+    pub(crate) fn take(&self, class: Class) -> Option<&'static E> {
+        let mut lists = self.lists.lock();
+        let unseen = lists.stats.pending.stacks.saturating_sub(LOOK);
+        lists.settle(LOOK);
+        if lists.warmest(class).is_none() {
+            lists.settle(LOOK_ON_MISS.min(unseen));
+        }
+        let found = lists.warmest(class);
+        match found {
+            Some(e) => {
+                lists.put(e, State::Live, 0, End::Front);
+                lists.stats.hits += 1;
+            }
+            None => lists.stats.misses += 1,
+        }
+        found
+    }
+
+    /// Takes a stack back: from the joiner, from a spawn that failed, or from a detached thread that still runs on it.
+    /// O(1); the caller unmaps at most [`EVICT`] stacks.
+    pub(crate) fn give(&self, e: &'static E) -> Victims<'_, E> {
+        let Some(mut lists) = self.enter(e, State::Live) else {
+            return Victims::none(self);
+        };
+        lists.settle(LOOK);
+        if e.released() {
+            lists.shelve(e, End::Front);
+        } else {
+            lists.put(e, State::Pending, e.resident(), End::Back);
+        }
+        let mut victims = Victims::none(self);
+        victims.left = EVICT;
+        victims.advance(&mut lists);
+        drop(lists);
+        victims
+    }
+
+    /// Takes a stack back that shall be unmapped, not kept. If a thread still holds it, this is [`Ledger::give`]. O(1).
+    pub(crate) fn retire(&self, e: &'static E) -> Victims<'_, E> {
+        if !e.released() {
+            return self.give(e);
+        }
+        let Some(mut lists) = self.enter(e, State::Live) else {
+            return Victims::none(self);
+        };
+        lists.put(e, State::Unmapping, e.resident(), End::Front);
+        let mut victims = Victims::none(self);
+        victims.ready = Some(e);
+        drop(lists);
+        victims
+    }
+
+    /// Unmaps the coldest stacks until those that remain keep at most `resident` bytes in memory. O(1) for each of them
+    /// and for each pending stack; the lock is taken anew for every few.
+    pub(crate) fn trim(&self, resident: usize) -> Victims<'_, E> {
+        self.shrink(Limit::Resident(resident))
+    }
+
+    /// Unmaps everything that no thread uses. Cost as for [`Ledger::trim`].
+    pub(crate) fn clear(&self) -> Victims<'_, E> {
+        self.shrink(Limit::Nothing)
+    }
+
+    /// Changes what the cache may keep, and unmaps what is too much. Cost as for [`Ledger::trim`].
+    pub(crate) fn set_budget(&self, budget: Budget) -> Victims<'_, E> {
+        self.lists.lock().budget = budget;
+        self.shrink(Limit::Budget)
+    }
+
+    /// Each stack is tried once, so that this ends also when none can be unmapped, or when others keep giving.
+    fn shrink(&self, limit: Limit) -> Victims<'_, E> {
+        let stats = self.stats();
+        let mut victims = Victims::none(self);
+        victims.limit = limit;
+        victims.look = stats.pending.stacks;
+        victims.left = stats.pending.stacks + stats.cached.stacks + stats.doomed.stacks;
+        victims
+    }
+
+    /// Finds the stacks of detached threads that ended without giving them back (killed by a seccomp filter, or by a
+    /// bare exit system call). O(live), a few per turn of the lock.
+    ///
+    /// `orphaned` is asked only about live stacks that the kernel has let go. It answers true **once**, by an atomic
+    /// change from "the thread itself will give its stack back" to anything else: nobody can give it later, because
+    /// that thread is gone, and it must not be found again in its next life, before the next thread has started.
+    pub(crate) fn sweep(&self, mut orphaned: impl FnMut(&E) -> bool) -> Victims<'_, E> {
+        let mut victims = Victims::none(self);
+        let mut unseen = self.stats().live.stacks;
+        while unseen > 0 {
+            let mut guard = self.lists.lock();
+            let lists = &mut *guard;
+            for _ in 0..unseen.min(TURN) {
+                let Some(e) = lists.live.tail else { break };
+                if e.released() && orphaned(e) {
+                    lists.shelve(e, End::Front);
+                    victims.left += 1;
+                } else {
+                    lists.live.remove(&mut lists.key, e);
+                    lists.live.push(&mut lists.key, e, End::Front);
+                }
+            }
+            unseen -= unseen.min(TURN);
+        }
+        victims
+    }
+
+    /// Moves every stack to `to`: for the end of a private cache's last handle, when detached threads may still be on
+    /// their way out. Nobody else may be using `self` (it stays correct, but could be left with a stack). O(n), the
+    /// locks are held for one stack at a time and never both.
+    pub(crate) fn hand_over<'to>(&self, to: &'to Self) -> Victims<'to, E> {
+        let mut victims = Victims::none(to);
+        if self.id() == to.id() {
+            return victims;
+        }
+        loop {
+            let mut lists = self.lists.lock();
+            // Coldest first: each becomes the youngest over there.
+            let next = [
+                lists.live.tail,
+                lists.pending.head,
+                lists.age.tail,
+                lists.doomed.head,
+            ];
+            let Some(e) = next.into_iter().flatten().next() else {
+                break;
+            };
+            let facts = lists.facts(e);
+            lists.forget(e);
+            e.links().owner.store(IN_TRANSIT, Ordering::Relaxed);
+            drop(lists);
+
+            let mut lists = to.lists.lock();
+            e.links().owner.store(to.id(), Ordering::Relaxed);
+            lists.admit(e, facts.class, facts.bytes);
+            match facts.state {
+                State::Cached | State::Doomed => lists.shelve(e, End::Front),
+                State::Pending => lists.put(e, State::Pending, facts.resident, End::Back),
+                State::Live | State::Unmapping | State::Gone => {}
+            }
+            victims.left += 1;
+        }
+        victims
+    }
+
+    /// The accounts. O(1).
+    pub(crate) fn stats(&self) -> Stats {
+        self.lists.lock().stats
+    }
+
+    /// Hits, misses and the like begin at 0 again: the ledger serves another cache.
+    pub(crate) fn reset_counters(&self) {
+        let stats = &mut self.lists.lock().stats;
+        (stats.hits, stats.misses, stats.evictions, stats.refused) = (0, 0, 0, 0);
+    }
+
+    /// Shows every stack. O(n) with the lock held: for tests and diagnosis. `f` must not use the ledger.
+    pub(crate) fn for_each(&self, mut f: impl FnMut(&'static E, State)) {
+        let lists = self.lists.lock();
+        let states = [
+            (&lists.live, State::Live),
+            (&lists.pending, State::Pending),
+            (&lists.doomed, State::Doomed),
+            (&lists.unmapping, State::Unmapping),
+        ];
+        for (list, state) in states {
+            list.for_each(&lists.key, |e| f(e, state));
+        }
+        lists.age.for_each(&lists.key, |e| f(e, State::Cached));
+    }
+
+    /// For pthread_atfork's "prepare": takes the lock, so that the child finds the lists whole.
+    pub(crate) fn before_fork(&self) {
+        self.lists.hold();
+    }
+
+    /// For pthread_atfork's "parent".
+    ///
+    /// # Safety
+    /// This thread called [`Ledger::before_fork`], and nothing has ended that since.
+    pub(crate) unsafe fn after_fork_in_parent(&self) {
+        // SAFETY: this thread holds the lock and has no guard, by the caller's promise.
+        drop(unsafe { self.lists.held() });
+    }
+
+    /// For pthread_atfork's "child": the stacks of all threads that do not exist here become free; the kernel will never
+    /// clear their tid words. `in_use` says which must stay: the caller's own, and those that somebody still holds a
+    /// handle of. O(n).
+    ///
+    /// # Safety
+    /// The process is a forked child and has had one thread since, a copy of one that called [`Ledger::before_fork`].
+    pub(crate) unsafe fn after_fork_in_child(&self, in_use: impl FnMut(&E, State) -> bool) {
+        // SAFETY: this thread is the copy of the lock's holder and has no guard, by the caller's promise.
+        let mut lists = unsafe { self.lists.held() };
+        Self::reclaim(&mut lists, in_use);
+    }
+
+    /// As [`Ledger::after_fork_in_child`], for a child that no atfork handler has prepared (`_Fork`, a bare clone). If
+    /// another thread was at the lists in that moment they cannot be trusted: they are given up, and whoever still
+    /// gives a stack back enters it anew. The address space of the rest stays mapped in the child. O(n).
+    ///
+    /// # Safety
+    /// The process is a forked child and has had one thread since, which is not inside a call of this ledger (it has
+    /// not forked from a signal handler that interrupted one).
+    pub(crate) unsafe fn after_bare_fork(&self, in_use: impl FnMut(&E, State) -> bool) {
+        if let Some(mut lists) = self.lists.try_lock() {
+            return Self::reclaim(&mut lists, in_use);
+        }
+        // SAFETY: the owner was another thread, which does not exist in this process, by the caller's promise.
+        let mut lists = unsafe { self.lists.seize() };
+        let new = Lists::new(lists.budget);
+        let old = mem::replace(&mut *lists, new);
+        lists.epoch = old.epoch.wrapping_add(1);
+        lists.stats.hits = old.stats.hits;
+        lists.stats.misses = old.stats.misses;
+        lists.stats.evictions = old.stats.evictions;
+        lists.stats.refused = old.stats.refused;
+    }
+
+    fn reclaim(lists: &mut Lists<E>, mut in_use: impl FnMut(&E, State) -> bool) {
+        // Another thread was unmapping these: mapped or not, nobody can tell, so nobody may touch them.
+        while let Some(e) = lists.unmapping.head {
+            lists.forget(e);
+        }
+        for _ in 0..lists.stats.live.stacks {
+            let Some(e) = lists.live.tail else { break };
+            if in_use(e, State::Live) {
+                lists.live.remove(&mut lists.key, e);
+                lists.live.push(&mut lists.key, e, End::Front);
+            } else {
+                lists.shelve(e, End::Front);
+            }
+        }
+        while let Some(e) = lists.pending.head {
+            if in_use(e, State::Pending) {
+                // The forking thread itself, past the point where it gave its stack back: it runs
+                // on, and nobody else in this process will ever see it end.
+                lists.put(e, State::Live, 0, End::Front);
+            } else {
+                lists.shelve(e, End::Front);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Limit {
+    Budget,
+    Resident(usize),
+    Nothing,
+}
+
+/// Stacks to unmap, handed out one by one and without the lock:
+///
+/// ```text
+/// while let Some(stack) = victims.pop() {
+///     if stack.unmap() {
+///         victims.unmapped();
+///         // Only now may the record be used for another mapping.
+///     }
+/// }
+/// ```
+///
+/// A stack for which `unmapped` is not called (munmap fails with ENOMEM where it would split a mapping at
+/// vm.max_map_count) goes back to the cache, with the resident bytes that it then reports, as the youngest by age and
+/// the last of its class to be taken: so the next attempt begins with another one. The number of attempts is bounded.
+/// Dropped early, this leaves the other stacks where they are.
+#[must_use = "the stacks stay mapped"]
+pub(crate) struct Victims<'a, E: Entry> {
+    ledger: &'a Ledger<E>,
+    limit: Limit,
+    /// Found in advance, so that a `give` within the budget takes the lock once.
+    ready: Option<&'static E>,
+    /// Handed out by the last `pop`.
+    current: Option<&'static E>,
+    /// Stacks that may still be handed out.
+    left: usize,
+    /// Pending stacks still to look at.
+    look: usize,
+}
+
+impl<'a, E: Entry> Victims<'a, E> {
+    const fn none(ledger: &'a Ledger<E>) -> Self {
+        Victims {
+            ledger,
+            limit: Limit::Budget,
+            ready: None,
+            current: None,
+            left: 0,
+            look: 0,
+        }
+    }
+
+    /// The next stack to unmap; puts the last one back, unless [`Victims::unmapped`] was called. O(1), and O(1) for each
+    /// pending stack that `trim`, `clear` and `set_budget` have yet to look at.
+    pub(crate) fn pop(&mut self) -> Option<&'static E> {
+        if let Some(e) = self.current.take() {
+            self.put_back(e);
+        }
+        self.refill();
+        self.current = self.ready.take();
+        self.current
+    }
+
+    /// The stack handed out last is unmapped. O(1).
+    pub(crate) fn unmapped(&mut self) {
+        let Some(e) = self.current.take() else { return };
+        if let Some(mut lists) = self.ledger.enter(e, State::Unmapping) {
+            lists.stats.evictions += u64::from(lists.facts(e).evicted);
+            lists.forget(e);
+            e.links().owner.store(NOBODY, Ordering::Release);
+        }
+    }
+
+    fn put_back(&self, e: &'static E) {
+        if let Some(mut lists) = self.ledger.enter(e, State::Unmapping) {
+            lists.shelve(e, End::Back);
+        }
+    }
+
+    fn refill(&mut self) {
+        while self.ready.is_none() && self.left > 0 {
+            let mut lists = self.ledger.lists.lock();
+            self.advance(&mut lists);
+        }
+    }
+
+    fn advance(&mut self, lists: &mut Lists<E>) {
+        let look = self.look.min(TURN);
+        self.look -= look;
+        lists.settle(look);
+        self.ready = lists.evict(self.limit);
+        if self.ready.is_some() {
+            self.left -= 1;
+        } else if self.look == 0 {
+            self.left = 0;
+        }
+    }
+}
+
+impl<E: Entry> Drop for Victims<'_, E> {
+    fn drop(&mut self) {
+        for e in [self.current.take(), self.ready.take()]
+            .into_iter()
+            .flatten()
+        {
+            self.put_back(e);
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The memory itself: map, guard, prepare, give back.
+
+use super::layout::Layout;
+use crate::clone::sys;
+use nix::errno::Errno;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Linux 6.13: a guard that neither splits the mapping nor counts as one.
+const MADV_GUARD_INSTALL: libc::c_int = 102;
+
+/// How the guard of a stack is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Guard {
+    /// There is none.
+    None = 0,
+    /// `MADV_GUARD_INSTALL`: adjacent stacks can still merge into one mapping.
+    Marker = 1,
+    /// `mprotect(PROT_NONE)`: a mapping of its own.
+    Protected = 2,
+}
+
+/// Maps `length` bytes, readable and writable at once: a mapping that is PROT_NONE first, as
+/// nptl's, could not merge with its neighbours.
+pub(crate) fn map(length: usize) -> Result<usize, Errno> {
+    let mapping = memmap2::MmapOptions::new()
+        .len(length)
+        .stack()
+        .map_anon()
+        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+    // Unmapping can fail (a split at vm.max_map_count), which memmap2's drop ignores and we
+    // account for: from here on the address is ours, and `unmap` gives it back.
+    let base = mapping.as_ptr() as usize;
+    std::mem::forget(mapping);
+    if !stack_mappings_avoid_huge_pages() {
+        // Before 6.7 MAP_STACK does not keep huge pages away: a stack that touches 8 KiB would
+        // cost 2 MiB. A kernel without huge pages answers EINVAL, which is fine.
+        // SAFETY: the range was mapped above.
+        let _ = unsafe { sys::madvise(base, length, libc::MADV_NOHUGEPAGE) };
+    }
+    Ok(base)
+}
+
+/// From Linux 6.7 on `MAP_STACK` means `VM_NOHUGEPAGE`.
+fn stack_mappings_avoid_huge_pages() -> bool {
+    static ASKED: AtomicBool = AtomicBool::new(false);
+    static ANSWER: AtomicBool = AtomicBool::new(false);
+    if !ASKED.load(Ordering::Acquire) {
+        let mut name = std::mem::MaybeUninit::<libc::utsname>::uninit();
+        // SAFETY: uname fills the buffer; nix's wrapper would do the same.
+        let recent = unsafe {
+            libc::uname(name.as_mut_ptr()) == 0 && {
+                let release = &name.assume_init_ref().release;
+                let mut numbers = [0_u32; 2];
+                let mut index = 0;
+                for &byte in release {
+                    match byte as u8 {
+                        digit @ b'0'..=b'9' => {
+                            let number = &mut numbers[index];
+                            *number = number.saturating_mul(10) + u32::from(digit - b'0');
+                        }
+                        _ if index == 0 => index = 1,
+                        _ => break,
+                    }
+                }
+                numbers >= [6, 7]
+            }
+        };
+        ANSWER.store(recent, Ordering::Relaxed);
+        ASKED.store(true, Ordering::Release);
+    }
+    ANSWER.load(Ordering::Relaxed)
+}
+
+/// Makes the lowest `layout.guard` bytes at `base` fault.
+///
+/// # Safety
+/// `base` is a fresh mapping of this layout.
+pub(crate) unsafe fn guard(base: usize, layout: &Layout) -> Result<Guard, Errno> {
+    if layout.guard == 0 {
+        return Ok(Guard::None);
+    }
+    // SAFETY: the caller owns the range.
+    match unsafe { sys::madvise(base, layout.guard, MADV_GUARD_INSTALL) } {
+        Ok(()) => return Ok(Guard::Marker),
+        // EINVAL: a kernel before 6.13, or locked memory (mlockall's MCL_FUTURE included).
+        // EPERM, ENOSYS: a filter that knows madvise's older advice only.
+        Err(Errno::EINVAL | Errno::EPERM | Errno::ENOSYS) => {}
+        Err(other) => return Err(other),
+    }
+    // SAFETY: as above.
+    let answer =
+        unsafe { libc::mprotect(base as *mut libc::c_void, layout.guard, libc::PROT_NONE) };
+    Errno::result(answer).map(|_| Guard::Protected)
+}
+
+/// Gives memory back to the kernel.
+///
+/// # Safety
+/// Nothing uses the range any more.
+pub(crate) unsafe fn unmap(base: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: passed on.
+    Errno::result(unsafe { libc::munmap(base as *mut libc::c_void, length) }).map(drop)
+}
+
+/// Makes `length` bytes at `start` resident and keeps them so: mlock(2).
+///
+/// # Safety
+/// The range belongs to one idle stack and holds no guard (mlock over a guard fails with ENOMEM).
+pub(crate) unsafe fn lock(start: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: passed on.
+    Errno::result(unsafe { libc::mlock(start as *const libc::c_void, length) }).map(drop)
+}
+
+/// Undoes [`lock`].
+///
+/// # Safety
+/// As [`lock`].
+pub(crate) unsafe fn unlock(start: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: passed on.
+    Errno::result(unsafe { libc::munlock(start as *const libc::c_void, length) }).map(drop)
+}
+
+/// Makes `length` bytes at `start` resident: `MADV_POPULATE_WRITE`, Linux 5.14. An older kernel
+/// (EINVAL) is served by touching the pages, which cannot report a failure.
+///
+/// # Safety
+/// The range belongs to one idle stack and holds no guard.
+pub(crate) unsafe fn populate(start: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: passed on.
+    match unsafe { sys::madvise(start, length, libc::MADV_POPULATE_WRITE) } {
+        Err(Errno::EINVAL) => {
+            for page in (start..start + length).step_by(super::layout::page_size()) {
+                // SAFETY: the page is writable and nothing else uses it; writing back what is
+                // there leaves its content alone.
+                unsafe {
+                    let byte = page as *mut u8;
+                    byte.write_volatile(byte.read_volatile());
+                }
+            }
+            Ok(())
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,681 @@
+//! The memory of threads: mappings, guards, and the cache that hands them out again.
+//!
+//! A [`Stack`] is the record of one mapping. Records are leaked and recycled, never freed, so a
+//! `&'static Stack` is always good to look at, in a signal handler, in a forked child and in a core
+//! file; their number is the largest number of stacks that ever existed at once.
+
+pub(crate) mod cache;
+mod class;
+mod futex;
+pub(crate) mod layout;
+mod ledger;
+mod lock;
+mod mapping;
+pub(crate) mod overflow;
+
+pub(crate) use lock::Lock;
+
+use crate::clone::{self, sys};
+use crate::error::{StackFate, Step};
+use crate::tcb::{Block, BlockState, Enlisted, Runtime};
+use cache::StackCache;
+use class::Class;
+use layout::Layout;
+use ledger::{Entry, Links};
+use nix::errno::Errno;
+use std::cell::UnsafeCell;
+use std::sync::atomic::{
+    AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
+};
+
+/// Who gives the stack back when its thread has ended.
+///
+/// ```text
+///  handle dropped:  Attached ─► Detached    the thread gives it back on its way out
+///  thread at its end: Attached ─► Ending    the handle does, after the join or when it is dropped
+/// ```
+/// Exactly one side sees the other's mark, so a stack is given back once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Life {
+    /// A handle exists, and the thread has not yet come to its end.
+    Attached = 0,
+    /// No handle.
+    Detached = 1,
+    /// The thread has passed the point where it would have given its stack back.
+    Ending = 2,
+}
+
+/// The record of one stack.
+pub(crate) struct Stack {
+    links: Links<Stack>,
+    base: AtomicUsize,
+    guard: AtomicUsize,
+    size: AtomicUsize,
+    signal_stack: AtomicUsize,
+    block_size: AtomicUsize,
+    /// A class index, or [`NO_CLASS`].
+    class: AtomicU16,
+    /// Bytes of stack that may stay resident while it is cached.
+    keep: AtomicUsize,
+    /// mlock(2) was called on the stack.
+    locked: AtomicBool,
+    life: AtomicU8,
+    /// The tid word in the descriptor; null until a runtime has placed the block.
+    tid: AtomicPtr<AtomicU32>,
+    pub(crate) block: Block,
+    /// Taken by whoever uses the tid from outside, and by the thread before it ends: while it is
+    /// held, the tid cannot be given to another thread. Not a parking_lot lock, because an ending
+    /// thread has no thread-locals left to park on.
+    signal_lock: AtomicU32,
+    /// Under `signal_lock`: signals can no longer be sent.
+    exiting: AtomicBool,
+    /// The thread's name, borrowed from its owner for the time of the thread's life.
+    name: AtomicPtr<u8>,
+    name_length: AtomicUsize,
+    /// What the creator hands to the thread.
+    start: UnsafeCell<Option<crate::start::Start>>,
+    /// The next record without a mapping.
+    next_spare: AtomicPtr<Stack>,
+}
+
+// SAFETY: `start` is written by the creator before the thread exists and taken by the thread, or
+// by the creator after a refused clone: one owner at a time. All else is atomic or synchronised.
+unsafe impl Sync for Stack {}
+
+const NO_CLASS: u16 = u16::MAX;
+
+/// Records whose mappings are gone. They carry parked heap caches, so the last is used first.
+static SPARE: Lock<SpareList> = Lock::new(SpareList(None));
+
+struct SpareList(Option<&'static Stack>);
+
+impl Stack {
+    fn new() -> Stack {
+        Stack {
+            links: Links::new(),
+            base: AtomicUsize::new(0),
+            guard: AtomicUsize::new(0),
+            size: AtomicUsize::new(0),
+            signal_stack: AtomicUsize::new(0),
+            block_size: AtomicUsize::new(0),
+            class: AtomicU16::new(NO_CLASS),
+            keep: AtomicUsize::new(0),
+            locked: AtomicBool::new(false),
+            life: AtomicU8::new(Life::Attached as u8),
+            tid: AtomicPtr::new(std::ptr::null_mut()),
+            block: Block::new(),
+            signal_lock: AtomicU32::new(0),
+            exiting: AtomicBool::new(false),
+            name: AtomicPtr::new(std::ptr::null_mut()),
+            name_length: AtomicUsize::new(0),
+            start: UnsafeCell::new(None),
+            next_spare: AtomicPtr::new(std::ptr::null_mut()),
+        }
+    }
+
+    /// A record without a mapping: the one that lost its mapping last, or a new one.
+    fn spare() -> &'static Stack {
+        let mut spare = SPARE.lock();
+        if let Some(stack) = spare.0 {
+            // SAFETY: null, or a record that was pushed by `retire_record`; records are never freed.
+            spare.0 = unsafe { stack.next_spare.load(Ordering::Relaxed).as_ref() };
+            return stack;
+        }
+        drop(spare);
+        Box::leak(Box::new(Stack::new()))
+    }
+
+    fn retire_record(&'static self) {
+        self.base.store(0, Ordering::Relaxed);
+        let mut spare = SPARE.lock();
+        let next = spare.0.map_or(std::ptr::null_mut(), |next| {
+            std::ptr::from_ref(next).cast_mut()
+        });
+        self.next_spare.store(next, Ordering::Relaxed);
+        spare.0 = Some(self);
+    }
+
+    /// Maps and guards a stack.
+    fn map(
+        runtime: &'static Runtime,
+        layout: &Layout,
+        class: Option<Class>,
+        keep: usize,
+    ) -> Result<&'static Stack, (Step, Errno, usize)> {
+        let length = layout.total();
+        let base = mapping::map(length).map_err(|errno| (Step::MapStack, errno, length))?;
+        // SAFETY: just mapped with this layout.
+        if let Err(errno) = unsafe { mapping::guard(base, layout) } {
+            // A munmap that fails here could only be one that splits, and this one has nothing on
+            // one side but what was there before it: it undoes the mmap exactly.
+            // SAFETY: nobody else knows the mapping.
+            let _ = unsafe { mapping::unmap(base, length) };
+            return Err((Step::GuardStack, errno, layout.guard));
+        }
+        let stack = Stack::spare();
+        stack.base.store(base, Ordering::Relaxed);
+        stack.guard.store(layout.guard, Ordering::Relaxed);
+        stack.size.store(layout.stack, Ordering::Relaxed);
+        stack
+            .signal_stack
+            .store(layout.signal_stack, Ordering::Relaxed);
+        stack.block_size.store(layout.block, Ordering::Relaxed);
+        let class = class.map_or(NO_CLASS, |class| class.index() as u16);
+        stack.class.store(class, Ordering::Relaxed);
+        stack.keep.store(keep, Ordering::Relaxed);
+        stack.locked.store(false, Ordering::Relaxed);
+        let tp = runtime.thread_pointer_in(base + length);
+        stack.block.set_fresh(tp);
+        // SAFETY: the block is mapped; the pointer is replaced before the record describes another.
+        let tid = unsafe { runtime.tid_word(tp) };
+        stack
+            .tid
+            .store(std::ptr::from_ref(tid).cast_mut(), Ordering::Relaxed);
+        Ok(stack)
+    }
+
+    /// Gives the memory back to the kernel. False: munmap was refused, the stack is whole.
+    ///
+    /// # Safety
+    /// The stack is idle and the caller its only owner.
+    unsafe fn unmap(&'static self, runtime: &Runtime) -> bool {
+        let (base, length) = (self.base(), self.length());
+        // SAFETY: idle and owned by the caller, who passes it on or, on failure, keeps it.
+        unsafe {
+            runtime.retire(&self.block);
+            if mapping::unmap(base, length).is_ok() {
+                return true;
+            }
+            // Back to what a fresh mapping holds, since that is what the block's state now says.
+            let block = self.block_size.load(Ordering::Relaxed);
+            std::ptr::write_bytes((base + length - block) as *mut u8, 0, block);
+        }
+        false
+    }
+
+    fn base(&self) -> usize {
+        self.base.load(Ordering::Relaxed)
+    }
+
+    fn guard_size(&self) -> usize {
+        self.guard.load(Ordering::Relaxed)
+    }
+
+    fn size(&self) -> usize {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the whole mapping.
+    fn length(&self) -> usize {
+        self.guard_size()
+            + self.size()
+            + self.signal_stack.load(Ordering::Relaxed)
+            + self.block_size.load(Ordering::Relaxed)
+    }
+
+    /// Lowest usable address.
+    fn bottom(&self) -> usize {
+        self.base() + self.guard_size()
+    }
+
+    /// The initial stack pointer; the signal stack begins here.
+    fn top(&self) -> usize {
+        self.bottom() + self.size()
+    }
+
+    fn tid_word(&self) -> Option<&AtomicU32> {
+        // SAFETY: null, or the word in this record's own block. It is mapped as long as the record
+        // is in the hands of a handle, a thread or a ledger's entry.
+        unsafe { self.tid.load(Ordering::Relaxed).as_ref() }
+    }
+
+    /// The kernel has let go of the thread (rule 2), or there was none.
+    pub(crate) fn is_released(&self) -> bool {
+        self.tid_word()
+            .is_none_or(|word| word.load(Ordering::Acquire) == 0)
+    }
+
+    /// Waits until the kernel has let go, at most `timeout`. True: it has.
+    ///
+    /// Plain FUTEX_WAIT: the kernel's wake of a cleared tid word is a shared one and wakes one
+    /// waiter, which is all there can be, because joining consumes the only handle (rule 14).
+    pub(crate) fn wait_released(&self, timeout: Option<std::time::Duration>) -> bool {
+        let Some(word) = self.tid_word() else {
+            return true;
+        };
+        let deadline = timeout.and_then(|timeout| std::time::Instant::now().checked_add(timeout));
+        loop {
+            let tid = word.load(Ordering::Acquire);
+            if tid == 0 {
+                return true;
+            }
+            let left = match deadline {
+                None => None,
+                Some(deadline) => {
+                    match deadline.checked_duration_since(std::time::Instant::now()) {
+                        Some(left) if !left.is_zero() => Some(left),
+                        _ => return false,
+                    }
+                }
+            };
+            sys::futex_wait(word, tid, left);
+        }
+    }
+
+    /// The `pthread_t`.
+    pub(crate) fn pthread(&self) -> libc::pthread_t {
+        self.block.thread_pointer() as libc::pthread_t
+    }
+
+    /// Sends `signal` (0 probes) to the thread `tid` that runs here, and to no other.
+    pub(crate) fn signal(&self, tid: libc::pid_t, signal: libc::c_int) -> nix::Result<()> {
+        self.with_tid(|| sys::tgkill(sys::process_id(), tid, signal))
+    }
+
+    /// A pidfd of the thread `tid` that runs here, and of no other.
+    pub(crate) fn pidfd(&self, tid: libc::pid_t) -> nix::Result<std::os::fd::OwnedFd> {
+        self.with_tid(|| sys::pidfd_open_thread(tid))
+    }
+
+    /// Calls `f` while the thread cannot end, or says ESRCH if it has. Signals are blocked
+    /// meanwhile: a handler that came here would wait for the thread that it interrupted.
+    fn with_tid<T>(&self, f: impl FnOnce() -> nix::Result<T>) -> nix::Result<T> {
+        let old = sys::set_signal_mask(sys::APPLICATION);
+        sys::lll_lock(&self.signal_lock);
+        let result = if self.exiting.load(Ordering::Relaxed) || self.is_released() {
+            Err(Errno::ESRCH)
+        } else {
+            f()
+        };
+        sys::lll_unlock(&self.signal_lock);
+        sys::set_signal_mask(old);
+        result
+    }
+
+    /// The thread's side of [`Stack::signal`]: from here on nobody uses the tid.
+    pub(crate) fn close_to_signals(&self) {
+        sys::lll_lock(&self.signal_lock);
+        self.exiting.store(true, Ordering::Relaxed);
+        sys::lll_unlock(&self.signal_lock);
+    }
+
+    /// `from` becomes `to`; what it was otherwise.
+    pub(crate) fn change_life(&self, from: Life, to: Life) -> bool {
+        self.life
+            .compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
+    /// Lends the name to the record for as long as the thread runs: what an overflow report, a
+    /// debugger and [`Stack::name`] read. Null pointer: no name.
+    ///
+    /// # Safety
+    /// The string outlives the thread, or `None` is set before it goes.
+    pub(crate) unsafe fn set_name(&self, name: Option<&str>) {
+        let (pointer, length) = name.map_or((std::ptr::null_mut(), 0), |name| {
+            (name.as_ptr().cast_mut(), name.len())
+        });
+        self.name_length.store(length, Ordering::Relaxed);
+        self.name.store(pointer, Ordering::Release);
+    }
+
+    /// The name of the thread that runs here.
+    ///
+    /// # Safety
+    /// Called by that thread, signal handlers included.
+    pub(crate) unsafe fn name(&self) -> Option<&str> {
+        let pointer = self.name.load(Ordering::Acquire);
+        if pointer.is_null() {
+            return None;
+        }
+        // SAFETY: a live str of this length, by set_name's contract.
+        Some(unsafe {
+            std::str::from_utf8_unchecked(std::slice::from_raw_parts(
+                pointer,
+                self.name_length.load(Ordering::Relaxed),
+            ))
+        })
+    }
+
+    /// The message for the new thread.
+    ///
+    /// # Safety
+    /// Called by the new thread, once.
+    pub(crate) unsafe fn take_start(&self) -> Option<crate::start::Start> {
+        // SAFETY: the creator's write happened before clone.
+        unsafe { (*self.start.get()).take() }
+    }
+
+    /// Where signals are handled that say SA_ONSTACK: lowest address and length.
+    pub(crate) fn signal_stack(&self) -> (usize, usize) {
+        (self.top(), self.signal_stack.load(Ordering::Relaxed))
+    }
+
+    /// Gives back to the kernel what an ending thread used of its stack beyond the remainder that
+    /// stays warm. Only inline assembly; madvise(MADV_DONTNEED) is in every VMM's filter.
+    ///
+    /// # Safety
+    /// Called by the ending thread on its own stack, with nothing deeper than the remainder in use.
+    #[inline(always)]
+    pub(crate) unsafe fn discard(&self) {
+        let keep = self.keep.load(Ordering::Relaxed);
+        let size = self.size();
+        if keep < size {
+            // SAFETY: below the remainder there is nothing but the dead frames of this thread.
+            let _ = unsafe { sys::madvise(self.bottom(), size - keep, libc::MADV_DONTNEED) };
+        }
+    }
+
+    /// The thread ended normally: its heap cache goes on to the next one here (rule 9).
+    pub(crate) fn mark_ended(&self) {
+        self.block.set_state(BlockState::Ended);
+    }
+
+    /// In a forked child: the thread that ran here does not exist. See [`cache::after_fork`].
+    fn forget_after_fork(&self) {
+        if let Some(word) = self.tid_word() {
+            word.store(0, Ordering::Release);
+        }
+        self.signal_lock.store(0, Ordering::Relaxed);
+        self.block.forget_after_fork();
+    }
+}
+
+// SAFETY: `links` is one object per record.
+unsafe impl Entry for Stack {
+    fn links(&self) -> &Links<Stack> {
+        &self.links
+    }
+
+    fn class(&self) -> Option<Class> {
+        Class::from_index(self.class.load(Ordering::Relaxed))
+    }
+
+    fn bytes(&self) -> usize {
+        self.length()
+    }
+
+    fn resident(&self) -> usize {
+        let size = self.size();
+        let keep = if self.locked.load(Ordering::Relaxed) {
+            size
+        } else {
+            self.keep.load(Ordering::Relaxed).min(size)
+        };
+        keep + self.block_size.load(Ordering::Relaxed)
+    }
+
+    fn released(&self) -> bool {
+        self.is_released()
+    }
+}
+
+/// A stack without a thread, owned by a spawn on its way: dropped, it goes back where it came from.
+pub(crate) struct Idle {
+    stack: &'static Stack,
+    cache: StackCache,
+    runtime: &'static Runtime,
+    from_cache: bool,
+}
+
+/// What a spawn asks of its stack.
+pub(crate) struct Wanted {
+    /// Usable bytes.
+    pub size: usize,
+    /// Guard bytes.
+    pub guard: usize,
+    /// Resident and locked before the closure runs.
+    pub lock: bool,
+    /// Bytes at the top that are resident before the closure runs.
+    pub prefault: usize,
+}
+
+impl Idle {
+    /// A cached stack of the size's class, or a fresh one. The errors name the step, the errno and
+    /// the bytes of the refused call.
+    pub(crate) fn obtain(
+        cache: &StackCache,
+        runtime: &'static Runtime,
+        wanted: &Wanted,
+    ) -> Result<Idle, (Step, Errno, usize)> {
+        let fit = class::fit(
+            wanted.size.max(layout::SMALLEST),
+            wanted.guard,
+            layout::page_size(),
+        );
+        let (size, guard) = fit.map_or((wanted.size, wanted.guard), |fit| (fit.usable, fit.guard));
+        let class = fit.map(|fit| fit.class);
+        let hit = class.and_then(|class| cache.ledger().take(class));
+        let (stack, from_cache) = match hit {
+            Some(stack) => (stack, true),
+            None => {
+                let layout = Layout::new(runtime, size, guard).ok_or((
+                    Step::Attributes,
+                    Errno::EINVAL,
+                    0,
+                ))?;
+                let stack = Stack::map(runtime, &layout, class, cache.keep_resident())?;
+                cache.ledger().adopt(stack);
+                (stack, false)
+            }
+        };
+        Ok(Idle {
+            stack,
+            cache: cache.clone(),
+            runtime,
+            from_cache,
+        })
+    }
+
+    /// True: from the cache; false: freshly mapped.
+    pub(crate) fn is_from_cache(&self) -> bool {
+        self.from_cache
+    }
+
+    /// mlock and prefault, as asked for. The error has the errno and the bytes.
+    pub(crate) fn prepare(&self, wanted: &Wanted) -> Result<(), (Errno, usize)> {
+        let stack = self.stack;
+        let (bottom, size) = (stack.bottom(), stack.size());
+        if wanted.lock {
+            // The flag first: even a refused mlock can have locked a part.
+            stack.locked.store(true, Ordering::Relaxed);
+            // SAFETY: the usable range of an idle stack, above its guard.
+            unsafe { mapping::lock(bottom, size) }.map_err(|errno| (errno, size))?;
+        } else if stack.locked.swap(false, Ordering::Relaxed) {
+            // A stack that an earlier thread had locked: its memory is wanted back.
+            // SAFETY: as above.
+            let _ = unsafe { mapping::unlock(bottom, size) };
+        }
+        let prefault = wanted
+            .prefault
+            .min(size)
+            .next_multiple_of(layout::page_size());
+        if prefault > 0 {
+            // SAFETY: as above.
+            unsafe { mapping::populate(stack.top() - prefault, prefault) }
+                .map_err(|errno| (errno, prefault))?;
+        }
+        Ok(())
+    }
+
+    /// Puts the descriptor on glibc's list. Application signals are blocked, 33 is open (rule 3),
+    /// as [`Signals`] does.
+    pub(crate) fn enlist(&self, _blocked: &Signals) -> Enlisted<'static> {
+        let stack = self.stack;
+        let guard = stack.guard_size();
+        // SAFETY: an Idle is the only owner of a stack whose last thread was released, or which is
+        // fresh: the ledger hands out no other.
+        unsafe {
+            self.runtime
+                .enlist(&stack.block, (stack.base(), guard + stack.size(), guard))
+        }
+    }
+
+    /// Clones. Every signal is blocked from here to the end of the clone, so that the new thread
+    /// begins with all of them blocked; `Signals` restores the creator's.
+    ///
+    /// On refusal the message comes back, and the error with it.
+    pub(crate) fn clone_thread(
+        &self,
+        start: crate::start::Start,
+        signals: &Signals,
+    ) -> Result<libc::pid_t, (Errno, clone::Call)> {
+        let stack = self.stack;
+        stack.life.store(Life::Attached as u8, Ordering::Relaxed);
+        stack.exiting.store(false, Ordering::Relaxed);
+        // SAFETY: no thread runs on this stack, so the slot is the creator's.
+        unsafe { *stack.start.get() = Some(start) };
+        let bottom = stack.bottom();
+        let request = clone::Request {
+            stack: bottom,
+            stack_size: stack.size(),
+            thread_pointer: stack.block.thread_pointer(),
+            tid: stack.tid.load(Ordering::Relaxed).cast(),
+            start: std::ptr::from_ref(stack).cast_mut().cast(),
+        };
+        signals.block_all();
+        // SAFETY: stack and block are idle, owned, enlisted and complete; start::main takes a
+        // `&'static Stack` with a message in it.
+        let answer = unsafe { clone::thread(&request) };
+        signals.open_libc();
+        if answer.is_err() {
+            // SAFETY: no thread came of it; dropping the message here gives the closure back.
+            drop(unsafe { (*stack.start.get()).take() });
+        }
+        answer
+    }
+
+    /// A thread runs on it now; the handle and the thread own it together.
+    pub(crate) fn into_running(self) -> (&'static Stack, StackCache) {
+        let this = std::mem::ManuallyDrop::new(self);
+        // SAFETY: `this` is never used again, so the handle is moved, not duplicated.
+        (this.stack, unsafe { std::ptr::read(&raw const this.cache) })
+    }
+
+    /// Back into the cache if it came from there, else unmapped: a refused spawn leaves no mapping
+    /// and no cached stack more than before (rule 3).
+    pub(crate) fn put_back(self) -> StackFate {
+        let fate = self.undo();
+        std::mem::forget(self.into_running());
+        fate
+    }
+
+    fn undo(&self) -> StackFate {
+        let ledger = self.cache.ledger();
+        let (unmapped, cached) = if self.from_cache {
+            let before = std::ptr::from_ref(self.stack);
+            let gone = cache::unmap_victims(ledger.give(self.stack), Some(self.runtime), before);
+            (gone, !gone)
+        } else {
+            let this = std::ptr::from_ref(self.stack);
+            let gone = cache::unmap_victims(ledger.retire(self.stack), Some(self.runtime), this);
+            (gone, !gone)
+        };
+        debug_assert!(unmapped != cached);
+        if unmapped {
+            StackFate::Unmapped
+        } else {
+            StackFate::Cached
+        }
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        self.undo();
+    }
+}
+
+/// The creator's signals while it spawns. Dropped, it restores the mask that was there.
+pub(crate) struct Signals {
+    old: sys::KernelSigSet,
+}
+
+impl Signals {
+    /// Blocks what the application handles; glibc's 32 and 33 stay open, because the next thing
+    /// may be to wait for the list's lock (rule 3).
+    pub(crate) fn block_application() -> Signals {
+        Signals {
+            old: sys::set_signal_mask(sys::APPLICATION),
+        }
+    }
+
+    fn block_all(&self) {
+        sys::set_signal_mask(sys::ALL);
+    }
+
+    fn open_libc(&self) {
+        sys::set_signal_mask(sys::APPLICATION);
+    }
+
+    /// What a new thread inherits: never 32 and 33 (rule 4).
+    pub(crate) fn inherited(&self) -> sys::KernelSigSet {
+        self.old & sys::APPLICATION
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        sys::set_signal_mask(self.old);
+    }
+}
+
+/// Where a thread's stack lies.
+///
+/// ```
+/// let handle = nptl::Builder::new().stack_size(256 * 1024).spawn(|| ()).unwrap();
+/// let stack = handle.stack();
+/// assert!(stack.size >= 256 * 1024);
+/// handle.join().unwrap();
+/// ```
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StackInfo {
+    /// Lowest usable address.
+    pub base: usize,
+    /// Usable bytes, from `base` to the initial stack pointer: what was asked for, rounded up to
+    /// the cache's size class.
+    pub size: usize,
+    /// Bytes of guard below `base`.
+    pub guard_size: usize,
+    /// The most bytes of stack that can have been in use so far, counted from the top, as
+    /// mincore(2) tells from resident pages. Pages that an earlier thread on this stack left
+    /// resident count as used, prefaulted and locked ones too; 0 if it could not be asked.
+    pub high_water_mark: usize,
+}
+
+impl Stack {
+    pub(crate) fn info(&self) -> StackInfo {
+        StackInfo {
+            base: self.bottom(),
+            size: self.size(),
+            guard_size: self.guard_size(),
+            high_water_mark: self.high_water_mark(),
+        }
+    }
+
+    /// In pieces, so that a large stack needs no large buffer; from below, because what was touched
+    /// deepest is looked for.
+    fn high_water_mark(&self) -> usize {
+        const PIECE: usize = 1024;
+        let page = layout::page_size();
+        let mut resident = [0_u8; PIECE];
+        let (mut at, top) = (self.bottom(), self.top());
+        while at < top {
+            let length = (top - at).min(PIECE * page);
+            // SAFETY: the vector holds a byte for each page of the range, which is mapped.
+            let answer =
+                unsafe { libc::mincore(at as *mut libc::c_void, length, resident.as_mut_ptr()) };
+            if answer != 0 {
+                return 0;
+            }
+            let pages = resident.iter().take(length / page);
+            if let Some(first) = pages.into_iter().position(|byte| byte & 1 != 0) {
+                return top - (at + first * page);
+            }
+            at += length;
+        }
+        0
+    }
+}

@@ -1,0 +1,211 @@
+//! The new thread's first and last instructions.
+//!
+//! The order matters at both ends; facts/glibc-rules.md gives the reasons by number.
+//!
+//! ```text
+//!  every signal blocked            set_robust_list, rseq, locale, ctype, resolver, errno
+//!                                  signal stack, settings (reported to the creator, if it waits)
+//!  the creator's mask              the closure; its result and itself are dropped or handed over
+//!                                  the stack is given back, if there is no handle to do it
+//!                                  thread-local destructors, pthread keys, thread-locals again
+//!                                  glibc's count of threads; the last one exits the process
+//!  application signals blocked     nobody can send to the tid any more
+//!                                  MADV_DONTNEED below the warm remainder
+//!                                  off glibc's list: from here on inline assembly only
+//!  every signal blocked            exit
+//! ```
+//!
+//! System calls after the closure has started: rt_sigprocmask, madvise(MADV_DONTNEED), exit, and
+//! only under contention futex (WAIT, WAKE, private or not); munmap where a detached thread's stack
+//! pushes others out of the cache. All of them pass the vCPU filters of Firecracker and Cloud
+//! Hypervisor (facts/vmm.md).
+
+use crate::clone::sys;
+use crate::error::Step;
+use crate::scope::Latch;
+use crate::stack::cache::StackCache;
+use crate::stack::{self, Life, Stack};
+use crate::tcb::Runtime;
+use nix::errno::Errno;
+use std::cell::Cell;
+use std::sync::Arc;
+
+/// What the creator hands to the new thread.
+pub(crate) struct Start {
+    /// The closure and the place for its result, kept alive by both sides.
+    pub body: Arc<dyn Body>,
+    pub runtime: &'static Runtime,
+    pub cache: StackCache,
+    pub name: Option<Arc<str>>,
+    /// The signal mask of the closure.
+    pub mask: sys::KernelSigSet,
+    pub settings: Settings,
+}
+
+/// The thread's work, without its types.
+pub(crate) trait Body: Send + Sync {
+    /// Runs the closure and keeps its result, or its panic. Does not unwind.
+    fn run(&self);
+}
+
+/// What a thread sets for itself before the closure runs. New settings go here; those that can be
+/// refused return their step, and a creator that asked for them waits for [`Settings::apply`].
+pub(crate) struct Settings {
+    /// As many bytes of the name as `comm` holds, NUL-terminated.
+    pub comm: Option<[u8; 16]>,
+    /// Handle overflows on the signal stack.
+    pub signal_stack: bool,
+}
+
+impl Settings {
+    fn apply(&self, stack: &Stack) -> Result<(), (Step, Errno)> {
+        if let Some(comm) = &self.comm {
+            // A name is a convenience: a filter that denies prctl must not cost the thread.
+            // SAFETY: a NUL-terminated buffer of 16 bytes.
+            unsafe { libc::prctl(libc::PR_SET_NAME, comm.as_ptr()) };
+        }
+        if self.signal_stack {
+            stack::overflow::use_signal_stack(stack).map_err(|errno| (Step::SignalStack, errno))?;
+        }
+        Ok(())
+    }
+}
+
+thread_local! {
+    /// The record of the calling thread, if it is one of this crate. Without a destructor, so that
+    /// it can be read until the end, and in signal handlers.
+    static CURRENT: Cell<Option<&'static Stack>> = const { Cell::new(None) };
+}
+
+/// The calling thread's stack, if this crate started it.
+pub(crate) fn current() -> Option<&'static Stack> {
+    CURRENT.get()
+}
+
+/// The name of the calling thread, as given to [`Builder::name`](crate::Builder::name).
+///
+/// `std::thread::current().name()` is `None` in a thread of this crate: std offers no way to set
+/// it. The operating system's name (`comm`, at most 15 bytes) is set as well.
+///
+/// ```
+/// let handle = nptl::Builder::new().name("vcpu0").spawn(nptl::current_name).unwrap();
+/// assert_eq!(handle.join().unwrap().as_deref(), Some("vcpu0"));
+/// ```
+pub fn current_name() -> Option<String> {
+    // SAFETY: the record of this very thread.
+    current().and_then(|stack| unsafe { stack.name() }.map(str::to_owned))
+}
+
+/// Makes a scoped closure look `'static`.
+///
+/// The thread enters the latch here and leaves it only after the closure is gone, and a scope does
+/// not return before its latch is empty (`scope::scope` waits in every case, panics included).
+pub(crate) fn scoped<'scope>(body: Arc<dyn Body + 'scope>, latch: &Arc<Latch>) -> Arc<dyn Body> {
+    struct Scoped {
+        // Dropped before the latch is left: it may borrow from the scope.
+        body: std::mem::ManuallyDrop<Arc<dyn Body>>,
+        latch: Arc<Latch>,
+    }
+    impl Body for Scoped {
+        fn run(&self) {
+            self.body.run();
+        }
+    }
+    impl Drop for Scoped {
+        fn drop(&mut self) {
+            // SAFETY: dropped once, here, and not used again.
+            unsafe { std::mem::ManuallyDrop::drop(&mut self.body) };
+            self.latch.leave();
+        }
+    }
+    latch.enter();
+    // SAFETY: only the lifetime changes. The closure is used and dropped by this value alone (the
+    // scoped handle, which shares it, cannot outlive 'scope), and the latch holds 'scope open until
+    // then.
+    let body = unsafe { std::mem::transmute::<Arc<dyn Body + 'scope>, Arc<dyn Body>>(body) };
+    Arc::new(Scoped {
+        body: std::mem::ManuallyDrop::new(body),
+        latch: Arc::clone(latch),
+    })
+}
+
+/// Where every thread begins, called by the architecture's entry routine with all signals blocked.
+///
+/// # Safety
+/// `record` is the `&'static Stack` this thread runs on, with its message in place.
+pub(crate) unsafe extern "C" fn main(record: *mut libc::c_void) -> ! {
+    // SAFETY: by contract; records are never freed.
+    let stack = unsafe { &*record.cast_const().cast::<Stack>() };
+    // SAFETY: the new thread takes its message once. Everything that needs dropping is dropped in
+    // `live`: this frame is never left (facts/glibc.md).
+    let runtime = unsafe { live(stack) };
+    // SAFETY: the thread has ended but for this.
+    unsafe { leave(stack, runtime) }
+}
+
+/// The thread's life: from its first TLS access to its last destructor.
+unsafe fn live(stack: &'static Stack) -> &'static Runtime {
+    // SAFETY: passed on. Without a message there is no thread to be: the creator always leaves one.
+    let Some(start) = (unsafe { stack.take_start() }) else {
+        sys::exit_thread()
+    };
+    let Start {
+        body,
+        runtime,
+        cache,
+        name,
+        mask,
+        settings,
+    } = start;
+    // SAFETY: first thing on a complete block; the name lives until the end of this function.
+    unsafe {
+        runtime.enter();
+        stack.set_name(name.as_deref());
+    }
+    CURRENT.set(Some(stack));
+    // Nobody waits for these settings: without its signal stack the thread runs, and an overflow
+    // dies without a report.
+    let _ = settings.apply(stack);
+    sys::set_signal_mask(mask);
+
+    body.run();
+    // The last reference, if there is no handle: the closure's result is dropped here, while
+    // thread-locals still work.
+    drop(body);
+
+    // Before the destructors, because giving back may need thread-locals (the allocator's, the
+    // handle's); the kernel's clearing of the tid word decides when the stack is really free.
+    if !stack.change_life(Life::Attached, Life::Ending) {
+        cache.give(stack);
+    }
+    drop(cache);
+
+    // SAFETY: the ending thread itself, with application signals open (rule 17).
+    unsafe {
+        runtime.run_destructors();
+        if runtime.count_down() {
+            // main has called pthread_exit, and this was the last thread.
+            libc::exit(0);
+        }
+        stack.set_name(None);
+    }
+    drop(name);
+    runtime
+}
+
+/// The last frame. Nothing in it may need dropping.
+unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
+    // 33 stays open: whoever broadcasts a set-id call holds the list's lock and waits for us.
+    sys::set_signal_mask(sys::APPLICATION);
+    stack.close_to_signals();
+    // SAFETY: the ending thread on its own stack and block, in the order that the top of this file
+    // gives. From `unlist` on nothing but inline assembly runs (rule 11).
+    unsafe {
+        runtime.mark_exiting();
+        stack.discard();
+        stack.mark_ended();
+        runtime.unlist(stack.block.thread_pointer(), stack.block.listed());
+    }
+    sys::set_signal_mask(sys::ALL);
+    sys::exit_thread()
+}

@@ -1,0 +1,380 @@
+//! One thread's TLS block: preparing it, listing it, handing its heap cache on, retiring it.
+
+use super::{KEY_BLOCKS, Runtime, calibrate::JoinMark, symbols};
+use crate::clone::{self, sys};
+use std::cell::{Cell, UnsafeCell};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+
+/// The largest TLS segment of libc itself that is handed on; 128 to 144 bytes were seen.
+pub(crate) const SEGMENT_MAX: usize = 256;
+
+/// What the memory of a block holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum BlockState {
+    /// Zeroes from the kernel.
+    Fresh = 0,
+    /// In use, or its thread did not end normally: nothing in it may be handed on (rule 9).
+    InUse = 1,
+    /// A thread ended normally here: libc's segment (the heap cache) goes on to the next.
+    Ended = 2,
+}
+
+/// What outlives a block whose memory is unmapped, until the next fresh block takes it: malloc's
+/// thread cache and arena, and the getrandom state. Dropping these would leak them, because glibc
+/// exports no way to release them (facts/glibc.md).
+pub(crate) struct Parked {
+    segment: [u8; SEGMENT_MAX],
+    getrandom: usize,
+    present: bool,
+}
+
+/// What the stack record keeps of its block.
+pub(crate) struct Block {
+    /// The thread pointer; 0 while nothing is mapped.
+    tp: AtomicUsize,
+    state: AtomicU8,
+    /// On glibc's list. Cleared by the thread itself as its last act; whoever finds it set after
+    /// the kernel cleared the tid word must unlist in its stead (rule 7).
+    listed: AtomicBool,
+    /// Only touched by the owner of the stack, like the block itself.
+    parked: UnsafeCell<Parked>,
+}
+
+// SAFETY: `parked` is accessed by the stack's single owner only; ownership is handed over through
+// the cache's lock and the tid word.
+unsafe impl Sync for Block {}
+// SAFETY: nothing in it is bound to a thread.
+unsafe impl Send for Block {}
+
+impl Block {
+    pub(crate) const fn new() -> Block {
+        Block {
+            tp: AtomicUsize::new(0),
+            state: AtomicU8::new(BlockState::Fresh as u8),
+            listed: AtomicBool::new(false),
+            parked: UnsafeCell::new(Parked {
+                segment: [0; SEGMENT_MAX],
+                getrandom: 0,
+                present: false,
+            }),
+        }
+    }
+
+    /// The thread pointer, which is the `pthread_t`; 0 while nothing is mapped.
+    pub(crate) fn thread_pointer(&self) -> usize {
+        self.tp.load(Ordering::Relaxed)
+    }
+
+    /// The memory at `tp` was just mapped.
+    pub(crate) fn set_fresh(&self, tp: usize) {
+        self.tp.store(tp, Ordering::Relaxed);
+        self.set_state(BlockState::Fresh);
+    }
+
+    pub(crate) fn set_state(&self, state: BlockState) {
+        self.state.store(state as u8, Ordering::Release);
+    }
+
+    fn state(&self) -> BlockState {
+        match self.state.load(Ordering::Acquire) {
+            0 => BlockState::Fresh,
+            2 => BlockState::Ended,
+            _ => BlockState::InUse,
+        }
+    }
+
+    pub(crate) fn listed(&self) -> &AtomicBool {
+        &self.listed
+    }
+
+    /// In a forked child glibc has emptied its list, and a heap cache saved by the parent's threads
+    /// refers to arenas whose counts fork has reset (rule 16).
+    pub(crate) fn forget_after_fork(&self) {
+        self.listed.store(false, Ordering::Relaxed);
+        if self.state() == BlockState::Ended {
+            self.set_state(BlockState::InUse);
+        }
+        // SAFETY: the child has one thread, and it owns every idle stack.
+        unsafe { (*self.parked.get()).present = false };
+    }
+}
+
+/// A descriptor on glibc's list whose thread does not exist yet. Dropping it takes it off again,
+/// and out of the count of threads; the new thread's clone makes it permanent.
+///
+/// Made and dropped with application signals blocked and 33 open (rule 3).
+pub(crate) struct Enlisted<'a> {
+    runtime: &'static Runtime,
+    block: &'a Block,
+    /// What the block is if no thread comes of this.
+    otherwise: Cell<BlockState>,
+}
+
+impl Runtime {
+    /// Completes the descriptor and puts it on the list with tid 0 (rule 1: before clone, so that
+    /// no set-id broadcast can miss the thread). TLS images follow by [`Enlisted::allocate_tls`],
+    /// in this order because a dlopen in between initialises only what it finds listed (rule 6).
+    ///
+    /// `stack` is lowest address, length including the guard, and length of the guard.
+    ///
+    /// # Safety
+    /// The block is idle: its last thread's tid word was cleared by the kernel, or it is fresh
+    /// (rule 2 of architecture.md), the caller is its only owner, and `stack` describes its stack.
+    pub(crate) unsafe fn enlist<'a>(
+        &'static self,
+        block: &'a Block,
+        stack: (usize, usize, usize),
+    ) -> Enlisted<'a> {
+        // SAFETY: the caller owns the idle block.
+        unsafe {
+            if block.listed.load(Ordering::Acquire) {
+                self.unlist(block.thread_pointer(), &block.listed);
+            }
+            let otherwise = self.prepare(block, stack);
+            self.count_up();
+            self.list.add(block.thread_pointer() + self.symbols.list);
+            block.listed.store(true, Ordering::Release);
+            Enlisted {
+                runtime: self,
+                block,
+                otherwise: Cell::new(otherwise),
+            }
+        }
+    }
+
+    /// Bytes from the lowest address of static TLS to the end of the descriptor.
+    fn extent(&self, tp: usize) -> (usize, usize) {
+        let below = self.symbols.tls_size - self.symbols.descriptor_size;
+        (tp - below, tp + self.symbols.descriptor_size)
+    }
+
+    /// The state the block has once it is prepared, should nothing come of it.
+    unsafe fn prepare(&self, block: &Block, stack: (usize, usize, usize)) -> BlockState {
+        let tp = block.thread_pointer();
+        let (lowest, end) = self.extent(tp);
+        let offsets = &self.offsets;
+        // SAFETY: the caller owns the idle block; every address lies between lowest and end.
+        unsafe {
+            let parked = &mut *block.parked.get();
+            let otherwise = match block.state() {
+                BlockState::Fresh => {
+                    if parked.present
+                        && let Some(at) = offsets.getrandom
+                    {
+                        ((tp + at) as *mut usize).write(parked.getrandom);
+                    }
+                    BlockState::Fresh
+                }
+                BlockState::Ended => {
+                    if !parked.present {
+                        self.save_segment(tp, parked);
+                    }
+                    self.release_dtv(tp);
+                    // Gaps between modules, and from 2.41 the rseq area, are written by nobody else.
+                    std::ptr::write_bytes(lowest as *mut u8, 0, tp - lowest);
+                    self.reset_descriptor(tp);
+                    BlockState::Ended
+                }
+                BlockState::InUse => {
+                    // An abnormal end: anything in here may dangle, so all of it goes.
+                    self.release_dtv(tp);
+                    std::ptr::write_bytes(lowest as *mut u8, 0, end - lowest);
+                    BlockState::Fresh
+                }
+            };
+            block.set_state(BlockState::InUse);
+            clone::fill_header(tp);
+            self.fill_descriptor(tp, stack);
+            otherwise
+        }
+    }
+
+    /// Frees the DTV and dynamic TLS of the thread that was here, once: a refused
+    /// `_dl_allocate_tls` leaves none.
+    unsafe fn release_dtv(&self, tp: usize) {
+        let dtv = (tp + self.symbols.dtv) as *mut usize;
+        // SAFETY: the caller owns the idle block; the word is null or what _dl_allocate_tls wrote.
+        unsafe {
+            if dtv.read() != 0 {
+                (self.symbols.deallocate_tls)(tp as *mut libc::c_void, false);
+                dtv.write(0);
+            }
+        }
+    }
+
+    /// Back to a fresh descriptor, as nptl does it for a stack from its cache: known fields are
+    /// reset, buffers and tables that hang off it stay and are used again (rule 5 among them).
+    unsafe fn reset_descriptor(&self, tp: usize) {
+        let (symbols, offsets) = (&self.symbols, &self.offsets);
+        // SAFETY: offsets lie in the descriptor, which the caller owns.
+        unsafe {
+            let flags = (tp + offsets.flags) as *mut u32;
+            flags.write(flags.read() & !offsets.flags_changed);
+            ((tp + symbols.schedpolicy) as *mut u32).write(0);
+            ((tp + symbols.sched_priority) as *mut u32).write(0);
+            ((tp + symbols.cancelhandling) as *mut u32).write(0);
+            ((tp + symbols.report_events) as *mut u8).write(0);
+            ((tp + symbols.nextevent) as *mut usize).write(0);
+            std::ptr::write_bytes((tp + symbols.eventbuf.0) as *mut u8, 0, symbols.eventbuf.1);
+            ((tp + offsets.result) as *mut usize).write(0);
+            if let Some(exiting) = offsets.exiting {
+                ((tp + exiting.flag) as *mut u8).write(0);
+                ((tp + exiting.lock) as *mut u32).write(0);
+            }
+        }
+    }
+
+    /// The non-zero fields of a descriptor at the moment of clone (facts/glibc.md).
+    unsafe fn fill_descriptor(&self, tp: usize, (base, length, guard): (usize, usize, usize)) {
+        let (symbols, offsets) = (&self.symbols, &self.offsets);
+        let write = |at: usize, value: usize| {
+            // SAFETY: every `at` is a word of the descriptor, which the caller owns.
+            unsafe { ((tp + at) as *mut usize).write(value) }
+        };
+        let robust = tp + offsets.robust_head;
+        write(offsets.robust_head - 8, robust); // robust_prev
+        write(offsets.robust_head, robust);
+        write(offsets.robust_head + 8, offsets.robust_futex_offset);
+        write(offsets.robust_head + 16, 0);
+        write(symbols.specific, tp + offsets.first_key_block);
+        write(offsets.stackblock, base);
+        write(offsets.stackblock_size, length);
+        write(offsets.guardsize, guard);
+        write(offsets.reported_guardsize, guard);
+        match offsets.join_mark {
+            JoinMark::Itself => write(offsets.join, tp),
+            // SAFETY: as in `write`.
+            JoinMark::State(detached) => unsafe {
+                ((tp + offsets.join) as *mut u32).write(detached);
+            },
+        }
+        // SAFETY: as in `write`; the rseq area may lie below the descriptor, but in the block.
+        unsafe {
+            ((tp + offsets.user_stack) as *mut u8).write(offsets.user_stack_value);
+            ((tp + symbols.tid) as *mut u32).write(0);
+            if let Some(rseq) = symbols.rseq {
+                let area = (tp as isize + rseq.offset) as *mut u8;
+                std::ptr::write_bytes(area, 0, rseq.registered_size());
+                area.add(symbols::RSEQ_CPU_ID)
+                    .cast::<i32>()
+                    .write(self.rseq_of_creator(rseq));
+            }
+        }
+    }
+
+    /// A new thread registers rseq only if its creator has: -1 "not yet", or -2 "not to be had".
+    fn rseq_of_creator(&self, rseq: symbols::Rseq) -> i32 {
+        let cpu_id =
+            (clone::thread_pointer() as isize + rseq.offset) as usize + symbols::RSEQ_CPU_ID;
+        // SAFETY: the calling thread's own rseq area; the kernel writes it, hence volatile.
+        if unsafe { (cpu_id as *const i32).read_volatile() } >= 0 {
+            symbols::RSEQ_UNINITIALIZED
+        } else {
+            -2
+        }
+    }
+
+    unsafe fn save_segment(&self, tp: usize, parked: &mut Parked) {
+        let segment = &self.offsets.segment;
+        let size = (segment.end - segment.start) as usize;
+        // SAFETY: the segment lies in the block, and calibration checked its size.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                (tp as isize + segment.start) as *const u8,
+                parked.segment.as_mut_ptr(),
+                size,
+            );
+            parked.getrandom = self
+                .offsets
+                .getrandom
+                .map_or(0, |at| ((tp + at) as *const usize).read());
+        }
+        parked.present = true;
+    }
+
+    /// Saves and frees what hangs off a block before its memory goes away: the heap cache stays
+    /// with the record for the next block that it describes.
+    ///
+    /// # Safety
+    /// The block is idle and the caller its only owner, as for [`Runtime::enlist`]; afterwards its
+    /// memory must not be used any more.
+    pub(crate) unsafe fn retire(&self, block: &Block) {
+        let tp = block.thread_pointer();
+        // SAFETY: the caller owns the idle block. Application signals are blocked around the
+        // list's lock, 33 is not (rule 3).
+        unsafe {
+            if block.listed.load(Ordering::Acquire) {
+                let old = sys::set_signal_mask(sys::APPLICATION);
+                self.unlist(tp, &block.listed);
+                sys::set_signal_mask(old);
+            }
+            if block.state() == BlockState::Fresh {
+                return;
+            }
+            self.release_dtv(tp);
+            if block.state() == BlockState::Ended {
+                let parked = &mut *block.parked.get();
+                if !parked.present {
+                    self.save_segment(tp, parked);
+                }
+                for index in 1..KEY_BLOCKS {
+                    let table =
+                        (tp + self.symbols.specific + index * 8) as *const *mut libc::c_void;
+                    libc::free(table.read());
+                }
+                for buffer in [self.offsets.strsignal, self.offsets.strerror]
+                    .into_iter()
+                    .flatten()
+                {
+                    libc::free(((tp + buffer) as *const *mut libc::c_void).read());
+                }
+            }
+        }
+        block.set_state(BlockState::Fresh);
+    }
+}
+
+impl Enlisted<'_> {
+    /// DTV and static TLS images of every module, then libc's own segment as the last thread on
+    /// this block left it. False: out of memory (`_dl_allocate_tls` gave null).
+    pub(crate) fn allocate_tls(&self) -> bool {
+        let (runtime, tp) = (self.runtime, self.block.thread_pointer());
+        // SAFETY: the block is enlisted, so this holder is its only owner; the segment's place and
+        // size were found by calibration, and static TLS offsets never change.
+        unsafe {
+            if (runtime.symbols.allocate_tls)(tp as *mut libc::c_void).is_null() {
+                return false;
+            }
+            let parked = &mut *self.block.parked.get();
+            if parked.present {
+                let segment = &runtime.offsets.segment;
+                std::ptr::copy_nonoverlapping(
+                    parked.segment.as_ptr(),
+                    (tp as isize + segment.start) as *mut u8,
+                    (segment.end - segment.start) as usize,
+                );
+                parked.present = false;
+            }
+        }
+        self.otherwise.set(BlockState::Ended);
+        true
+    }
+
+    /// The thread exists: it will take itself off the list.
+    pub(crate) fn commit(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Enlisted<'_> {
+    fn drop(&mut self) {
+        self.runtime.count_down();
+        self.block.set_state(self.otherwise.get());
+        // SAFETY: enlisted, and no thread was made of it; signals are as the type's contract says.
+        unsafe {
+            self.runtime
+                .unlist(self.block.thread_pointer(), &self.block.listed);
+        }
+    }
+}

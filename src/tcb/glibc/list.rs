@@ -1,0 +1,129 @@
+//! Membership in glibc's list of live threads.
+//!
+//! A set-id broadcast, dlopen's initialisation of static TLS, dlclose, fork and debuggers walk this
+//! list; a thread that is not on it keeps its old uid after another thread's `setuid`.
+
+use crate::clone::sys;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
+
+/// `list_t`, the intrusive links of glibc's lists.
+#[repr(C)]
+struct Links {
+    next: AtomicUsize,
+    prev: AtomicUsize,
+}
+
+/// In `_rtld_global` the user list is followed by the cache list (16 bytes), the cache's size (8),
+/// the in-flight word (8) and the lock, in this order since 2.34 (facts/glibc.md).
+const IN_FLIGHT: usize = 40;
+const LOCK: usize = 48;
+
+/// More threads than any kernel allows (PID_MAX_LIMIT is 4 Mi): a longer walk is not a list.
+const LONGEST: usize = 1 << 22;
+
+pub(super) struct ThreadList {
+    /// Address of the head of `_dl_stack_user`.
+    head: usize,
+    /// Address of the head of `_dl_stack_used`.
+    used: usize,
+}
+
+impl ThreadList {
+    /// # Safety
+    /// `user` and `used` are the heads that libthread_db's descriptors give.
+    pub(super) unsafe fn new(user: usize, used: usize) -> ThreadList {
+        ThreadList { head: user, used }
+    }
+
+    fn lock_word(&self) -> &AtomicU32 {
+        // SAFETY: an int in `_rtld_global`, which lives as long as the process.
+        unsafe { &*((self.head + LOCK) as *const AtomicU32) }
+    }
+
+    fn in_flight(&self) -> &AtomicUsize {
+        // SAFETY: a word in `_rtld_global`.
+        unsafe { &*((self.head + IN_FLIGHT) as *const AtomicUsize) }
+    }
+
+    /// # Safety
+    /// `address` is a list head or a linked element.
+    unsafe fn links<'a>(address: usize) -> &'a Links {
+        // SAFETY: the caller vouches for the address.
+        unsafe { &*(address as *const Links) }
+    }
+
+    /// The self-check before the lock is trusted: an ordinary futex lock holds 0, 1 or 2.
+    pub(super) fn lock_is_plausible(&self) -> bool {
+        self.lock_word().load(Ordering::Relaxed) <= 2
+            && self.in_flight().load(Ordering::Relaxed) & 7 <= 1
+    }
+
+    /// Whether `element` is on the list of threads with stacks of their own (`user`), or on that
+    /// of threads with glibc's stacks.
+    pub(super) fn contains(&self, element: usize, user: bool) -> bool {
+        let head = if user { self.head } else { self.used };
+        sys::lll_lock(self.lock_word());
+        let mut found = false;
+        // SAFETY: head and elements are linked while the lock is held.
+        let mut at = unsafe { Self::links(head) }.next.load(Ordering::Relaxed);
+        for _ in 0..LONGEST {
+            if at == head || at == 0 {
+                break;
+            }
+            if at == element {
+                found = true;
+                break;
+            }
+            // SAFETY: as above.
+            at = unsafe { Self::links(at) }.next.load(Ordering::Relaxed);
+        }
+        sys::lll_unlock(self.lock_word());
+        found
+    }
+
+    /// Puts `element` on the user list, in the order that a fork in between survives: the new
+    /// element's links, the neighbour's back link, then the head. (fork repairs an addition only
+    /// on the other lists; with this order the user list needs no repair.)
+    ///
+    /// # Safety
+    /// `element` is the list field of a prepared descriptor that stays mapped while listed. 33 is
+    /// unblocked, application signals are blocked (rule 3).
+    pub(super) unsafe fn add(&self, element: usize) {
+        sys::lll_lock(self.lock_word());
+        // SAFETY: the lock is held, so the head and its neighbour are linked and stay so.
+        unsafe {
+            let (head, new) = (Self::links(self.head), Self::links(element));
+            let first = head.next.load(Ordering::Relaxed);
+            new.next.store(first, Ordering::Relaxed);
+            new.prev.store(self.head, Ordering::Relaxed);
+            Self::links(first).prev.store(element, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            head.next.store(element, Ordering::Release);
+        }
+        sys::lll_unlock(self.lock_word());
+    }
+
+    /// Takes `element` off its list. The in-flight word holds it meanwhile, so that a fork in
+    /// between replays the removal in the child.
+    ///
+    /// # Safety
+    /// `element` is listed. 33 is unblocked, application signals are blocked (rule 3).
+    #[inline(always)]
+    pub(super) unsafe fn remove(&self, element: usize, listed: &AtomicBool) {
+        sys::lll_lock(self.lock_word());
+        self.in_flight().store(element, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        // SAFETY: the lock is held and the element is linked.
+        unsafe {
+            let links = Self::links(element);
+            let next = links.next.load(Ordering::Relaxed);
+            let prev = links.prev.load(Ordering::Relaxed);
+            Self::links(next).prev.store(prev, Ordering::Relaxed);
+            Self::links(prev).next.store(next, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+        self.in_flight().store(0, Ordering::Relaxed);
+        listed.store(false, Ordering::Release);
+        sys::lll_unlock(self.lock_word());
+    }
+}

@@ -1,0 +1,309 @@
+//! glibc 2.34 and newer: facts/glibc.md, turned into code rule by rule (facts/glibc-rules.md).
+//!
+//! ```text
+//!   block_size bytes, page-aligned at both ends
+//!  ┌──────────────────┬─────────────────────────────┬──────────────────────────┐
+//!  │ (alignment)      │ static TLS of every module  │ struct pthread           │ high
+//!  └──────────────────┴─────────────────────────────┴──────────────────────────┘
+//!                                                   ▲ thread pointer
+//! ```
+
+mod block;
+mod calibrate;
+mod list;
+mod symbols;
+
+pub(crate) use block::{Block, BlockState, Enlisted};
+
+use super::RuntimeError;
+use crate::clone::{self, sys};
+use crate::stack::Lock;
+use calibrate::Offsets;
+use list::ThreadList;
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use symbols::Symbols;
+
+/// The destructors of pthread keys run at most this often: `PTHREAD_DESTRUCTOR_ITERATIONS`.
+const DESTRUCTOR_ROUNDS: usize = 4;
+
+/// Keys in one block of `specific`, and number of such blocks: nptl's two-level table.
+const KEYS_PER_BLOCK: usize = 32;
+const KEY_BLOCKS: usize = 32;
+
+/// A calibrated glibc.
+pub(crate) struct Runtime {
+    symbols: Symbols,
+    offsets: Offsets,
+    list: ThreadList,
+}
+
+// SAFETY: after calibration everything in here is constant; what the pointers point at is glibc's,
+// lives as long as the process, and is touched under glibc's own lock or atomically.
+unsafe impl Send for Runtime {}
+// SAFETY: as above.
+unsafe impl Sync for Runtime {}
+
+/// Null until the calibration succeeded; the value is leaked, so readers need no lock.
+static RUNTIME: AtomicPtr<Runtime> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Serialises calibrations. Taken around fork (see `crate::stack::cache`), so that a child never
+/// finds it held by a thread that no longer exists.
+static CALIBRATION: Lock<()> = Lock::new(());
+
+impl Runtime {
+    /// The runtime, calibrating it at the first call.
+    pub(crate) fn get() -> Result<&'static Runtime, RuntimeError> {
+        match Runtime::existing() {
+            Some(runtime) => Ok(runtime),
+            None => Runtime::calibrate(),
+        }
+    }
+
+    /// The runtime, if a calibration has succeeded before.
+    pub(crate) fn existing() -> Option<&'static Runtime> {
+        // SAFETY: the pointer is null or a leaked, immutable Runtime.
+        unsafe { RUNTIME.load(Ordering::Acquire).as_ref() }
+    }
+
+    #[cold]
+    fn calibrate() -> Result<&'static Runtime, RuntimeError> {
+        // The calibration threads inherit this mask: no handler of the application ever runs on
+        // them, and none can call spawn while this thread holds the calibration's lock.
+        let old = sys::set_signal_mask(sys::APPLICATION);
+        let result = {
+            let _serial = CALIBRATION.lock();
+            match Runtime::existing() {
+                Some(runtime) => Ok(runtime),
+                None => calibrate::calibrate().map(|runtime| {
+                    let runtime: &'static Runtime = Box::leak(Box::new(runtime));
+                    RUNTIME.store(std::ptr::from_ref(runtime).cast_mut(), Ordering::Release);
+                    runtime
+                }),
+            }
+        };
+        sys::set_signal_mask(old & sys::APPLICATION);
+        result
+    }
+
+    /// For fork's "prepare" handler: no calibration is under way until [`Runtime::release_calibration`].
+    pub(crate) fn hold_calibration() {
+        CALIBRATION.hold();
+    }
+
+    /// Ends [`Runtime::hold_calibration`], in the parent and in the child.
+    pub(crate) fn release_calibration() {
+        // SAFETY: called only by fork's later handlers, in the thread (or its copy) that held it.
+        drop(unsafe { CALIBRATION.held() });
+    }
+
+    /// In a child that no handler prepared: whoever calibrated does not exist here.
+    ///
+    /// # Safety
+    /// The process is a forked child with one thread.
+    pub(crate) unsafe fn seize_calibration() {
+        // SAFETY: passed on.
+        drop(unsafe { CALIBRATION.seize() });
+    }
+
+    /// In a forked child glibc believes to be single-threaded again, and only a real
+    /// `pthread_create` turns the single-thread fast paths off: the next spawn must prime again.
+    pub(crate) fn forget_after_fork() {
+        RUNTIME.store(std::ptr::null_mut(), Ordering::Release);
+    }
+
+    /// Bytes of a TLS block, a multiple of the page size.
+    pub(crate) fn block_size(&self, page: usize) -> usize {
+        let slack = self.symbols.tls_align.max(64);
+        (self.symbols.tls_size + slack).next_multiple_of(page)
+    }
+
+    /// The thread pointer of a block that ends at `end`.
+    pub(crate) fn thread_pointer_in(&self, end: usize) -> usize {
+        let align = self.symbols.tls_align.max(64);
+        (end - self.symbols.descriptor_size) & !(align - 1)
+    }
+
+    /// The tid word of the descriptor at `tp`: set by clone, cleared by the kernel.
+    ///
+    /// # Safety
+    /// `tp` is the thread pointer of a mapped block; the reference must not outlive the mapping.
+    pub(crate) unsafe fn tid_word<'a>(&self, tp: usize) -> &'a AtomicU32 {
+        // SAFETY: the caller keeps the block mapped; the kernel and glibc access it atomically.
+        unsafe { &*((tp + self.symbols.tid) as *const AtomicU32) }
+    }
+
+    /// Address of a thread's first moments: see [`crate::start::main`]. Robust list, rseq, locale,
+    /// ctype, resolver, errno: everything in the block that only its own thread can set.
+    ///
+    /// # Safety
+    /// Called once by a new thread on its own block, before any other code of libc.
+    pub(crate) unsafe fn enter(&self) {
+        let tp = clone::thread_pointer();
+        // SAFETY: all addresses lie in this thread's own descriptor, which was prepared with
+        // exactly these offsets; the libc functions are called on a complete TLS block. Rule 10
+        // gives the order: locale before ctype, then the resolver's pointer, then errno.
+        unsafe {
+            clone::syscall(
+                libc::SYS_set_robust_list,
+                [
+                    tp + self.offsets.robust_head,
+                    calibrate::ROBUST_HEAD_SIZE,
+                    0,
+                    0,
+                    0,
+                    0,
+                ],
+            );
+            self.register_rseq(tp);
+            libc::uselocale(symbols::LC_GLOBAL_LOCALE);
+            (self.symbols.ctype_init)();
+            ((tp as isize + self.offsets.resp) as *mut usize).write(tp + self.offsets.resolver);
+            *symbols::__h_errno_location() = 0;
+            // Cancellation unwinds through Rust frames and aborts the process; a request stays
+            // pending instead, unless code in the thread asks for it.
+            symbols::pthread_setcancelstate(symbols::PTHREAD_CANCEL_DISABLE, std::ptr::null_mut());
+            *libc::__errno_location() = 0;
+        }
+    }
+
+    /// Registers the rseq area that `Block::prepare` left at "not registered" (rule 15); on
+    /// refusal `sched_getcpu` and friends learn from -2 that they must ask the kernel.
+    unsafe fn register_rseq(&self, tp: usize) {
+        const RSEQ_SIGNATURE: usize = 0x5305_3053;
+        const REGISTRATION_FAILED: i32 = -2;
+        let Some(rseq) = self.symbols.rseq else {
+            return;
+        };
+        let area = (tp as isize + rseq.offset) as usize;
+        let cpu_id = (area + symbols::RSEQ_CPU_ID) as *mut i32;
+        // SAFETY: the area lies in this thread's block, aligned and sized as glibc itself uses it.
+        unsafe {
+            if cpu_id.read_volatile() != symbols::RSEQ_UNINITIALIZED {
+                return;
+            }
+            let answer = clone::syscall(
+                libc::SYS_rseq,
+                [area, rseq.registered_size(), 0, RSEQ_SIGNATURE, 0, 0],
+            );
+            if answer != 0 {
+                cpu_id.write_volatile(REGISTRATION_FAILED);
+            }
+        }
+    }
+
+    /// Runs thread-local destructors and those of pthread keys, then releases what a dead thread
+    /// may leave in libc's own TLS: nothing of it may reach the next thread on this block.
+    ///
+    /// # Safety
+    /// Called by an ending thread of this crate, with application signals still open.
+    pub(crate) unsafe fn run_destructors(&self) {
+        // SAFETY: exported for exactly this moment of a thread's life; rule 8 asks for the second
+        // call, because key destructors can register new thread-local ones.
+        unsafe {
+            (self.symbols.call_tls_dtors)();
+            self.run_key_destructors();
+            (self.symbols.call_tls_dtors)();
+            // Formats a pending message, then frees it: dlerror's state is in the segment that the
+            // next thread inherits.
+            if !libc::dlerror().is_null() {
+                libc::dlerror();
+            }
+            // Rule 19: a state that was never opened would close file descriptor 0.
+            let resolver = clone::thread_pointer() + self.offsets.resolver;
+            let nscount = (resolver + symbols::RES_STATE_NSCOUNT) as *const i32;
+            if nscount.read() != 0 {
+                (self.symbols.res_nclose)(resolver as *mut libc::c_void);
+                // The next thread on this block must not find an "initialised" resolver.
+                std::ptr::write_bytes(resolver as *mut u8, 0, self.symbols.resolver_size);
+            }
+        }
+    }
+
+    /// Four rounds over all values, as nptl does; whatever is left then, or has no destructor, is
+    /// cleared (rule 18).
+    unsafe fn run_key_destructors(&self) {
+        for round in 0..=DESTRUCTOR_ROUNDS {
+            let mut found = false;
+            for block in 0..KEY_BLOCKS {
+                // SAFETY: `specific` holds a null or valid pointer to 32 key values; destructors
+                // can add second-level blocks, so the pointer is read afresh in every round.
+                let values = unsafe {
+                    let slot = clone::thread_pointer() + self.symbols.specific + block * 8;
+                    (slot as *const *mut symbols::KeyValue).read()
+                };
+                if values.is_null() {
+                    continue;
+                }
+                for index in 0..KEYS_PER_BLOCK {
+                    // SAFETY: index < 32, and this thread is the only one to touch its values.
+                    let value = unsafe { &mut *values.add(index) };
+                    if value.data.is_null() {
+                        continue;
+                    }
+                    let data = std::mem::replace(&mut value.data, std::ptr::null_mut());
+                    let sequence = value.sequence;
+                    if round == DESTRUCTOR_ROUNDS {
+                        continue;
+                    }
+                    // SAFETY: the table has 1024 entries, this one among them. A key deleted and
+                    // made anew has another sequence number, and its destructor is not meant.
+                    let key = unsafe { &*self.symbols.keys.add(block * KEYS_PER_BLOCK + index) };
+                    if key.sequence.load(Ordering::Acquire) != sequence {
+                        continue;
+                    }
+                    if let Some(destructor) = key.destructor() {
+                        found = true;
+                        // SAFETY: as pthread_key_create promised the destructor's author.
+                        unsafe { destructor(data) };
+                    }
+                }
+            }
+            if !found {
+                // Values without destructor were cleared on the way.
+                return;
+            }
+        }
+    }
+
+    /// Takes the thread out of glibc's count of live threads. True: it was the last one, and the
+    /// process is due to end with `exit(0)` (rule 17: signals open, still on the list).
+    pub(crate) fn count_down(&self) -> bool {
+        self.symbols.nthreads().fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    fn count_up(&self) {
+        self.symbols.nthreads().fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Tells glibc's own `pthread_kill` (2.35+) that this thread can no longer be signalled, under
+    /// the lock that a sender holds while it uses the tid (rule 13).
+    ///
+    /// # Safety
+    /// Called by an ending thread of this crate with all application signals blocked.
+    pub(crate) unsafe fn mark_exiting(&self) {
+        let Some(exiting) = self.offsets.exiting else {
+            return;
+        };
+        let tp = clone::thread_pointer();
+        // SAFETY: both words lie in this thread's descriptor; glibc reads `exiting` only under
+        // `exit_lock`, as it is written here.
+        unsafe {
+            let lock = &*((tp + exiting.lock) as *const AtomicU32);
+            sys::lll_lock(lock);
+            ((tp + exiting.flag) as *mut u8).write(1);
+            sys::lll_unlock(lock);
+        }
+    }
+
+    /// Takes the descriptor at `tp` off the list of live threads. After this, glibc neither counts
+    /// on the thread nor protects it: only inline assembly may follow (rule 11). `unlisted` is set
+    /// while the lock is held, so that the flag and the list never disagree to another holder.
+    ///
+    /// # Safety
+    /// `tp` is on the list. The caller has 33 unblocked (rule 3) and application signals blocked.
+    #[inline(always)]
+    pub(crate) unsafe fn unlist(&self, tp: usize, listed: &std::sync::atomic::AtomicBool) {
+        // SAFETY: passed on.
+        unsafe { self.list.remove(tp + self.symbols.list, listed) };
+    }
+}

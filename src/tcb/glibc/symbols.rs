@@ -1,0 +1,284 @@
+//! What glibc exports: looked up once with dlsym, so that a missing name is a typed error and not
+//! a program that does not load. Presence decides, never the version (rule 21).
+
+use super::super::RuntimeError;
+use super::KEY_BLOCKS;
+use libc::{c_int, c_void};
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicI32, AtomicUsize};
+
+/// One entry of `__pthread_keys`.
+#[repr(C)]
+pub(super) struct Key {
+    /// Odd while the key is in use.
+    pub sequence: AtomicUsize,
+    destructor: AtomicUsize,
+}
+
+impl Key {
+    /// The destructor given to pthread_key_create.
+    pub(super) fn destructor(&self) -> Option<unsafe extern "C" fn(*mut c_void)> {
+        let address = self.destructor.load(std::sync::atomic::Ordering::Acquire);
+        // SAFETY: zero, which is None, or the function pointer that pthread_key_create stored.
+        unsafe { std::mem::transmute(address) }
+    }
+}
+
+/// One value of a thread: `struct pthread_key_data`.
+#[repr(C)]
+pub(super) struct KeyValue {
+    pub sequence: usize,
+    pub data: *mut c_void,
+}
+
+/// The rseq area, relative to the thread pointer.
+#[derive(Clone, Copy)]
+pub(super) struct Rseq {
+    pub offset: isize,
+    pub size: usize,
+}
+
+impl Rseq {
+    /// The kernel's first ABI had 32 bytes, and it accepts no less.
+    pub(super) fn registered_size(self) -> usize {
+        self.size.max(32)
+    }
+}
+
+/// Offset of `cpu_id` in `struct rseq` (uapi/linux/rseq.h).
+pub(super) const RSEQ_CPU_ID: usize = 4;
+/// `RSEQ_CPU_ID_UNINITIALIZED`: zero would claim "CPU 0, registered".
+pub(super) const RSEQ_UNINITIALIZED: i32 = -1;
+/// `nscount` in the public `struct __res_state` (resolv.h).
+pub(super) const RES_STATE_NSCOUNT: usize = 16;
+/// `LC_GLOBAL_LOCALE` (locale.h)
+pub(super) const LC_GLOBAL_LOCALE: libc::locale_t = -1_isize as libc::locale_t;
+/// `PTHREAD_CANCEL_DISABLE`
+pub(super) const PTHREAD_CANCEL_DISABLE: c_int = 1;
+
+unsafe extern "C" {
+    pub(super) fn __h_errno_location() -> *mut c_int;
+    pub(super) fn __res_state() -> *mut c_void;
+    pub(super) fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
+}
+
+type AllocateTls = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
+type DeallocateTls = unsafe extern "C" fn(*mut c_void, bool);
+type Nullary = unsafe extern "C" fn();
+type ResNclose = unsafe extern "C" fn(*mut c_void);
+
+pub(super) struct Symbols {
+    pub allocate_tls: AllocateTls,
+    pub deallocate_tls: DeallocateTls,
+    pub call_tls_dtors: Nullary,
+    pub ctype_init: Nullary,
+    pub res_nclose: ResNclose,
+    pub keys: *const Key,
+    nthreads: *const AtomicI32,
+    /// Bytes of all static TLS; on x86-64 the descriptor is part of it.
+    pub tls_size: usize,
+    pub tls_align: usize,
+    /// `sizeof (struct pthread)`
+    pub descriptor_size: usize,
+    /// `sizeof (struct __res_state)`, public in resolv.h
+    pub resolver_size: usize,
+    pub rseq: Option<Rseq>,
+    /// Heads of the circular lists of live threads: on stacks of the user, on stacks of glibc.
+    pub user_list: usize,
+    pub used_list: usize,
+    // Offsets in the descriptor that libthread_db needs, too.
+    pub tid: usize,
+    pub dtv: usize,
+    pub list: usize,
+    pub specific: usize,
+    pub cancelhandling: usize,
+    pub schedpolicy: usize,
+    pub sched_priority: usize,
+    pub report_events: usize,
+    pub nextevent: usize,
+    pub eventbuf: (usize, usize),
+}
+
+/// A field as libthread_db's descriptors give it: bits, number of elements, byte offset.
+struct Field {
+    bits: u32,
+    offset: usize,
+}
+
+fn address(name: &'static CStr) -> Result<usize, RuntimeError> {
+    // SAFETY: the name is NUL-terminated; RTLD_DEFAULT searches what is loaded already.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    if found.is_null() {
+        return Err(RuntimeError::Unsupported(
+            name.to_str().unwrap_or("a symbol is missing"),
+        ));
+    }
+    Ok(found as usize)
+}
+
+fn u32_at(name: &'static CStr) -> Result<u32, RuntimeError> {
+    // SAFETY: these symbols are constants of type uint32_t (nptl_db's contract).
+    Ok(unsafe { (address(name)? as *const u32).read() })
+}
+
+fn field(name: &'static CStr) -> Result<Field, RuntimeError> {
+    // SAFETY: these symbols are constants of type uint32_t[3] (nptl_db's contract).
+    let [bits, _, offset] = unsafe { (address(name)? as *const [u32; 3]).read() };
+    Ok(Field {
+        bits,
+        offset: offset as usize,
+    })
+}
+
+/// A field that must have `bits` bits.
+fn field_of(name: &'static CStr, bits: u32) -> Result<usize, RuntimeError> {
+    let field = field(name)?;
+    if field.bits != bits {
+        return Err(RuntimeError::Unsupported(
+            name.to_str().unwrap_or("a field has an unknown size"),
+        ));
+    }
+    Ok(field.offset)
+}
+
+impl Symbols {
+    pub(super) fn look_up() -> Result<Symbols, RuntimeError> {
+        // A musl or another libc has no such symbol, and everything below would be a guess there.
+        address(c"gnu_get_libc_version")?;
+        let (mut tls_size, mut tls_align) = (0_usize, 0_usize);
+        let static_info = address(c"_dl_get_tls_static_info")?;
+        // SAFETY: signature stable from 2.34 on (facts/glibc.md).
+        unsafe {
+            let static_info: unsafe extern "C" fn(*mut usize, *mut usize) =
+                std::mem::transmute(static_info);
+            static_info(&raw mut tls_size, &raw mut tls_align);
+        }
+        let descriptor_size = u32_at(c"_thread_db_sizeof_pthread")? as usize;
+        if tls_size < descriptor_size || tls_size > 1 << 24 || !tls_align.is_power_of_two() {
+            return Err(RuntimeError::Unsupported("static TLS size is implausible"));
+        }
+        // SAFETY: a pointer variable of libc, set when ld.so started.
+        let rtld_global = unsafe { (address(c"__nptl_rtld_global")? as *const usize).read() };
+        if rtld_global == 0 {
+            return Err(RuntimeError::Unsupported("__nptl_rtld_global is null"));
+        }
+        let list_bits = 2 * usize::BITS;
+        let eventbuf = field(c"_thread_db_pthread_eventbuf")?;
+        let symbols = Symbols {
+            // SAFETY: signatures stable from 2.34 on (facts/glibc.md).
+            allocate_tls: unsafe {
+                std::mem::transmute::<usize, AllocateTls>(address(c"_dl_allocate_tls")?)
+            },
+            // SAFETY: as above.
+            deallocate_tls: unsafe {
+                std::mem::transmute::<usize, DeallocateTls>(address(c"_dl_deallocate_tls")?)
+            },
+            // SAFETY: as above.
+            call_tls_dtors: unsafe {
+                std::mem::transmute::<usize, Nullary>(address(c"__call_tls_dtors")?)
+            },
+            // SAFETY: as above.
+            ctype_init: unsafe { std::mem::transmute::<usize, Nullary>(address(c"__ctype_init")?) },
+            // SAFETY: public in resolv.h.
+            res_nclose: unsafe {
+                std::mem::transmute::<usize, ResNclose>(address(c"__res_nclose")?)
+            },
+            keys: address(c"__pthread_keys")? as *const Key,
+            nthreads: address(c"__nptl_nthreads")? as *const AtomicI32,
+            tls_size,
+            tls_align,
+            descriptor_size,
+            resolver_size: 568,
+            rseq: rseq()?,
+            user_list: rtld_global + field_of(c"_thread_db_rtld_global__dl_stack_user", list_bits)?,
+            used_list: rtld_global + field_of(c"_thread_db_rtld_global__dl_stack_used", list_bits)?,
+            tid: field_of(c"_thread_db_pthread_tid", 32)?,
+            dtv: field_of(c"_thread_db_pthread_dtvp", usize::BITS)?,
+            list: field_of(c"_thread_db_pthread_list", list_bits)?,
+            specific: field_of(
+                c"_thread_db_pthread_specific",
+                KEY_BLOCKS as u32 * usize::BITS,
+            )?,
+            cancelhandling: field_of(c"_thread_db_pthread_cancelhandling", 32)?,
+            schedpolicy: field_of(c"_thread_db_pthread_schedpolicy", 32)?,
+            sched_priority: field_of(c"_thread_db_pthread_schedparam_sched_priority", 32)?,
+            report_events: field_of(c"_thread_db_pthread_report_events", 8)?,
+            nextevent: field_of(c"_thread_db_pthread_nextevent", usize::BITS)?,
+            eventbuf: (eventbuf.offset, eventbuf.bits as usize / 8),
+        };
+        Ok(symbols)
+    }
+
+    pub(super) fn nthreads(&self) -> &AtomicI32 {
+        // SAFETY: a variable of libc, int-sized and only ever accessed atomically.
+        unsafe { &*self.nthreads }
+    }
+}
+
+/// None where glibc registers no rseq: before 2.35, or switched off by a tunable.
+fn rseq() -> Result<Option<Rseq>, RuntimeError> {
+    let (Ok(offset), Ok(size)) = (address(c"__rseq_offset"), address(c"__rseq_size")) else {
+        return Ok(None);
+    };
+    // SAFETY: public variables: ptrdiff_t and unsigned int (sys/rseq.h).
+    let (offset, size) = unsafe { ((offset as *const isize).read(), (size as *const u32).read()) };
+    if size == 0 {
+        return Ok(None);
+    }
+    Ok(Some(Rseq {
+        offset,
+        size: size as usize,
+    }))
+}
+
+/// The calling thread's address of libc's TLS variable `__resp`.
+pub(super) fn resp_address() -> Result<usize, RuntimeError> {
+    address(c"__resp")
+}
+
+/// libc's own TLS segment (malloc's thread cache and arena, errno, locale, resolver pointer, …),
+/// relative to the thread pointer: found as the PT_TLS that `errno` lies in.
+pub(super) fn libc_segment(tp: usize) -> Result<(isize, usize), RuntimeError> {
+    struct Search {
+        errno: usize,
+        found: Option<(usize, usize)>,
+    }
+    unsafe extern "C" fn visit(
+        info: *mut libc::dl_phdr_info,
+        _size: usize,
+        data: *mut c_void,
+    ) -> c_int {
+        // SAFETY: dl_iterate_phdr passes a valid description, and `data` is our Search.
+        unsafe {
+            let (info, search) = (&*info, &mut *data.cast::<Search>());
+            let start = info.dlpi_tls_data as usize;
+            if start == 0 {
+                return 0;
+            }
+            for index in 0..usize::from(info.dlpi_phnum) {
+                let header = &*info.dlpi_phdr.add(index);
+                let end = start + header.p_memsz as usize;
+                if header.p_type == libc::PT_TLS && (start..end).contains(&search.errno) {
+                    search.found = Some((start, end - start));
+                    return 1;
+                }
+            }
+            0
+        }
+    }
+    let mut search = Search {
+        // SAFETY: returns this thread's errno.
+        errno: unsafe { libc::__errno_location() } as usize,
+        found: None,
+    };
+    // SAFETY: the callback matches, and `search` outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut search).cast()) };
+    match search.found {
+        Some((start, size)) if size <= super::block::SEGMENT_MAX => {
+            Ok((start as isize - tp as isize, size))
+        }
+        _ => Err(RuntimeError::Unsupported(
+            "libc's own TLS segment was not found",
+        )),
+    }
+}

@@ -1,0 +1,32 @@
+//! The block the thread pointer points at: what a libc must provide to make a cloned task one of
+//! its own threads.
+//!
+//! A libc is one folder in here. It exports [`Runtime`] with
+//! - `get`: calibrated and self-checked once, or a typed [`RuntimeError`], never a guess;
+//! - `block_size`, `thread_pointer_in`: where the block lies above a stack;
+//! - `enlist`, which prepares a block, makes it known to the libc and gives it its TLS images;
+//! - `enter`, `run_destructors`, `leave`: what the new thread itself does first and last;
+//! - `retire`: what must be saved or freed before a block's memory goes away.
+
+mod glibc;
+
+pub(crate) use glibc::{Block, BlockState, Enlisted, Runtime};
+
+use crate::error::Step;
+use nix::errno::Errno;
+
+/// Why there is no runtime to stand on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RuntimeError {
+    /// The libc is not one this crate can be sure about; the check that said so.
+    Unsupported(&'static str),
+    /// The calibration thread was refused, as any thread can be. The next spawn tries again.
+    Refused {
+        /// What refused it.
+        step: Step,
+        /// The raw errno, before glibc folds it.
+        errno: Errno,
+        /// The bytes asked for, where memory was refused.
+        bytes: usize,
+    },
+}

@@ -1,0 +1,114 @@
+//! Limits that a child gives itself, once the harness around it is up.
+
+use std::io;
+
+/// Sets the soft limit of this process. The hard limit stays.
+#[track_caller]
+pub fn set_rlimit(resource: libc::__rlimit_resource_t, soft: u64) {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is a valid place for the result.
+    let read = unsafe { libc::getrlimit(resource, &raw mut limit) };
+    limit.rlim_cur = soft;
+    // SAFETY: `limit` is a valid structure.
+    let written = unsafe { libc::setrlimit(resource, &raw const limit) };
+    assert!(
+        read == 0 && written == 0,
+        "setrlimit({resource}, {soft}): {}",
+        io::Error::last_os_error()
+    );
+}
+
+pub fn is_root() -> bool {
+    // SAFETY: geteuid has no preconditions.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// A user id that nobody else on this machine has, so that `RLIMIT_NPROC` counts our tasks only.
+///
+/// Drawn at random from a range far above the ids that systems and their containers hand out: tests run
+/// side by side, also in pid namespaces where a process number would not tell them apart.
+pub fn unused_uid() -> u32 {
+    let mut random = [0; 4];
+    // SAFETY: the buffer is valid for its length.
+    let got = unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
+    assert_eq!(got, 4, "getrandom: {}", io::Error::last_os_error());
+    2_000_000_000 + u32::from_ne_bytes(random) % 100_000_000
+}
+
+/// Turns this process, all its threads, into one of an [unused user](unused_uid) without any capability.
+/// `Err` where this process may not.
+pub fn become_unused_user() -> Result<u32, String> {
+    let uid = unused_uid();
+    // SAFETY: glibc changes every thread; the new ids are plain numbers. PR_SET_DUMPABLE takes a flag.
+    unsafe {
+        if libc::setresgid(uid, uid, uid) != 0 || libc::setresuid(uid, uid, uid) != 0 {
+            let error = io::Error::last_os_error();
+            return Err(format!("becoming another user needs root: {error}"));
+        }
+        // A change of user makes /proc/self belong to root; a program started by that user would own it.
+        libc::prctl(libc::PR_SET_DUMPABLE, 1);
+    }
+    Ok(uid)
+}
+
+/// Forked processes that do nothing but exist, and end with this value or with this process.
+#[derive(Default)]
+pub struct Sleepers(Vec<libc::pid_t>);
+
+impl Sleepers {
+    /// Up to `count` more. Returns the error that stopped it before.
+    pub fn add(&mut self, count: usize) -> io::Result<()> {
+        // SAFETY: getpid has no preconditions.
+        let parent = unsafe { libc::getpid() };
+        for _ in 0..count {
+            // SAFETY: the child makes only system calls and never returns.
+            match unsafe { libc::fork() } {
+                -1 => return Err(io::Error::last_os_error()),
+                0 => sleep_until_parent_ends(parent),
+                pid => self.0.push(pid),
+            }
+        }
+        Ok(())
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Ends `count` of them; their process numbers are free again on return.
+    pub fn remove(&mut self, count: usize) {
+        let rest = self.0.len().saturating_sub(count);
+        for pid in self.0.drain(rest..) {
+            // SAFETY: a child of ours that is not reaped yet.
+            unsafe {
+                libc::kill(pid, libc::SIGKILL);
+                libc::waitpid(pid, std::ptr::null_mut(), 0);
+            }
+        }
+    }
+}
+
+impl Drop for Sleepers {
+    fn drop(&mut self) {
+        self.remove(self.0.len());
+    }
+}
+
+fn sleep_until_parent_ends(parent: libc::pid_t) -> ! {
+    // SAFETY: system calls on plain numbers, in a forked child that never returns. The parent may have
+    // ended before the request to die with it, hence the second look.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        while libc::getppid() == parent {
+            libc::pause();
+        }
+        libc::_exit(0)
+    }
+}

@@ -1,0 +1,76 @@
+//! What the tests and the examples that provoke refusals share: a child process in a sandbox made for
+//! one test, the sandbox's pieces, and snapshots of what a leak would change.
+//!
+//! A test describes the sandbox, and the kernel puts the child into it before the child's `exec`, because
+//! a running test binary already has several threads and may no longer change its namespaces:
+//!
+//! ```ignore
+//! mod support;
+//! use support::{Cgroup, case, child, deny, or_skip, report};
+//!
+//! #[test]
+//! fn pids_cgroup_is_named() {
+//!     if case().is_some() {
+//!         let cgroup = support::inherited_cgroup(0);
+//!         cgroup.set("pids.max", cgroup.get("pids.current"));
+//!         report("error", nptl::spawn(|| {}).unwrap_err());
+//!         return;
+//!     }
+//!     let cgroup = or_skip!(Cgroup::pids());
+//!     let output = or_skip!(child("pids_cgroup_is_named", "full").cgroup(&cgroup).run());
+//!     assert_eq!(output.success().get("error"), Some("..."));
+//! }
+//! ```
+
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    reason = "each test binary uses only a part of this module"
+)]
+
+mod cgroup;
+mod child;
+mod limits;
+mod seccomp;
+mod snapshot;
+
+pub use cgroup::{Cgroup, CgroupDir, inherited_cgroup};
+pub use child::{Child, Output, Running, case, child, kernel_at_least, program, report};
+pub use limits::{Sleepers, become_unused_user, is_root, set_rlimit, unused_uid};
+pub use seccomp::{Allow, Deny, allow, allow_only, deny, firecracker_vcpu_filter};
+pub use snapshot::{Difference, Snapshot};
+
+/// Prints `skipped: why` and returns from the test.
+///
+/// Written to the descriptor itself: the test harness swallows what a passing test prints, and a skipped
+/// test must not look like a passed one.
+macro_rules! skip {
+    ($($why:tt)+) => {{
+        $crate::support::announce_skip(&format!($($why)+));
+        return;
+    }};
+}
+
+/// The value of a `Result`, or the end of the test with the error as the reason.
+macro_rules! or_skip {
+    ($result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(why) => $crate::support::skip!("{why}"),
+        }
+    };
+}
+
+pub(crate) use {or_skip, skip};
+
+/// The line behind [`skip!`].
+pub fn announce_skip(why: &str) {
+    use std::io::Write;
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("?");
+    // The harness leaves "test NAME ... " without a line end when it runs one test at a time.
+    let _ = std::io::stdout()
+        .lock()
+        .write_all(format!("\nskipped: {why} (in {test})\n").as_bytes());
+}

@@ -1,0 +1,152 @@
+//! Seccomp filters for the calling thread and the threads it starts.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// A filter that makes `syscall` fail with `errno`: always, or only [when](Deny::when) arguments match.
+/// Nothing happens before [`install`](Deny::install).
+///
+/// The arguments of `clone3` lie in memory, out of a filter's reach: deny it as a whole, and `clone` with
+/// [`when_set`](Deny::when_set) for `CLONE_THREAD`.
+pub fn deny(syscall: libc::c_long, errno: i32) -> Deny {
+    Deny {
+        syscall,
+        errno,
+        conditions: Vec::new(),
+    }
+}
+
+#[must_use]
+pub struct Deny {
+    syscall: libc::c_long,
+    errno: i32,
+    conditions: Vec<SeccompCondition>,
+}
+
+impl Deny {
+    /// Only if argument `number` (from 0) equals `value`. Several conditions must all hold.
+    pub fn when(mut self, number: u8, value: u64) -> Deny {
+        self.conditions
+            .push(condition(number, SeccompCmpOp::Eq, value));
+        self
+    }
+
+    /// Only if argument `number` has all of `bits` set.
+    pub fn when_set(mut self, number: u8, bits: u64) -> Deny {
+        self.conditions
+            .push(condition(number, SeccompCmpOp::MaskedEq(bits), bits));
+        self
+    }
+
+    /// Only if argument `number` is at least `value`.
+    pub fn when_at_least(mut self, number: u8, value: u64) -> Deny {
+        self.conditions
+            .push(condition(number, SeccompCmpOp::Ge, value));
+        self
+    }
+
+    /// Puts the filter before the calling thread, for good. Where several filters match, the newest wins.
+    pub fn install(self) {
+        let rules = rules([(self.syscall, self.conditions)]);
+        let errno = SeccompAction::Errno(self.errno.cast_unsigned());
+        install(rules, SeccompAction::Allow, errno);
+    }
+}
+
+/// One entry of an [allow list](allow_only): `syscall` with any arguments, or only those named.
+pub fn allow(syscall: libc::c_long) -> Allow {
+    Allow {
+        syscall,
+        conditions: Vec::new(),
+    }
+}
+
+pub struct Allow {
+    syscall: libc::c_long,
+    conditions: Vec<SeccompCondition>,
+}
+
+impl Allow {
+    /// Only if the lower half of argument `number` equals `value`. Several conditions must all hold.
+    pub fn when(mut self, number: u8, value: u32) -> Allow {
+        let condition = SeccompCondition::new(
+            number,
+            SeccompCmpArgLen::Dword,
+            SeccompCmpOp::Eq,
+            value.into(),
+        );
+        self.conditions
+            .push(condition.expect("an argument number below 6"));
+        self
+    }
+}
+
+/// Lets the calling thread make only the system calls listed (several entries for one call are
+/// alternatives); any other ends the process with SIGSYS.
+pub fn allow_only(list: impl IntoIterator<Item = Allow>) {
+    let rules = rules(
+        list.into_iter()
+            .map(|entry| (entry.syscall, entry.conditions)),
+    );
+    install(rules, SeccompAction::KillProcess, SeccompAction::Allow);
+}
+
+/// What Firecracker lets a vCPU thread do, without what only serves the virtual machine.
+pub fn firecracker_vcpu_filter() -> Vec<Allow> {
+    let futex = |operation| allow(libc::SYS_futex).when(1, operation);
+    vec![
+        allow(libc::SYS_exit),
+        allow(libc::SYS_exit_group),
+        allow(libc::SYS_munmap),
+        allow(libc::SYS_mremap),
+        allow(libc::SYS_brk),
+        allow(libc::SYS_rt_sigprocmask),
+        allow(libc::SYS_rt_sigreturn),
+        allow(libc::SYS_sigaltstack),
+        allow(libc::SYS_gettid),
+        allow(libc::SYS_sched_yield),
+        allow(libc::SYS_write),
+        allow(libc::SYS_close),
+        allow(libc::SYS_clock_gettime),
+        allow(libc::SYS_madvise).when(2, libc::MADV_DONTNEED.cast_unsigned()),
+        futex(0),
+        futex(1),
+        futex(128),
+        futex(129),
+        futex(137),
+        allow(libc::SYS_mmap).when(2, 3).when(3, 34),
+    ]
+}
+
+fn condition(number: u8, operation: SeccompCmpOp, value: u64) -> SeccompCondition {
+    SeccompCondition::new(number, SeccompCmpArgLen::Qword, operation, value)
+        .expect("an argument number below 6")
+}
+
+fn rules(
+    entries: impl IntoIterator<Item = (libc::c_long, Vec<SeccompCondition>)>,
+) -> BTreeMap<i64, Vec<SeccompRule>> {
+    let mut rules = BTreeMap::<i64, Vec<SeccompRule>>::new();
+    for (syscall, conditions) in entries {
+        let alternatives = rules.entry(syscall).or_default();
+        if !conditions.is_empty() {
+            alternatives.push(SeccompRule::new(conditions).expect("a rule with conditions"));
+        }
+    }
+    rules
+}
+
+fn install(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) {
+    let arch = TargetArch::try_from(std::env::consts::ARCH).expect("a known architecture");
+    let filter = SeccompFilter::new(rules, otherwise, matched, arch).expect("a valid filter");
+    let program = BpfProgram::try_from(filter).expect("a filter that compiles");
+    seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
+}
