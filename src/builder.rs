@@ -169,10 +169,6 @@ impl Builder {
 
     fn request(self) -> Request {
         let name = self.name.map(Arc::<str>::from);
-        let invalid = name
-            .as_ref()
-            .is_some_and(|name| name.as_bytes().contains(&0))
-            .then_some("name contains a NUL byte");
         let wanted = Wanted {
             size: self.stack_size.unwrap_or_else(default_stack_size),
             guard: self
@@ -180,6 +176,17 @@ impl Builder {
                 .unwrap_or_else(crate::stack::layout::page_size),
             lock: self.lock,
             prefault: self.prefault,
+        };
+        // Checked here as far as it needs no runtime, so that a wrong wish is called so everywhere.
+        let invalid = if name
+            .as_ref()
+            .is_some_and(|name| name.as_bytes().contains(&0))
+        {
+            Some("name contains a NUL byte")
+        } else if wanted.size.saturating_add(wanted.guard) > isize::MAX as usize {
+            Some("stack and guard exceed the address space")
+        } else {
+            None
         };
         Request {
             comm: name.as_deref().map(comm),

@@ -129,6 +129,13 @@ struct OnOurStack {
     listed: bool,
 }
 
+/// Another malloc (jemalloc, for one) sets a pthread key at a thread's first allocation, which
+/// changes the descriptor: before the snapshots, so that they differ in what is looked for only.
+fn first_allocation() {
+    // SAFETY: a block that nobody else knows is freed again.
+    unsafe { libc::free(std::hint::black_box(libc::malloc(64))) };
+}
+
 unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
     // SAFETY: the creator waits in pthread_join while this thread writes to what it passed.
     unsafe {
@@ -136,6 +143,7 @@ unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
         let symbols = &*seen.symbols;
         let tp = clone::thread_pointer();
         seen.tp = tp;
+        first_allocation();
         seen.start.take(tp);
 
         // pthread_getschedparam asks the kernel and caches the answer: `flags` is where it notes
@@ -193,6 +201,7 @@ unsafe extern "C" fn on_glibc_stack(argument: *mut c_void) -> *mut c_void {
         let tp = clone::thread_pointer();
         let symbols = &*(*seen).symbols;
         (*seen).tp = tp;
+        first_allocation();
         (*seen).start.take(tp);
         libc::pthread_detach(libc::pthread_self());
         (*seen).detached.take(tp);
