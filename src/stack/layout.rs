@@ -5,6 +5,7 @@
 //! ```
 
 use crate::tcb::Runtime;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The smallest stack: `PTHREAD_STACK_MIN`, which std rounds up to as well.
 pub(crate) const SMALLEST: usize = 16 * 1024;
@@ -43,12 +44,18 @@ impl Layout {
     }
 }
 
-/// The page size, in bytes.
+/// The page size, in bytes. Asked once: every spawn needs it several times.
 pub(crate) fn page_size() -> usize {
-    nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
-        .ok()
-        .flatten()
-        .map_or(4096, |size| size as usize)
+    static SIZE: AtomicUsize = AtomicUsize::new(0);
+    match SIZE.load(Ordering::Relaxed) {
+        0 => {
+            let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+            let size = size.ok().flatten().map_or(4096, |size| size as usize);
+            SIZE.store(size, Ordering::Relaxed);
+            size
+        }
+        size => size,
+    }
 }
 
 /// Room for the signal frame (which grows with the vector registers; the kernel tells its size)

@@ -538,8 +538,9 @@ impl Idle {
         // SAFETY: stack and block are idle, owned, enlisted and complete; start::main takes a
         // `&'static Stack` with a message in it.
         let answer = unsafe { clone::thread(&request) };
-        signals.open_libc();
         if answer.is_err() {
+            // The list's lock comes next, and nobody waits for that with 33 blocked (rule 3).
+            signals.open_libc();
             // SAFETY: no thread came of it; dropping the message here gives the closure back.
             drop(unsafe { (*stack.start.get()).take() });
         }

@@ -30,6 +30,13 @@ const DESTRUCTOR_ROUNDS: usize = 4;
 const KEYS_PER_BLOCK: usize = 32;
 const KEY_BLOCKS: usize = 32;
 
+/// One block of values.
+type KeyValues = [symbols::KeyValue; KEYS_PER_BLOCK];
+
+fn is_empty(values: &KeyValues) -> bool {
+    values.iter().fold(0, |all, value| all | value.data.addr()) == 0
+}
+
 /// A calibrated glibc.
 pub(crate) struct Runtime {
     symbols: Symbols,
@@ -222,36 +229,35 @@ impl Runtime {
     /// Four rounds over all values, as nptl does; whatever is left then, or has no destructor, is
     /// cleared (rule 18).
     unsafe fn run_key_destructors(&self) {
+        let table = clone::thread_pointer() + self.symbols.specific;
+        let table = table as *const [*mut KeyValues; KEY_BLOCKS];
         for round in 0..=DESTRUCTOR_ROUNDS {
             let mut found = false;
-            for block in 0..KEY_BLOCKS {
-                // SAFETY: `specific` holds a null or valid pointer to 32 key values; destructors
-                // can add second-level blocks, so the pointer is read afresh in every round.
-                let values = unsafe {
-                    let slot = clone::thread_pointer() + self.symbols.specific + block * 8;
-                    (slot as *const *mut symbols::KeyValue).read()
-                };
-                if values.is_null() {
+            // SAFETY: `specific` is an array of 32 pointers, null or to 32 values each. Destructors
+            // can add second-level blocks, so it is read afresh in every round, and no reference
+            // into it or them is held across a destructor.
+            let blocks = unsafe { table.read() };
+            for (block, &values) in blocks.iter().enumerate() {
+                // SAFETY: as above. Most threads have no value at all, and this is on the path of
+                // every thread's end: one pass without branches tells.
+                if values.is_null() || unsafe { is_empty(&*values) } {
                     continue;
                 }
                 for index in 0..KEYS_PER_BLOCK {
-                    // SAFETY: index < 32, and this thread is the only one to touch its values.
-                    let value = unsafe { &mut *values.add(index) };
+                    // SAFETY: this thread is the only one to touch its values.
+                    let value = unsafe { &mut (&mut *values)[index] };
                     if value.data.is_null() {
                         continue;
                     }
                     let data = std::mem::replace(&mut value.data, std::ptr::null_mut());
                     let sequence = value.sequence;
-                    if round == DESTRUCTOR_ROUNDS {
-                        continue;
-                    }
                     // SAFETY: the table has 1024 entries, this one among them. A key deleted and
                     // made anew has another sequence number, and its destructor is not meant.
                     let key = unsafe { &*self.symbols.keys.add(block * KEYS_PER_BLOCK + index) };
-                    if key.sequence.load(Ordering::Acquire) != sequence {
-                        continue;
-                    }
-                    if let Some(destructor) = key.destructor() {
+                    if round < DESTRUCTOR_ROUNDS
+                        && key.sequence.load(Ordering::Acquire) == sequence
+                        && let Some(destructor) = key.destructor()
+                    {
                         found = true;
                         // SAFETY: as pthread_key_create promised the destructor's author.
                         unsafe { destructor(data) };
