@@ -32,14 +32,18 @@
 mod cgroup;
 mod child;
 mod limits;
+mod notify;
 mod seccomp;
 mod snapshot;
+mod threads;
 
 pub use cgroup::{Cgroup, CgroupDir, inherited_cgroup};
 pub use child::{Child, Output, Running, case, child, kernel_at_least, program, report};
 pub use limits::{Sleepers, become_unused_user, is_root, set_rlimit, unused_uid};
+pub use notify::{Call, Listener, listen, supervised};
 pub use seccomp::{Allow, Deny, allow, allow_only, deny, firecracker_vcpu_filter};
 pub use snapshot::{Difference, Snapshot};
+pub use threads::listed_threads;
 
 /// Prints `skipped: why` and returns from the test.
 ///
