@@ -23,7 +23,7 @@ use class::Class;
 use layout::Layout;
 use ledger::{Entry, Links};
 use nix::errno::Errno;
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
 };
@@ -417,6 +417,10 @@ pub(crate) struct Idle {
     cache: StackCache,
     runtime: &'static Runtime,
     from_cache: bool,
+    /// It came locked, from an earlier thread that wanted that.
+    was_locked: bool,
+    /// Memory was asked for that must go again if no thread comes of it.
+    prepared: Cell<bool>,
 }
 
 /// What a spawn asks of its stack.
@@ -465,6 +469,8 @@ impl Idle {
             cache: cache.clone(),
             runtime,
             from_cache,
+            was_locked: stack.locked.load(Ordering::Relaxed),
+            prepared: Cell::new(false),
         })
     }
 
@@ -477,6 +483,7 @@ impl Idle {
     pub(crate) fn prepare(&self, wanted: &Wanted) -> Result<(), (Errno, usize)> {
         let stack = self.stack;
         let (bottom, size) = (stack.bottom(), stack.size());
+        self.prepared.set(wanted.lock || wanted.prefault > 0);
         if wanted.lock {
             // The flag first: even a refused mlock can have locked a part.
             stack.locked.store(true, Ordering::Relaxed);
@@ -562,7 +569,23 @@ impl Idle {
         fate
     }
 
+    /// A stack that stays mapped goes back as it came: the cache must neither hold nor count memory that
+    /// was locked or prefaulted for a thread that did not come to be.
+    fn unprepare(&self) {
+        if !self.prepared.get() {
+            return;
+        }
+        let stack = self.stack;
+        if !self.was_locked && stack.locked.swap(false, Ordering::Relaxed) {
+            // SAFETY: the usable range of an idle stack, above its guard.
+            let _ = unsafe { mapping::unlock(stack.bottom(), stack.size()) };
+        }
+        // SAFETY: nothing runs on an idle stack, so all of it is below the remainder that is in use.
+        unsafe { stack.discard() };
+    }
+
     fn undo(&self) -> StackFate {
+        self.unprepare();
         let ledger = self.cache.ledger();
         let (unmapped, cached) = if self.from_cache {
             let before = std::ptr::from_ref(self.stack);
