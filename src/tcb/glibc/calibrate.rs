@@ -247,6 +247,31 @@ unsafe fn create(
     })
 }
 
+/// The refusal of a mapping such as glibc makes for a stack, if it is refused: `pthread_create` does not
+/// say which of its steps failed, so the one before clone is asked again.
+fn refused_mapping(length: usize) -> Option<RuntimeError> {
+    // SAFETY: a new private mapping without access, which nobody else knows and which goes at once.
+    unsafe {
+        let base = libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_STACK,
+            -1,
+            0,
+        );
+        if base == libc::MAP_FAILED {
+            return Some(RuntimeError::Refused {
+                step: Step::MapStack,
+                errno: Errno::last(),
+                bytes: length,
+            });
+        }
+        libc::munmap(base, length);
+    }
+    None
+}
+
 /// Thread attributes that are destroyed on every way out.
 struct Attributes(libc::pthread_attr_t);
 
@@ -336,15 +361,20 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
         done: AtomicU32::new(0),
     };
     let mut attributes = Attributes::new();
+    // glibc takes the guard out of the size. The default size, RLIMIT_STACK, could be refused where
+    // the caller's own stack is not.
+    let glibcs_length = length + GUARD;
     // SAFETY: `glibcs` outlives the thread's use of it: this waits for `done`. Past that, the loop
     // waits for the thread itself, so that it does not count when the first clone meets a limit.
     unsafe {
         libc::pthread_attr_setguardsize(&raw mut attributes.0, GUARD);
+        libc::pthread_attr_setstacksize(&raw mut attributes.0, glibcs_length);
         create(
             &raw const attributes.0,
             on_glibc_stack,
             (&raw mut glibcs).cast(),
-        )?;
+        )
+        .map_err(|error| refused_mapping(glibcs_length).unwrap_or(error))?;
     }
     let mut tid;
     loop {
