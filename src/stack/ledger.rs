@@ -1,7 +1,9 @@
-//! The ledger of all stacks of one cache: which are in use, which wait for the kernel, which can be had.
+//! The ledger of all stacks of one cache: which are in use, which wait for the kernel, which can be
+//! had.
 //!
-//! It makes no system call but its lock's (and that only if the lock is contended), allocates nothing and knows
-//! nothing of mappings, so that it can be checked alone (`tests/loom_ledger.rs`, `tests/ledger_model.rs`).
+//! It makes no system call but its lock's (and that only if the lock is contended), allocates
+//! nothing and knows nothing of mappings, so that it can be checked alone (`tests/loom_ledger.rs`,
+//! `tests/ledger.rs`).
 //!
 //! ```text
 //!            adopt              give, word not yet cleared
@@ -17,18 +19,20 @@
 //!                     (gone)
 //! ```
 //!
-//! **Rule 2** (no reuse before the kernel has cleared the tid word) is kept here and nowhere else: every way into
-//! `cached`, `doomed` and `unmapping` passes [`Entry::released`]. A detached thread gives its stack back while it
-//! still runs on it; the stack then waits as `pending`.
+//! **Rule 2** (no reuse before the kernel has cleared the tid word) is kept here and nowhere else:
+//! every way into `cached`, `doomed` and `unmapping` passes [`Entry::released`], except in a forked
+//! child, where the threads do not exist. A detached thread gives its stack back while it still runs
+//! on it; the stack then waits as `pending`.
 //!
-//! **Cost.** The lists are doubly linked through the entries. Each call holds the lock for a constant number of steps,
-//! whatever the number of stacks or classes; those that must see many stacks (trim, clear, sweep, hand-over) take the
-//! lock anew for every few of them. The two exceptions hold it for O(n) and say so: [`Ledger::for_each`] and the calls
-//! in a forked child.
+//! **Cost.** The lists are doubly linked through the entries. Each call holds the lock for a
+//! constant number of steps, whatever the number of stacks or classes; those that must see many
+//! stacks (trim, clear, sweep, hand-over) take the lock anew for every few of them. The two
+//! exceptions hold it for O(n) and say so: [`Ledger::for_each`] and the calls in a forked child.
 //!
-//! **Accounts.** A stack is in exactly one state, and [`Stats::mapped`] is the sum over the states: at any instant every
-//! mapping is accounted for, also while it is being unmapped. A call that does not fit its entry's state (a stack
-//! given back twice, or to the wrong cache) changes nothing but [`Stats::refused`].
+//! **Accounts.** A stack is in exactly one state, and [`Stats::mapped`] is the sum over the states:
+//! at any instant every mapping is accounted for, also while it is being unmapped. A call that does
+//! not fit its entry's state (a stack given back twice, or to the wrong cache) changes nothing but
+//! [`Stats::refused`].
 
 use std::mem;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -36,20 +40,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::class::{CLASSES, Class};
 use super::lock::{Guard, Guarded, Lock};
 
-/// Pending stacks that each call looks at. More than one, so that a burst of detached threads drains faster than it
-/// fills.
+/// Pending stacks that each call looks at. More than one, so that a burst of detached threads
+/// drains faster than it fills.
 pub(crate) const LOOK: usize = 4;
-/// Further pending stacks that `take` looks at before it reports a miss, which costs a mmap and page faults.
+/// Further pending stacks that `take` looks at before it reports a miss, which costs a mmap and
+/// page faults.
 pub(crate) const LOOK_ON_MISS: usize = 8;
-/// Most stacks that one `give` makes its caller unmap. A stack is given once and can be over budget once, so the
-/// average is at most one, and what `take` and `adopt` let through is made up for by the next few calls.
+/// Most stacks that one `give` makes its caller unmap. A stack is given once and can be over budget
+/// once, so the average is at most one, and what `take` let pass (it settles pending stacks, too, but
+/// unmaps none) is made up for by the next few calls.
 pub(crate) const EVICT: usize = 4;
 /// Entries per turn of the lock for the calls that see many.
 const TURN: usize = 32;
 
 /// What the ledger keeps accounts of: the record of one stack, never freed.
 ///
-/// All methods but `orphaned` are called with the ledger's lock held: plain reads, no call back into the ledger.
+/// The methods are called with the ledger's lock held: plain reads, no call back into the ledger.
 ///
 /// # Safety
 /// `links` returns the same object on every call, and no other entry returns it.
@@ -62,11 +68,12 @@ pub(crate) unsafe trait Entry: Sync + Sized + 'static {
     /// Bytes of address space, guard and TLS block included. Read when the stack is adopted.
     fn bytes(&self) -> usize;
 
-    /// Upper bound of the bytes that stay resident while nobody uses the stack. Read when it is given back, and again
-    /// when a failed munmap puts it back.
+    /// Upper bound of the bytes that stay resident while nobody uses the stack. Read when it is
+    /// given back, and again when a failed munmap puts it back.
     fn resident(&self) -> usize;
 
-    /// The kernel has cleared the tid word (Acquire), or no thread has run on the stack since it was taken.
+    /// The kernel has cleared the tid word (Acquire), or no thread has run on the stack since it
+    /// was taken.
     fn released(&self) -> bool;
 }
 
@@ -108,7 +115,8 @@ pub(crate) struct Tally {
     pub(crate) stacks: usize,
     /// Bytes of address space.
     pub(crate) bytes: usize,
-    /// Bytes of memory, by [`Entry::resident`]; 0 while live, since only the thread itself could tell.
+    /// Bytes of memory, by [`Entry::resident`]; 0 while live, since only the thread itself could
+    /// tell.
     pub(crate) resident: usize,
 }
 
@@ -127,7 +135,8 @@ impl Tally {
         }
     }
 
-    // Saturating, because the numbers can have been caught half-way by a fork (see `after_bare_fork`).
+    // Saturating, because the numbers can have been caught half-way by a fork (see
+    // `after_bare_fork`).
     const fn plus(self, other: Tally) -> Self {
         Tally {
             stacks: self.stacks.saturating_add(other.stacks),
@@ -224,14 +233,16 @@ impl<E> Links<E> {
     }
 }
 
-/// What the ledger knows of an entry. Sizes are kept, not asked for again, so that what is subtracted is what was added.
+/// What the ledger knows of an entry. Sizes are kept, not asked for again, so that what is
+/// subtracted is what was added.
 #[derive(Clone, Copy)]
 struct Facts {
     state: State,
     /// Was cached before it became `Unmapping`.
     evicted: bool,
     class: Option<Class>,
-    /// Value of [`Lists::epoch`] when the state was set; otherwise the lists that the links speak of no longer exist.
+    /// Value of [`Lists::epoch`] when the state was set; otherwise the lists that the links speak
+    /// of no longer exist.
     epoch: u32,
     bytes: usize,
     resident: usize,
@@ -262,8 +273,8 @@ struct Key(());
 
 impl<E: Entry> Links<E> {
     fn facts(&self, _key: &Key) -> Facts {
-        // SAFETY: the key's lock is held, and it guards this cell: entries are reached through the lists behind that
-        // lock, or by `Ledger::enter`, which has compared `owner`.
+        // SAFETY: the key's lock is held, and it guards this cell: entries are reached through the
+        // lists behind that lock, or by `Ledger::enter`, which has compared `owner`.
         unsafe { self.facts.get() }
     }
 
@@ -408,7 +419,8 @@ impl<E: Entry> Lists<E> {
         }
     }
 
-    /// Moves `e` to the list of `state`. A cached entry goes to the given end of its class; by age it is the youngest.
+    /// Moves `e` to the list of `state`. A cached entry goes to the given end of its class; by age
+    /// it is the youngest.
     fn put(&mut self, e: &'static E, state: State, resident: usize, end: End) {
         let old = self.facts(e);
         let new = Facts {
@@ -476,8 +488,8 @@ impl<E: Entry> Lists<E> {
 
     /// Keeps a released stack, or dooms it if the budget could never hold it.
     ///
-    /// Dooming it at once, rather than caching it as the youngest, spares the older ones: they would all have to go
-    /// before it does.
+    /// Dooming it at once, rather than caching it as the youngest, spares the older ones: they
+    /// would all have to go before it does.
     fn shelve(&mut self, e: &'static E, end: End) {
         let facts = Facts {
             resident: e.resident(),
@@ -490,8 +502,8 @@ impl<E: Entry> Lists<E> {
         }
     }
 
-    /// Looks at up to `n` pending stacks, oldest first. One that is still held goes to the back of the queue, so that a
-    /// thread that was preempted in its exit does not block the others.
+    /// Looks at up to `n` pending stacks, oldest first. One that is still held goes to the back of
+    /// the queue, so that a thread that was preempted in its exit does not block the others.
     fn settle(&mut self, n: usize) {
         for _ in 0..n.min(self.stats.pending.stacks) {
             let Some(e) = self.pending.head else { return };
@@ -508,8 +520,8 @@ impl<E: Entry> Lists<E> {
         self.classes.get(class.index())?.head
     }
 
-    /// The next stack to unmap, now on its way. The budget comes first: a doomed stack that cannot be unmapped must not
-    /// keep the cache over it.
+    /// The next stack to unmap, now on its way. The budget comes first: a doomed stack that cannot
+    /// be unmapped must not keep the cache over it.
     fn evict(&mut self, limit: Limit) -> Option<&'static E> {
         let limit = match limit {
             Limit::Budget => self.budget,
@@ -545,8 +557,8 @@ impl<E: Entry> Ledger<E> {
         std::ptr::from_ref(self).addr()
     }
 
-    /// Locks, if `e` is this ledger's and in `state`. An entry that was lost with the lists (`after_bare_fork`) counts
-    /// as live: its user is the only one who still knows it.
+    /// Locks, if `e` is this ledger's and in `state`. An entry that was lost with the lists
+    /// (`after_bare_fork`) counts as live: its user is the only one who still knows it.
     fn enter(&self, e: &'static E, state: State) -> Option<Guard<'_, Lists<E>>> {
         let mut lists = self.lists.lock();
         // Relaxed: only a holder of this lock makes the ledger an entry's owner, or ends that.
@@ -578,8 +590,8 @@ impl<E: Entry> Ledger<E> {
         }
     }
 
-    /// The warmest cached stack of the class, now live; counts a hit or a miss. O(1): one list head and at most
-    /// [`LOOK`] + [`LOOK_ON_MISS`] pending stacks.
+    /// The warmest cached stack of the class, now live; counts a hit or a miss. O(1): one list head
+    /// and at most [`LOOK`] + [`LOOK_ON_MISS`] pending stacks.
     pub(crate) fn take(&self, class: Class) -> Option<&'static E> {
         let mut lists = self.lists.lock();
         let unseen = lists.stats.pending.stacks.saturating_sub(LOOK);
@@ -598,8 +610,8 @@ impl<E: Entry> Ledger<E> {
         found
     }
 
-    /// Takes a stack back: from the joiner, from a spawn that failed, or from a detached thread that still runs on it.
-    /// O(1); the caller unmaps at most [`EVICT`] stacks.
+    /// Takes a stack back: from the joiner, from a spawn that failed, or from a detached thread
+    /// that still runs on it. O(1); the caller unmaps at most [`EVICT`] stacks.
     pub(crate) fn give(&self, e: &'static E) -> Victims<'_, E> {
         let Some(mut lists) = self.enter(e, State::Live) else {
             return Victims::none(self);
@@ -617,7 +629,8 @@ impl<E: Entry> Ledger<E> {
         victims
     }
 
-    /// Takes a stack back that shall be unmapped, not kept. If a thread still holds it, this is [`Ledger::give`]. O(1).
+    /// Takes a stack back that shall be unmapped, not kept. If a thread still holds it, this is
+    /// [`Ledger::give`]. O(1).
     pub(crate) fn retire(&self, e: &'static E) -> Victims<'_, E> {
         if !e.released() {
             return self.give(e);
@@ -632,8 +645,8 @@ impl<E: Entry> Ledger<E> {
         victims
     }
 
-    /// Unmaps the coldest stacks until those that remain keep at most `resident` bytes in memory. O(1) for each of them
-    /// and for each pending stack; the lock is taken anew for every few.
+    /// Unmaps the coldest stacks until those that remain keep at most `resident` bytes in memory.
+    /// O(1) for each of them and for each pending stack; the lock is taken anew for every few.
     pub(crate) fn trim(&self, resident: usize) -> Victims<'_, E> {
         self.shrink(Limit::Resident(resident))
     }
@@ -649,7 +662,8 @@ impl<E: Entry> Ledger<E> {
         self.shrink(Limit::Budget)
     }
 
-    /// Each stack is tried once, so that this ends also when none can be unmapped, or when others keep giving.
+    /// Each stack is tried once, so that this ends also when none can be unmapped, or when others
+    /// keep giving.
     fn shrink(&self, limit: Limit) -> Victims<'_, E> {
         let stats = self.stats();
         let mut victims = Victims::none(self);
@@ -659,12 +673,13 @@ impl<E: Entry> Ledger<E> {
         victims
     }
 
-    /// Finds the stacks of detached threads that ended without giving them back (killed by a seccomp filter, or by a
-    /// bare exit system call). O(live), a few per turn of the lock.
+    /// Finds the stacks of detached threads that ended without giving them back (killed by a
+    /// seccomp filter, or by a bare exit system call). O(live), a few per turn of the lock.
     ///
-    /// `orphaned` is asked only about live stacks that the kernel has let go. It answers true **once**, by an atomic
-    /// change from "the thread itself will give its stack back" to anything else: nobody can give it later, because
-    /// that thread is gone, and it must not be found again in its next life, before the next thread has started.
+    /// `orphaned` is asked only about live stacks that the kernel has let go. It answers true
+    /// **once**, by an atomic change from "the thread itself will give its stack back" to anything
+    /// else: nobody can give it later, because that thread is gone, and it must not be found again
+    /// in its next life, before the next thread has started.
     pub(crate) fn sweep(&self, mut orphaned: impl FnMut(&E) -> bool) -> Victims<'_, E> {
         let mut victims = Victims::none(self);
         let mut unseen = self.stats().live.stacks;
@@ -686,9 +701,10 @@ impl<E: Entry> Ledger<E> {
         victims
     }
 
-    /// Moves every stack to `to`: for the end of a private cache's last handle, when detached threads may still be on
-    /// their way out. Nobody else may be using `self` (it stays correct, but could be left with a stack). O(n), the
-    /// locks are held for one stack at a time and never both.
+    /// Moves every stack to `to`: for the end of a private cache's last handle, when detached
+    /// threads may still be on their way out. Nobody else may be using `self` (it stays correct,
+    /// but could be left with a stack). O(n), the locks are held for one stack at a time and never
+    /// both.
     pub(crate) fn hand_over<'to>(&self, to: &'to Self) -> Victims<'to, E> {
         let mut victims = Victims::none(to);
         if self.id() == to.id() {
@@ -735,7 +751,8 @@ impl<E: Entry> Ledger<E> {
         (stats.hits, stats.misses, stats.evictions, stats.refused) = (0, 0, 0, 0);
     }
 
-    /// Shows every stack. O(n) with the lock held: for tests and diagnosis. `f` must not use the ledger.
+    /// Shows every stack. O(n) with the lock held: for tests and diagnosis. `f` must not use the
+    /// ledger.
     pub(crate) fn for_each(&self, mut f: impl FnMut(&'static E, State)) {
         let lists = self.lists.lock();
         let states = [
@@ -764,30 +781,34 @@ impl<E: Entry> Ledger<E> {
         drop(unsafe { self.lists.held() });
     }
 
-    /// For pthread_atfork's "child": the stacks of all threads that do not exist here become free; the kernel will never
-    /// clear their tid words. `in_use` says which must stay: the caller's own, and those that somebody still holds a
-    /// handle of. O(n).
+    /// For pthread_atfork's "child": the stacks of all threads that do not exist here become free;
+    /// the kernel will never clear their tid words. `in_use` says which must stay: the caller's
+    /// own, and those that somebody still holds a handle of. O(n).
     ///
     /// # Safety
-    /// The process is a forked child and has had one thread since, a copy of one that called [`Ledger::before_fork`].
+    /// The process is a forked child and has had one thread since, a copy of one that called
+    /// [`Ledger::before_fork`].
     pub(crate) unsafe fn after_fork_in_child(&self, in_use: impl FnMut(&E, State) -> bool) {
-        // SAFETY: this thread is the copy of the lock's holder and has no guard, by the caller's promise.
+        // SAFETY: this thread is the copy of the lock's holder and has no guard, by the caller's
+        // promise.
         let mut lists = unsafe { self.lists.held() };
         Self::reclaim(&mut lists, in_use);
     }
 
-    /// As [`Ledger::after_fork_in_child`], for a child that no atfork handler has prepared (`_Fork`, a bare clone). If
-    /// another thread was at the lists in that moment they cannot be trusted: they are given up, and whoever still
-    /// gives a stack back enters it anew. The address space of the rest stays mapped in the child. O(n).
+    /// As [`Ledger::after_fork_in_child`], for a child that no atfork handler has prepared
+    /// (`_Fork`, a bare clone). If another thread was at the lists in that moment they cannot be
+    /// trusted: they are given up, and whoever still gives a stack back enters it anew. The address
+    /// space of the rest stays mapped in the child. O(n).
     ///
     /// # Safety
-    /// The process is a forked child and has had one thread since, which is not inside a call of this ledger (it has
-    /// not forked from a signal handler that interrupted one).
+    /// The process is a forked child and has had one thread since, which is not inside a call of
+    /// this ledger (it has not forked from a signal handler that interrupted one).
     pub(crate) unsafe fn after_bare_fork(&self, in_use: impl FnMut(&E, State) -> bool) {
         if let Some(mut lists) = self.lists.try_lock() {
             return Self::reclaim(&mut lists, in_use);
         }
-        // SAFETY: the owner was another thread, which does not exist in this process, by the caller's promise.
+        // SAFETY: the owner was another thread, which does not exist in this process, by the
+        // caller's promise.
         let mut lists = unsafe { self.lists.seize() };
         let new = Lists::new(lists.budget);
         let old = mem::replace(&mut *lists, new);
@@ -799,7 +820,8 @@ impl<E: Entry> Ledger<E> {
     }
 
     fn reclaim(lists: &mut Lists<E>, mut in_use: impl FnMut(&E, State) -> bool) {
-        // Another thread was unmapping these: mapped or not, nobody can tell, so nobody may touch them.
+        // Another thread was unmapping these: mapped or not, nobody can tell, so nobody may touch
+        // them.
         while let Some(e) = lists.unmapping.head {
             lists.forget(e);
         }
@@ -842,10 +864,11 @@ enum Limit {
 /// }
 /// ```
 ///
-/// A stack for which `unmapped` is not called (munmap fails with ENOMEM where it would split a mapping at
-/// vm.max_map_count) goes back to the cache, with the resident bytes that it then reports, as the youngest by age and
-/// the last of its class to be taken: so the next attempt begins with another one. The number of attempts is bounded.
-/// Dropped early, this leaves the other stacks where they are.
+/// A stack for which `unmapped` is not called (munmap fails with ENOMEM where it would split a
+/// mapping at vm.max_map_count) goes back to the cache, with the resident bytes that it then
+/// reports, as the youngest by age and the last of its class to be taken: so the next attempt
+/// begins with another one. The number of attempts is bounded. Dropped early, this leaves the other
+/// stacks where they are.
 #[must_use = "the stacks stay mapped"]
 pub(crate) struct Victims<'a, E: Entry> {
     ledger: &'a Ledger<E>,
@@ -872,8 +895,9 @@ impl<'a, E: Entry> Victims<'a, E> {
         }
     }
 
-    /// The next stack to unmap; puts the last one back, unless [`Victims::unmapped`] was called. O(1), and O(1) for each
-    /// pending stack that `trim`, `clear` and `set_budget` have yet to look at.
+    /// The next stack to unmap; puts the last one back, unless [`Victims::unmapped`] was called.
+    /// O(1), and O(1) for each pending stack that `trim`, `clear` and `set_budget` have yet to look
+    /// at.
     pub(crate) fn pop(&mut self) -> Option<&'static E> {
         if let Some(e) = self.current.take() {
             self.put_back(e);

@@ -1,11 +1,11 @@
 //! The lock of the stack ledger: one futex word, three states, nothing else.
 //!
 //! Not parking_lot's mutex, for three reasons, each a rule of this crate:
-//! - A thread that parks there for the first time allocates (thread data, hash table) and registers a thread-local
-//!   destructor. A thread that gives its stack back has already run its destructors, and on the way from a refused
-//!   step to the error nothing may be allocated (rule 4).
-//! - Its queues are process-wide. A child forked while any thread parked on any parking_lot mutex can find a bucket
-//!   locked for ever, even if this lock was held across the fork on purpose.
+//! - A thread that parks there for the first time allocates (thread data, hash table) and registers
+//!   a thread-local destructor. A thread that gives its stack back has already run its destructors,
+//!   and on the way from a refused step to the error nothing may be allocated (rule 4).
+//! - Its queues are process-wide. A child forked while any thread parked on any parking_lot mutex
+//!   can find a bucket locked for ever, even if this lock was held across the fork on purpose.
 //! - A word can be taken over in a forked child, and read by gdb in a core file.
 //!
 //! std's mutex has no way to be taken over either.
@@ -21,8 +21,8 @@ const TAKEN: u32 = 1;
 /// Taken, and somebody may sleep: whoever unlocks must wake.
 const CONTENDED: u32 = 2;
 
-/// Looks at a taken lock this often before sleeping. The critical sections are some 50 ns long; the number is bounded
-/// so that a SCHED_FIFO thread cannot starve the owner it waits for.
+/// Looks at a taken lock this often before sleeping. The critical sections are some 50 ns long; the
+/// number is bounded so that a SCHED_FIFO thread cannot starve the owner it waits for.
 const SPINS: u32 = 100;
 
 /// A mutual exclusion lock without poisoning, thread-local state or memory of its own.
@@ -63,8 +63,8 @@ impl<T> Lock<T> {
             }
             std::hint::spin_loop();
         }
-        // Whoever has slept cannot know whether others still sleep, so it always takes the lock as contended: one
-        // needless wake-up at worst, never a lost one.
+        // Whoever has slept cannot know whether others still sleep, so it always takes the lock as
+        // contended: one needless wake-up at worst, never a lost one.
         while self.word.swap(CONTENDED) != FREE {
             self.word.wait(CONTENDED);
         }
@@ -78,7 +78,8 @@ impl<T> Lock<T> {
     /// Ends [`Lock::hold`].
     ///
     /// # Safety
-    /// This thread, or the thread that it is a forked copy of, holds the lock and has no guard of it.
+    /// This thread, or the thread that it is a forked copy of, holds the lock and has no guard of
+    /// it.
     pub(crate) unsafe fn held(&self) -> Guard<'_, T> {
         Guard { lock: self }
     }
@@ -122,12 +123,14 @@ impl<T> Drop for Guard<'_, T> {
     }
 }
 
-/// A value that lies outside a [`Lock`] but is touched only by its holder: the links inside a list's entries.
+/// A value that lies outside a [`Lock`] but is touched only by its holder: the links inside a
+/// list's entries.
 ///
 /// Values go in and out by copy, so no reference into the cell ever exists.
 pub(crate) struct Guarded<T>(UnsafeCell<T>);
 
-// SAFETY: `get` and `set` are unsafe and demand the lock, so the cell is never touched by two threads at once.
+// SAFETY: `get` and `set` are unsafe and demand the lock, so the cell is never touched by two
+// threads at once.
 unsafe impl<T: Send> Sync for Guarded<T> {}
 
 impl<T: Copy> Guarded<T> {
