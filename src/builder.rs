@@ -2,6 +2,7 @@
 
 use crate::error::SpawnError;
 use crate::handle::{JoinHandle, Packet, ScopedJoinHandle};
+use crate::retry::RetryPolicy;
 use crate::scope::Scope;
 use crate::stack::Wanted;
 use crate::stack::cache::StackCache;
@@ -32,6 +33,7 @@ pub struct Builder {
     cache: Option<StackCache>,
     lock: bool,
     prefault: usize,
+    retry: RetryPolicy,
 }
 
 /// A builder's wishes, with defaults filled in and checked.
@@ -40,8 +42,9 @@ pub(crate) struct Request {
     pub comm: Option<[u8; 16]>,
     pub wanted: Wanted,
     pub cache: StackCache,
-    /// What is wrong with it.
-    pub invalid: Option<&'static str>,
+    pub retry: RetryPolicy,
+    /// What is wrong with it, and the value.
+    pub invalid: Option<(&'static str, u64)>,
 }
 
 impl Builder {
@@ -85,6 +88,14 @@ impl Builder {
     pub fn stack_cache(self, cache: &StackCache) -> Builder {
         Builder {
             cache: Some(cache.clone()),
+            ..self
+        }
+    }
+
+    /// Which refusals are tried again, and for how long: [`RetryPolicy`].
+    pub fn retry(self, policy: RetryPolicy) -> Builder {
+        Builder {
+            retry: policy,
             ..self
         }
     }
@@ -138,7 +149,7 @@ impl Builder {
     {
         let packet = Arc::new(Packet::new(f, None));
         let body: Arc<dyn Body> = Arc::clone(&packet) as _;
-        match crate::spawn::spawn(&self.request(), body) {
+        match crate::spawn::spawn(&self.request(), &body) {
             Ok(running) => Ok(JoinHandle::new(running, packet)),
             Err(error) => match packet.take_work() {
                 Some(f) => Err((error, f)),
@@ -163,7 +174,7 @@ impl Builder {
     {
         let packet = Arc::new(Packet::new(f, Some(Arc::clone(scope.latch()))));
         let body = start::scoped(Arc::clone(&packet) as _, scope.latch());
-        let running = crate::spawn::spawn(&self.request(), body)?;
+        let running = crate::spawn::spawn(&self.request(), &body)?;
         Ok(ScopedJoinHandle::new(running, packet))
     }
 
@@ -182,9 +193,12 @@ impl Builder {
             .as_ref()
             .is_some_and(|name| name.as_bytes().contains(&0))
         {
-            Some("name contains a NUL byte")
+            Some(("name contains a NUL byte", 0))
         } else if wanted.size.saturating_add(wanted.guard) > isize::MAX as usize {
-            Some("stack and guard exceed the address space")
+            Some((
+                "stack and guard exceed the address space",
+                wanted.size as u64,
+            ))
         } else {
             None
         };
@@ -193,6 +207,7 @@ impl Builder {
             name,
             invalid,
             wanted,
+            retry: self.retry,
             cache: self.cache.unwrap_or_else(|| StackCache::global().clone()),
         }
     }

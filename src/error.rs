@@ -1,7 +1,10 @@
 //! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
 
+use crate::diagnose::{Cause, Causes, Certainty, Explanation, Verdict};
 use nix::errno::Errno;
 use std::fmt;
+use std::mem::MaybeUninit;
+use std::time::Duration;
 
 /// The step of thread creation that was refused, in the order in which they are taken.
 #[non_exhaustive]
@@ -111,7 +114,7 @@ impl fmt::Display for StackOutcome {
 }
 
 /// Everything about one refusal.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Refusal {
     pub step: Step,
     pub errno: Errno,
@@ -123,8 +126,69 @@ pub(crate) struct Refusal {
     pub attempts: u32,
     /// Cached stacks that were given back to the kernel before the last attempt.
     pub reclaimed: usize,
-    /// What the step itself knows about its refusal, such as the attribute that was wrong.
-    pub detail: &'static str,
+    /// It was the calibration thread that was refused.
+    pub calibration: bool,
+    pub verdict: Verdict,
+}
+
+impl Refusal {
+    pub(crate) fn report(&self) -> impl fmt::Display + '_ {
+        Report(self)
+    }
+}
+
+/// The line that is grepped for.
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Verdict {
+            cause, certainty, ..
+        } = &self.verdict;
+        write!(
+            f,
+            "nptl: spawn refused: step={} errno={:?} cause={:?} certainty={certainty}: {cause}; stack_size={}",
+            self.step,
+            self.errno,
+            cause.kind(),
+            self.stack_size
+        )?;
+        if self.bytes != 0 {
+            write!(f, " bytes={}", self.bytes)?;
+        }
+        write!(f, " attempts={}; {}", self.attempts, self.stack)?;
+        if self.calibration {
+            f.write_str("; it was the calibration thread of the first spawn")?;
+        }
+        if self.reclaimed > 0 {
+            write!(f, "; after {} cached stacks were unmapped", self.reclaimed)?;
+        }
+        Ok(())
+    }
+}
+
+/// The lines that are read.
+struct Report<'a>(&'a Refusal);
+
+impl fmt::Display for Report<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Refusal {
+            step,
+            errno,
+            attempts,
+            stack,
+            verdict,
+            ..
+        } = self.0;
+        writeln!(f, "step: {step}, refused with {errno:?} ({})", errno.desc())?;
+        writeln!(f, "attempts: {attempts}; {stack}")?;
+        let explanation = Explanation {
+            cause: &verdict.cause,
+            certainty: verdict.certainty,
+            alternatives: verdict.alternatives,
+            transient: verdict.transient,
+        };
+        write!(f, "{explanation}")?;
+        write!(f, "\n(found out in {:.1?})", verdict.spent)
+    }
 }
 
 /// A thread could not be created.
@@ -143,26 +207,34 @@ pub(crate) struct Refusal {
 pub struct SpawnError(Box<Refusal>);
 
 /// The memory of an error that has not happened yet.
-pub(crate) struct Reserve(Box<Refusal>);
+pub(crate) struct Reserve(Box<MaybeUninit<Refusal>>, usize);
 
 impl Reserve {
     pub(crate) fn new(stack_size: usize) -> Reserve {
-        Reserve(Box::new(Refusal {
+        Reserve(Box::new_uninit(), stack_size)
+    }
+
+    /// Turns the reserve into the error, without allocating.
+    pub(crate) fn refuse(self, fill: impl FnOnce(&mut Refusal)) -> SpawnError {
+        let mut refusal = Refusal {
             step: Step::Attributes,
             errno: Errno::UnknownErrno,
-            stack_size,
+            stack_size: self.1,
             bytes: 0,
             stack: StackOutcome::NONE,
             attempts: 1,
             reclaimed: 0,
-            detail: "",
-        }))
+            calibration: false,
+            verdict: Verdict::NONE,
+        };
+        fill(&mut refusal);
+        SpawnError(Box::write(self.0, refusal))
     }
+}
 
-    /// Turns the reserve into the error, without allocating.
-    pub(crate) fn refuse(mut self, fill: impl FnOnce(&mut Refusal)) -> SpawnError {
-        fill(&mut self.0);
-        SpawnError(self.0)
+impl From<Refusal> for SpawnError {
+    fn from(refusal: Refusal) -> SpawnError {
+        SpawnError(Box::new(refusal))
     }
 }
 
@@ -191,46 +263,61 @@ impl SpawnError {
         self.0.stack
     }
 
-    /// How often the refused step was tried.
+    /// How often the refused step was tried, repetitions by the analysis included.
     pub fn attempts(&self) -> u32 {
         self.0.attempts
+    }
+
+    /// Which check of the kernel, or of this crate, refused, with the values that show it.
+    pub fn cause(&self) -> &Cause {
+        &self.0.verdict.cause
+    }
+
+    /// How sure the cause is.
+    pub fn certainty(&self) -> Certainty {
+        self.0.verdict.certainty
+    }
+
+    /// What else it could be, where the cause is inferred.
+    pub fn alternatives(&self) -> Causes {
+        self.0.verdict.alternatives
+    }
+
+    /// Whether the obstacle can be gone by itself within milliseconds.
+    pub fn is_transient(&self) -> bool {
+        self.0.verdict.transient
+    }
+
+    /// Time spent on finding the cause out.
+    pub fn time_spent(&self) -> Duration {
+        self.0.verdict.spent
+    }
+
+    /// Several lines for whoever must act: step, errno, cause, the evidence and the files it was
+    /// read from, and what to change.
+    ///
+    /// ```
+    /// let error = nptl::Builder::new().stack_size(1 << 50).spawn(|| ()).unwrap_err();
+    /// println!("{}", error.report());
+    /// ```
+    pub fn report(&self) -> impl fmt::Display + '_ {
+        self.0.report()
+    }
+
+    pub(crate) fn refusal(&self) -> &Refusal {
+        &self.0
     }
 }
 
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Refusal {
-            step,
-            errno,
-            stack_size,
-            bytes,
-            stack,
-            attempts,
-            reclaimed,
-            detail,
-        } = &*self.0;
-        write!(f, "nptl: spawn refused: step={step} errno={errno:?}")?;
-        if !detail.is_empty() {
-            write!(f, " ({detail})")?;
-        }
-        write!(f, " stack_size={stack_size}")?;
-        if *bytes != 0 {
-            write!(f, " bytes={bytes}")?;
-        }
-        if *attempts > 1 {
-            write!(f, " attempts={attempts}")?;
-        }
-        write!(f, "; {stack}")?;
-        if *reclaimed > 0 {
-            write!(f, "; after {reclaimed} cached stacks were unmapped")?;
-        }
-        Ok(())
+        fmt::Display::fmt(&self.0, f)
     }
 }
 
 impl fmt::Debug for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        fmt::Debug::fmt(&self.0, f)
     }
 }
 
@@ -240,8 +327,17 @@ impl std::error::Error for SpawnError {
     }
 }
 
-/// Keeps what callers of `std::thread::Builder::spawn` look at: `raw_os_error` of the kind
-/// pthread_create gives, and the whole [`SpawnError`] as the source.
+/// The whole error, as the inner value: `get_ref` gives the [`SpawnError`], `source` its errno, and
+/// the kind is that of `pthread_errno`. std's `io::Error` holds either an errno or an error value,
+/// never both, so `raw_os_error` is `None` here: the alternative would lose the cause.
+///
+/// ```
+/// let refused = nptl::Builder::new().stack_size(usize::MAX).spawn(|| ()).unwrap_err();
+/// let error = std::io::Error::from(refused);
+/// assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+/// let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<nptl::SpawnError>());
+/// assert_eq!(inner.unwrap().step(), nptl::Step::Attributes);
+/// ```
 impl From<SpawnError> for std::io::Error {
     fn from(error: SpawnError) -> std::io::Error {
         std::io::Error::new(

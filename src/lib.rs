@@ -26,13 +26,19 @@
 //! (private or not) only under contention; munmap only where a detached thread's stack pushes others
 //! out of the cache. A seccomp filter installed by the closure must allow these.
 
+#![debugger_visualizer(gdb_script_file = "../gdb/nptl.py")]
+
 #[cfg(not(target_os = "linux"))]
 compile_error!("nptl reimplements glibc's thread creation and supports Linux only");
 
 mod builder;
 mod clone;
+mod debug;
+mod diagnose;
 mod error;
+mod failures;
 mod handle;
+mod retry;
 mod scope;
 mod spawn;
 mod stack;
@@ -40,8 +46,14 @@ mod start;
 mod tcb;
 
 pub use builder::{Builder, spawn};
+pub use diagnose::{
+    Answer, Cause, CauseKind, Causes, Certainty, CgroupPlace, CloneCall, Headroom, HeadroomLimit,
+    InlinePath, MemoryOracle, Oracle, PidLevel, Unit, headroom, headroom_of,
+};
 pub use error::{SpawnError, StackFate, StackOrigin, StackOutcome, Step};
+pub use failures::last_failure;
 pub use handle::{JoinHandle, ScopedJoinHandle};
+pub use retry::RetryPolicy;
 pub use scope::{Scope, scope};
 pub use stack::StackInfo;
 pub use stack::cache::{StackCache, StackCacheConfig, StackCacheStats};

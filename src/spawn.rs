@@ -3,8 +3,16 @@
 //! Every value that a step acquires undoes that step when it is dropped, so an early return is the
 //! way back; nothing on it allocates, because the machine is out of something (rules 3 and 4).
 
+#![expect(
+    clippy::result_large_err,
+    reason = "nothing may be boxed between refusal and error (rule 4); the public error is one word"
+)]
+
 use crate::builder::Request;
+use crate::clone::Call;
+use crate::diagnose::{self, Circumstances, CloneCall, Detail, Finding, Verdict};
 use crate::error::{Refusal, Reserve, SpawnError, StackFate, StackOrigin, StackOutcome, Step};
+use crate::failures;
 use crate::handle::Running;
 use crate::stack::cache::{self, StackCache};
 use crate::stack::{Idle, Signals, overflow};
@@ -12,63 +20,189 @@ use crate::start::{Body, Settings, Start};
 use crate::tcb::{Runtime, RuntimeError};
 use nix::errno::Errno;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Creates the thread that runs `body`.
-pub(crate) fn spawn(request: &Request, body: Arc<dyn Body>) -> Result<Running, SpawnError> {
+pub(crate) fn spawn(request: &Request, body: &Arc<dyn Body>) -> Result<Running, SpawnError> {
     // The error's memory, while there is some.
     let reserve = Reserve::new(request.wanted.size);
     cache::guard_forks();
     cache::notice_fork();
 
+    let mut attempts = 0;
+    let mut started = None;
+    loop {
+        let refused = match attempt(request, body, &mut attempts) {
+            Ok(running) => return Ok(running),
+            Err(refused) => refused,
+        };
+        // Only what a clone meets goes away by itself within milliseconds. A calibration is left to
+        // the next spawn: it allocates, which nothing does after a refusal (rule 4).
+        let transient =
+            refused.step == Step::Clone && refused.verdict.transient && !refused.calibration;
+        let hopeless = matches!(refused.step, Step::Attributes | Step::Runtime);
+        let started = *started.get_or_insert_with(Instant::now);
+        if request.retry.again(started, transient, hopeless) {
+            continue;
+        }
+        let error = reserve.refuse(|refusal| refused.tell(refusal, attempts));
+        failures::record(error.refusal(), request.name.as_deref());
+        return Err(error);
+    }
+}
+
+/// One refused attempt.
+struct Refused {
+    step: Step,
+    errno: Errno,
+    /// Bytes of the mapping or range that the refused call was about.
+    bytes: usize,
+    stack: StackOutcome,
+    /// Cached stacks given back before the step was refused for good.
+    reclaimed: usize,
+    calibration: bool,
+    verdict: Verdict,
+}
+
+impl Refused {
+    /// Finds out why, with nothing but what is known now.
+    fn explained(step: Step, errno: Errno, bytes: usize, detail: Detail) -> Refused {
+        let circumstances = circumstances(step, errno, bytes, CloneCall::Clone3, &detail);
+        Refused {
+            step,
+            errno,
+            bytes,
+            stack: StackOutcome::NONE,
+            reclaimed: 0,
+            calibration: false,
+            verdict: diagnose::explain(&circumstances),
+        }
+    }
+
+    fn tell(&self, refusal: &mut Refusal, attempts: u32) {
+        (refusal.step, refusal.errno, refusal.bytes) = (self.step, self.errno, self.bytes);
+        (refusal.stack, refusal.reclaimed) = (self.stack, self.reclaimed);
+        refusal.calibration = self.calibration;
+        refusal.attempts = attempts.max(1);
+        refusal.verdict = self.verdict;
+    }
+}
+
+fn circumstances(
+    step: Step,
+    errno: Errno,
+    bytes: usize,
+    clone_call: CloneCall,
+    detail: &Detail,
+) -> Circumstances<'_> {
+    Circumstances {
+        step,
+        errno,
+        bytes,
+        clone_call,
+        flags: crate::clone::FLAGS,
+        reaping: cache::thread_ended_lately(),
+        what: detail,
+    }
+}
+
+/// The steps, once. `attempts` counts how often the step that decides was tried.
+fn attempt(
+    request: &Request,
+    body: &Arc<dyn Body>,
+    attempts: &mut u32,
+) -> Result<Running, Refused> {
+    *attempts += 1;
+
     // 1. Attributes.
-    if let Some(detail) = request.invalid {
-        return Err(reserve.refuse(|refusal| {
-            refused(refusal, Step::Attributes, Errno::EINVAL, 0);
-            refusal.detail = detail;
-        }));
+    if let Some((what, value)) = request.invalid {
+        let detail = Detail { what, value };
+        return Err(Refused::explained(
+            Step::Attributes,
+            Errno::EINVAL,
+            0,
+            detail,
+        ));
     }
 
     // 2. Runtime: a calibrated glibc.
-    let runtime = match Runtime::get() {
-        Ok(runtime) => runtime,
-        Err(error) => return Err(reserve.refuse(|refusal| no_runtime(refusal, error))),
-    };
+    let runtime = Runtime::get().map_err(no_runtime)?;
 
     // 3. and 4. Stack and guard: from the cache, or mapped.
-    let idle = match obtain(request, runtime) {
-        Ok(idle) => idle,
-        Err((step, errno, bytes, reclaimed)) => {
-            return Err(reserve.refuse(|refusal| {
-                refused(refusal, step, errno, bytes);
-                refusal.reclaimed = reclaimed;
-                if step == Step::GuardStack {
-                    refusal.stack = StackOutcome {
-                        origin: StackOrigin::Fresh,
-                        fate: StackFate::Unmapped,
-                    };
-                }
-            }));
-        }
-    };
+    let idle = obtain(request, runtime)?;
 
     // 5. Prepare: lock, prefault.
     if let Err((errno, bytes)) = idle.prepare(&request.wanted) {
-        return Err(give_up(reserve, idle, Step::PrepareStack, errno, bytes));
+        let refused = Refused::explained(Step::PrepareStack, errno, bytes, Detail::default());
+        return Err(give_up(idle, refused));
     }
 
+    // 6. and 7. TLS and clone. The analysis of a refused clone repeats it: what the kernel says
+    // between two refusals is what refuses.
+    let (step, errno, call) = match enter(request, runtime, &idle, body) {
+        Ok(tid) => return Ok(running(request, idle, tid)),
+        Err(refused) => refused,
+    };
+    if step != Step::Clone {
+        let refused = Refused::explained(step, errno, 0, Detail::default());
+        return Err(give_up(idle, refused));
+    }
+    let mut tid = None;
+    let mut again = || match enter(request, runtime, &idle, body) {
+        Ok(started) => {
+            tid = Some(started);
+            Ok(())
+        }
+        Err((_, errno, _)) => Err(errno),
+    };
+    let detail = Detail::default();
+    let circumstances = circumstances(step, errno, 0, call, &detail);
+    let finding = if request.retry.repeats() {
+        diagnose::diagnose(&circumstances, Some(&mut again))
+    } else {
+        diagnose::diagnose(&circumstances, None)
+    };
+    match (finding, tid) {
+        (_, Some(tid)) => Ok(running(request, idle, tid)),
+        (Finding::Verdict(verdict), None) => {
+            *attempts += verdict.repeated;
+            let refused = Refused {
+                step,
+                errno,
+                bytes: 0,
+                stack: StackOutcome::NONE,
+                reclaimed: 0,
+                calibration: false,
+                verdict,
+            };
+            Err(give_up(idle, refused))
+        }
+        // A granted repetition always leaves its tid.
+        (Finding::Succeeded, None) => {
+            let refused = Refused::explained(step, errno, 0, detail);
+            Err(give_up(idle, refused))
+        }
+    }
+}
+
+/// Steps 6 and 7 on a prepared stack; a refusal leaves it as it was.
+fn enter(
+    request: &Request,
+    runtime: &'static Runtime,
+    idle: &Idle,
+    body: &Arc<dyn Body>,
+) -> Result<libc::pid_t, (Step, Errno, CloneCall)> {
     // 6. TLS: on glibc's list first, so that a dlopen from here on initialises this thread, too.
     let signals = Signals::block_application();
     let enlisted = idle.enlist(&signals);
     if !enlisted.allocate_tls() {
-        drop(enlisted);
-        drop(signals);
         // _dl_allocate_tls says null and no more; memory is the one thing it asks for.
-        return Err(give_up(reserve, idle, Step::AllocateTls, Errno::ENOMEM, 0));
+        return Err((Step::AllocateTls, Errno::ENOMEM, CloneCall::Clone3));
     }
 
     // 7. Clone.
     let start = Start {
-        body,
+        body: Arc::clone(body),
         runtime,
         cache: request.cache.clone(),
         name: request.name.clone(),
@@ -81,64 +215,82 @@ pub(crate) fn spawn(request: &Request, body: Arc<dyn Body>) -> Result<Running, S
     match idle.clone_thread(start, &signals) {
         Ok(tid) => {
             enlisted.commit();
-            drop(signals);
-            let (stack, cache) = idle.into_running();
-            Ok(Running::new(stack, cache, tid, request.name.clone()))
+            Ok(tid)
         }
-        Err((errno, _call)) => {
-            // Off the list again while 33 is open (rule 3).
-            drop(enlisted);
-            drop(signals);
-            Err(give_up(reserve, idle, Step::Clone, errno, 0))
-        }
+        // Dropped in this order: off the list while 33 is open (rule 3), then the creator's mask.
+        Err((errno, call)) => Err((
+            Step::Clone,
+            errno,
+            match call {
+                Call::Clone3 => CloneCall::Clone3,
+                Call::Clone => CloneCall::Clone,
+            },
+        )),
     }
+}
+
+fn running(request: &Request, idle: Idle, tid: libc::pid_t) -> Running {
+    let (stack, cache) = idle.into_running();
+    Running::new(stack, cache, tid, request.name.clone())
 }
 
 /// A stack, if need be after giving back what the caches hold: cached stacks are mappings and
-/// address space, the very things that are short. The error ends with the number of those.
-fn obtain(
-    request: &Request,
-    runtime: &'static Runtime,
-) -> Result<Idle, (Step, Errno, usize, usize)> {
-    let first = match Idle::obtain(&request.cache, runtime, &request.wanted) {
-        Err(error @ (_, Errno::ENOMEM, _)) => error,
-        other => return other.map_err(|(step, errno, bytes)| (step, errno, bytes, 0)),
+/// address space, the very things that are short.
+fn obtain(request: &Request, runtime: &'static Runtime) -> Result<Idle, Refused> {
+    let mut reclaimed = 0;
+    let refused = match Idle::obtain(&request.cache, runtime, &request.wanted) {
+        Ok(idle) => return Ok(idle),
+        Err(refused @ (_, Errno::ENOMEM, _)) => {
+            reclaimed = StackCache::reclaim_all(runtime);
+            if reclaimed == 0 {
+                refused
+            } else {
+                match Idle::obtain(&request.cache, runtime, &request.wanted) {
+                    Ok(idle) => return Ok(idle),
+                    Err(refused) => refused,
+                }
+            }
+        }
+        Err(refused) => refused,
     };
-    let reclaimed = StackCache::reclaim_all(runtime);
-    if reclaimed == 0 {
-        return Err((first.0, first.1, first.2, 0));
+    let (step, errno, bytes) = refused;
+    let detail = Detail {
+        what: "stack size",
+        value: request.wanted.size as u64,
+    };
+    let mut refused = Refused::explained(step, errno, bytes, detail);
+    refused.reclaimed = reclaimed;
+    if step == Step::GuardStack {
+        refused.stack = StackOutcome {
+            origin: StackOrigin::Fresh,
+            fate: StackFate::Unmapped,
+        };
     }
-    Idle::obtain(&request.cache, runtime, &request.wanted)
-        .map_err(|(step, errno, bytes)| (step, errno, bytes, reclaimed))
+    Err(refused)
 }
 
-fn refused(refusal: &mut Refusal, step: Step, errno: Errno, bytes: usize) {
-    (refusal.step, refusal.errno, refusal.bytes) = (step, errno, bytes);
-}
-
-fn no_runtime(refusal: &mut Refusal, error: RuntimeError) {
+fn no_runtime(error: RuntimeError) -> Refused {
     match error {
-        RuntimeError::Unsupported(check) => {
-            refused(refusal, Step::Runtime, Errno::ENOSYS, 0);
-            refusal.detail = check;
+        RuntimeError::Unsupported(what) => {
+            let detail = Detail { what, value: 0 };
+            Refused::explained(Step::Runtime, Errno::ENOSYS, 0, detail)
         }
         RuntimeError::Refused { step, errno, bytes } => {
-            refused(refusal, step, errno, bytes);
-            refusal.detail = "calibration thread";
+            let mut refused = Refused::explained(step, errno, bytes, Detail::default());
+            refused.calibration = true;
+            refused
         }
     }
 }
 
 /// The stack goes back where it came from, and the error says so.
-fn give_up(reserve: Reserve, idle: Idle, step: Step, errno: Errno, bytes: usize) -> SpawnError {
+fn give_up(idle: Idle, mut refused: Refused) -> Refused {
     let origin = if idle.is_from_cache() {
         StackOrigin::Cache
     } else {
         StackOrigin::Fresh
     };
     let fate = idle.put_back();
-    reserve.refuse(|refusal| {
-        refused(refusal, step, errno, bytes);
-        refusal.stack = StackOutcome { origin, fate };
-    })
+    refused.stack = StackOutcome { origin, fate };
+    refused
 }

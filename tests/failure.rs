@@ -283,7 +283,14 @@ fn obstructed<T>(case: &Case, active: &AtomicBool, attempt: impl FnOnce() -> T) 
 fn refuse_each_way(case: &Case, cached: bool, active: &AtomicBool) {
     const SIZE: usize = 300 << 10;
     let cache = StackCache::new(StackCacheConfig::default());
-    let build = || (case.configure)(Builder::new().stack_cache(&cache).stack_size(SIZE));
+    let build = || {
+        (case.configure)(
+            Builder::new()
+                .retry(nptl::RetryPolicy::never())
+                .stack_cache(&cache)
+                .stack_size(SIZE),
+        )
+    };
     let what = format!(
         "{} on a {} stack",
         case.name,
@@ -726,6 +733,7 @@ fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
                     let before = State::take(cache);
                     active.store(true, Ordering::Release);
                     let (error, work) = Builder::new()
+                        .retry(nptl::RetryPolicy::never())
                         .spawn_or_return(move || round)
                         .expect_err("a refusal");
                     active.store(false, Ordering::Release);

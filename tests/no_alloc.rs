@@ -67,24 +67,28 @@ mod heap {
             unsafe { *libc::__errno_location() = libc::ENOMEM };
             return std::ptr::null_mut();
         }
+        // SAFETY: glibc's own function behind the name that this one replaces; same contract.
         unsafe { __libc_calloc(count, size) }
     }
 
     #[unsafe(no_mangle)]
     unsafe extern "C" fn realloc(block: *mut c_void, size: size_t) -> *mut c_void {
         super::check();
+        // SAFETY: glibc's own function behind the name that this one replaces; same contract.
         unsafe { __libc_realloc(block, size) }
     }
 
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memalign(align: size_t, size: size_t) -> *mut c_void {
         super::check();
+        // SAFETY: glibc's own function behind the name that this one replaces; same contract.
         unsafe { __libc_memalign(align, size) }
     }
 
     #[unsafe(no_mangle)]
     unsafe extern "C" fn aligned_alloc(align: size_t, size: size_t) -> *mut c_void {
         super::check();
+        // SAFETY: glibc's own function behind the name that this one replaces; same contract.
         unsafe { __libc_memalign(align, size) }
     }
 

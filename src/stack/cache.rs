@@ -6,7 +6,7 @@
 use super::ledger::{Budget, Ledger, State, Stats, Victims};
 use super::{Life, Lock, Stack};
 use crate::tcb::Runtime;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// 64 MiB: some 1,400 default stacks at their upper bound of 44 KiB each.
 const DEFAULT_BUDGET: usize = 64 << 20;
@@ -254,6 +254,7 @@ impl StackCache {
     /// A thread has ended, or is on its way out on this very stack: the ledger keeps the stack, or
     /// lets it wait until the kernel has let go of it.
     pub(crate) fn give(&self, stack: &'static Stack) {
+        LAST_END.store(now(), Ordering::Relaxed);
         self.unmap(self.0.ledger.give(stack));
     }
 
@@ -335,6 +336,23 @@ pub(super) fn unmap_victims(
         }
     }
     found
+}
+
+/// When a thread of this crate last gave its stack back, in milliseconds of [`now`].
+static LAST_END: AtomicU64 = AtomicU64::new(0);
+
+/// The coarse monotonic clock (no system call), in milliseconds; never 0.
+fn now() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE).map_or(1, |now| {
+        now.tv_sec() as u64 * 1000 + now.tv_nsec() as u64 / 1_000_000 + 1
+    })
+}
+
+/// Whether a thread of this crate has ended so lately that the kernel may still count it.
+pub(crate) fn thread_ended_lately() -> bool {
+    const LATELY: u64 = 20;
+    let last = LAST_END.load(Ordering::Relaxed);
+    last != 0 && now().saturating_sub(last) <= LATELY
 }
 
 /// Registers the handlers that keep every lock of this crate whole across fork(2).

@@ -189,6 +189,7 @@ impl Stats {
 
 /// Where a stack is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub(crate) enum State {
     /// Not in the ledger.
     Gone,
@@ -216,6 +217,10 @@ pub(crate) struct Links<E: 'static> {
 }
 
 impl<E> Links<E> {
+    /// Where a debugger reads the entry's [`State`], one byte.
+    pub(crate) const STATE_OFFSET: usize =
+        mem::offset_of!(Self, facts) + Guarded::<Facts>::VALUE + mem::offset_of!(Facts, state);
+
     pub(crate) const fn new() -> Self {
         Links {
             owner: AtomicUsize::new(NOBODY),

@@ -134,6 +134,9 @@ pub(crate) struct Guarded<T>(UnsafeCell<T>);
 unsafe impl<T: Send> Sync for Guarded<T> {}
 
 impl<T: Copy> Guarded<T> {
+    /// Offset of the value, for a debugger.
+    pub(crate) const VALUE: usize = mem::offset_of!(Self, 0);
+
     pub(crate) const fn new(value: T) -> Self {
         Guarded(UnsafeCell::new(value))
     }

@@ -12,6 +12,7 @@ mod ledger;
 mod lock;
 mod mapping;
 pub(crate) mod overflow;
+pub(crate) mod probe;
 
 pub(crate) use lock::Lock;
 
@@ -77,6 +78,8 @@ pub(crate) struct Stack {
     start: UnsafeCell<Option<crate::start::Start>>,
     /// The next record without a mapping.
     next_spare: AtomicPtr<Stack>,
+    /// The record made before this one: a debugger's way to all of them.
+    next_record: AtomicPtr<Stack>,
 }
 
 // SAFETY: `start` is written by the creator before the thread exists and taken by the thread, or
@@ -111,7 +114,25 @@ impl Stack {
             name_length: AtomicUsize::new(0),
             start: UnsafeCell::new(None),
             next_spare: AtomicPtr::new(std::ptr::null_mut()),
+            next_record: AtomicPtr::new(std::ptr::null_mut()),
         }
+    }
+
+    /// Offsets for a debugger, in the order that `gdb/nptl.py` knows.
+    pub(crate) const OFFSETS: [usize; 8] = [
+        std::mem::offset_of!(Stack, next_record),
+        std::mem::offset_of!(Stack, base),
+        std::mem::offset_of!(Stack, guard),
+        std::mem::offset_of!(Stack, size),
+        std::mem::offset_of!(Stack, tid),
+        std::mem::offset_of!(Stack, name),
+        std::mem::offset_of!(Stack, name_length),
+        std::mem::offset_of!(Stack, links) + Links::<Stack>::STATE_OFFSET,
+    ];
+
+    /// Where a debugger goes from here.
+    pub(crate) fn follow(&self, record: *mut Stack) {
+        self.next_record.store(record, Ordering::Relaxed);
     }
 
     /// A record without a mapping: the one that lost its mapping last, or a new one.
@@ -123,7 +144,9 @@ impl Stack {
             return stack;
         }
         drop(spare);
-        Box::leak(Box::new(Stack::new()))
+        let stack: &'static Stack = Box::leak(Box::new(Stack::new()));
+        crate::debug::publish_record(stack);
+        stack
     }
 
     fn retire_record(&'static self) {

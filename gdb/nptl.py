@@ -1,0 +1,88 @@
+"""gdb commands for processes and core files with threads of the crate nptl.
+
+nptl-failures   the last refused spawns, newest first, with their reports
+nptl-stacks     every stack: address, size, state, tid, name of its thread
+
+Embedded in the binary (.debug_gdb_scripts); gdb loads it where `auto-load safe-path` allows, or with
+`source gdb/nptl.py`. Needs no debug information: the static nptl::debug::DIRECTORY tells where all is.
+"""
+
+import struct
+import time
+
+import gdb
+
+STATES = ["gone", "live", "ending", "cached", "doomed", "unmapping"]
+
+
+def read(address, size):
+    return bytes(gdb.selected_inferior().read_memory(address, size))
+
+
+def words(address, count):
+    return struct.unpack("%dQ" % count, read(address, 8 * count))
+
+
+def directory():
+    try:
+        address = int(gdb.parse_and_eval("(unsigned long)&'nptl::debug::DIRECTORY'"))
+    except gdb.error as error:
+        raise gdb.GdbError("no threads of the crate nptl here: %s" % error)
+    found = words(address, 13)
+    if found[0] != 1:
+        raise gdb.GdbError("nptl::debug::DIRECTORY has version %d, this script knows 1" % found[0])
+    return found
+
+
+class Failures(gdb.Command):
+    """The last refused spawns of the crate nptl, newest first."""
+
+    def __init__(self):
+        super().__init__("nptl-failures", gdb.COMMAND_STATUS)
+
+    def invoke(self, argument, from_tty):
+        _, entries, count, size = directory()[:4]
+        failures = []
+        for index in range(count if entries else 0):
+            at = entries + index * size
+            number, seconds, nanoseconds, tid, length = struct.unpack("QqqiI", read(at, 32))
+            if number:
+                text = read(at + 32, length).decode("utf-8", "replace")
+                failures.append((number, seconds, nanoseconds, tid, text))
+        if not failures:
+            print("no spawn was refused")
+        for number, seconds, nanoseconds, tid, text in sorted(failures, reverse=True):
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+            print("#%d %s.%03d UTC, refused to tid %d" % (number, when, nanoseconds // 1000000, tid))
+            print("  " + text.replace("\n", "\n  "))
+
+
+class Stacks(gdb.Command):
+    """Every stack of the crate nptl: address, size, state, tid, name of its thread."""
+
+    def __init__(self):
+        super().__init__("nptl-stacks", gdb.COMMAND_STATUS)
+
+    def invoke(self, argument, from_tty):
+        found = directory()
+        at, (after, base, guard, size, tid, name, length, state) = found[4], found[5:13]
+        counts = {}
+        while at:
+            word = lambda offset: words(at + offset, 1)[0]
+            what = STATES[read(at + state, 1)[0]]
+            counts[what] = counts.get(what, 0) + 1
+            if what != "gone":
+                start = word(base) + word(guard)
+                line = "0x%x..0x%x %8d KiB %-9s" % (
+                    start, start + word(size), word(size) // 1024, what)
+                if what in ("live", "ending"):
+                    line += " tid %d" % struct.unpack("i", read(word(tid), 4))
+                    if word(name):
+                        line += " \"%s\"" % read(word(name), word(length)).decode("utf-8", "replace")
+                print(line)
+            at = word(after)
+        print(", ".join("%d %s" % (count, what) for what, count in sorted(counts.items())) or "no stacks")
+
+
+Failures()
+Stacks()

@@ -1,0 +1,173 @@
+//! Calls of clone and clone3 that the kernel always refuses.
+//!
+//! Each one stops at a known place inside the kernel's `copy_process`, so that its errno tells how far a
+//! clone gets at this moment. None of them asks for a new address space or a new parent, and each is refused
+//! before the new task could be seen or run.
+//!
+//! Why the flags differ from the usual probes in two places: leaving out `CLONE_FS` skips `copy_fs`, the
+//! only check that a sibling inside execve fails, so asking with and without it singles that cause out. And
+//! the legacy probe keeps the caller's own flags, because system-call filters compare flags: a thread pointer
+//! outside user space is refused by the kernel (EPERM, `copy_thread`) and looked at by no filter.
+
+use std::arch::asm;
+use std::cell::UnsafeCell;
+
+use libc::{
+    CLONE_FILES, CLONE_FS, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM,
+};
+use nix::errno::Errno;
+
+/// What a thread shares, except the `fs_struct`.
+const SHARED: u64 = (CLONE_VM | CLONE_FILES | CLONE_SYSVSEM | CLONE_SIGHAND | CLONE_THREAD) as u64;
+
+/// `CLONE_INTO_CGROUP`; libc's constant of that name is too narrow for the bit.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// A descriptor number that clone3 accepts as a number and that no process can have open: the kernel's
+/// highest possible descriptor is below `INT_MAX`.
+const NO_DESCRIPTOR: u64 = i32::MAX as u64;
+
+const SPARE_BYTES: usize = 8192;
+
+/// Where a child would stand if a kernel did grant a probe. It leaves at once, but a signal could reach it
+/// before, and must not run its handler on the parent's stack.
+#[repr(align(64))]
+struct SpareStack(UnsafeCell<[u8; SPARE_BYTES]>);
+
+// SAFETY: the bytes are never read or written through this value; only the kernel could push a signal frame.
+unsafe impl Sync for SpareStack {}
+
+static SPARE_STACK: SpareStack = SpareStack(UnsafeCell::new([0; SPARE_BYTES]));
+
+fn spare_stack() -> usize {
+    SPARE_STACK.0.get().addr()
+}
+
+/// Issues a clone-like call whose refusal is expected.
+///
+/// A return value of 0 cannot tell a child from a parent whose call a filter "succeeded"; the stack pointer
+/// can. A child, should a foreign kernel ever create one, stands on the spare stack and ends itself without
+/// touching memory.
+///
+/// # Safety
+/// `number` is clone or clone3 with a child stack inside [`SPARE_STACK`], `CLONE_VM` and `CLONE_THREAD` set,
+/// and pointers the kernel may use while the call lasts.
+#[cfg(target_arch = "x86_64")]
+unsafe fn refused(number: libc::c_long, arguments: [usize; 5]) -> Result<(), Errno> {
+    let [first, second, third, fourth, fifth] = arguments;
+    let result: isize;
+    // SAFETY: per the contract the parent's memory and stack stay untouched; a child never gets past `ud2`.
+    unsafe {
+        asm!(
+            "mov {parent}, rsp",
+            "syscall",
+            "cmp rsp, {parent}",   // the same stack pointer: this is the parent
+            "je 2f",
+            "mov eax, 60",         // a child: exit(0), this thread only
+            "xor edi, edi",
+            "syscall",
+            "ud2",
+            "2:",
+            parent = out(reg) _,
+            inlateout("rax") number as isize => result,
+            in("rdi") first,
+            in("rsi") second,
+            in("rdx") third,
+            in("r10") fourth,
+            in("r8") fifth,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    if (-4095..0).contains(&result) {
+        Err(Errno::from_raw(-result as i32))
+    } else {
+        Ok(())
+    }
+}
+
+fn clone3(flags: u64, bad_number: bool) -> Result<(), Errno> {
+    let zero: [libc::pid_t; 1] = [0];
+    // SAFETY: `clone_args` is plain numbers; zero means "not asked for" in each.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = flags;
+    args.stack = spare_stack() as u64;
+    args.stack_size = SPARE_BYTES as u64;
+    if bad_number {
+        args.set_tid = zero.as_ptr().addr() as u64;
+        args.set_tid_size = 1;
+    } else {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = NO_DESCRIPTOR;
+    }
+    let pointer = (&raw const args).expose_provenance();
+    let _ = zero.as_ptr().expose_provenance();
+    // SAFETY: thread flags, spare stack, and both structures outlive the call.
+    unsafe {
+        refused(
+            libc::SYS_clone3,
+            [pointer, size_of::<libc::clone_args>(), 0, 0, 0],
+        )
+    }
+}
+
+/// `clone3(NULL, 0)`: EINVAL from a kernel that has clone3 and lets the call through.
+pub(crate) fn clone3_empty() -> Result<(), Errno> {
+    // SAFETY: without arguments there is nothing to create; a size of 0 is refused before anything is read.
+    unsafe { refused(libc::SYS_clone3, [0; 5]) }
+}
+
+/// Asks for thread number 0: EINVAL inside `alloc_pid`, when everything before it passed.
+///
+/// With `fs` false, `copy_fs` is skipped, and with it the check for a sibling inside execve.
+pub(crate) fn until_pid_number(fs: bool) -> Result<(), Errno> {
+    clone3(SHARED | if fs { CLONE_FS as u64 } else { 0 }, true)
+}
+
+/// Asks for a cgroup that is not open: EBADF right after `alloc_pid`, when everything before it passed.
+/// `copy_fs` is skipped.
+pub(crate) fn until_cgroup() -> Result<(), Errno> {
+    clone3(SHARED, false)
+}
+
+/// The caller's own clone flags with a thread pointer outside user space: EPERM in `copy_thread`, when
+/// everything before it passed. With `fs` false, `copy_fs` is skipped.
+pub(crate) fn until_thread_pointer(flags: u64, fs: bool) -> Result<(), Errno> {
+    let required = SHARED | CLONE_SETTLS as u64;
+    let fs_bit = CLONE_FS as u64;
+    let flags = (flags | required) & !fs_bit | if fs { fs_bit } else { 0 };
+    legacy(flags, usize::MAX)
+}
+
+/// The caller's own clone flags without `CLONE_SIGHAND`: EINVAL at the head of `copy_process`, before any
+/// limit is looked at. Any other answer is not the kernel's.
+pub(crate) fn until_flags(flags: u64) -> Result<(), Errno> {
+    let flags = (flags | SHARED | CLONE_FS as u64) & !(CLONE_SIGHAND as u64);
+    legacy(flags, usize::MAX)
+}
+
+fn legacy(flags: u64, thread_pointer: usize) -> Result<(), Errno> {
+    // Only a granted clone would write the two tid words; they may then outlive this frame, so they lie in
+    // the spare stack's lowest bytes.
+    let words = spare_stack();
+    let top = spare_stack() + SPARE_BYTES;
+    // SAFETY: thread flags, spare stack, tid words inside the spare stack.
+    unsafe {
+        refused(
+            libc::SYS_clone,
+            [flags as usize, top, words, words, thread_pointer],
+        )
+    }
+}
+
+/// The calling thread's scheduling policy and flags, as sched_getattr(2) gives them.
+pub(crate) fn scheduling() -> Result<(u32, u64), Errno> {
+    // SAFETY: `sched_attr` is plain numbers.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    let size = size_of::<libc::sched_attr>() as libc::c_uint;
+    // SAFETY: the kernel writes at most `size` bytes.
+    let result = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
+    Errno::result(result)?;
+    Ok((attributes.sched_policy, attributes.sched_flags))
+}

@@ -1,0 +1,57 @@
+//! What a debugger finds without debug information: one static with addresses and offsets, as
+//! glibc's own `_thread_db_*` symbols are for libthread_db. `gdb/nptl.py`, embedded in the binary,
+//! reads it and adds `nptl-failures` and `nptl-stacks`.
+
+use crate::failures;
+use crate::stack::Stack;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+
+/// Words in the order that `gdb/nptl.py` knows; a change of the order changes `VERSION`.
+#[repr(C)]
+pub(crate) struct Directory {
+    version: usize,
+    failures: AtomicUsize,
+    failure_count: AtomicUsize,
+    failure_size: AtomicUsize,
+    /// The record of a stack that was made last.
+    records: AtomicPtr<Stack>,
+    offsets: [usize; 8],
+}
+
+const VERSION: usize = 1;
+
+/// Kept by the linker because the functions below use it; found by its symbol.
+static DIRECTORY: Directory = Directory {
+    version: VERSION,
+    failures: AtomicUsize::new(0),
+    failure_count: AtomicUsize::new(0),
+    failure_size: AtomicUsize::new(0),
+    records: AtomicPtr::new(std::ptr::null_mut()),
+    offsets: Stack::OFFSETS,
+};
+
+/// The ring of failures has an entry.
+pub(crate) fn publish_failures(ring: &failures::Directory) {
+    DIRECTORY.failure_size.store(ring.size, Ordering::Relaxed);
+    DIRECTORY.failure_count.store(ring.count, Ordering::Relaxed);
+    DIRECTORY.failures.store(ring.entries, Ordering::Release);
+}
+
+/// A record was made; records are never freed, so the list only grows.
+pub(crate) fn publish_record(stack: &'static Stack) {
+    let new = std::ptr::from_ref(stack).cast_mut();
+    let mut last = DIRECTORY.records.load(Ordering::Relaxed);
+    loop {
+        stack.follow(last);
+        let changed = DIRECTORY.records.compare_exchange_weak(
+            last,
+            new,
+            Ordering::Release,
+            Ordering::Relaxed,
+        );
+        match changed {
+            Ok(_) => return,
+            Err(now) => last = now,
+        }
+    }
+}

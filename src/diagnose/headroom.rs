@@ -1,0 +1,404 @@
+//! How many more threads fit: every limit that thread creation meets, how full it is, and which comes first.
+//!
+//! Unlike the rest of this folder this is asked in good times: it may allocate, and takes milliseconds.
+
+use std::ffi::{CStr, CString};
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use super::cause::CauseKind;
+use super::cgroup::{self, Files, Hierarchy};
+use super::limits::{self, Calls, Limited, Status, UNLIMITED};
+
+/// What a limit counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Unit {
+    /// Tasks: threads, whether of this process or of others.
+    Tasks,
+    /// Bytes.
+    Bytes,
+    /// Memory mappings.
+    Mappings,
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Unit::Tasks => "tasks",
+            Unit::Bytes => "bytes",
+            Unit::Mappings => "mappings",
+        })
+    }
+}
+
+/// One limit: how full, and where it was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HeadroomLimit {
+    /// The cause that a refusal at this limit would have.
+    pub cause: CauseKind,
+    /// What is counted.
+    pub unit: Unit,
+    /// In use, or `None` if that cannot be read.
+    pub in_use: Option<u64>,
+    /// The maximum; `None` if it cannot be read, [`u64::MAX`] if there is none.
+    pub maximum: Option<u64>,
+    /// The file or call, and what the numbers leave out.
+    pub source: String,
+    /// Whether every new thread counts against it. Others matter under certain settings only.
+    pub counts: bool,
+}
+
+impl HeadroomLimit {
+    /// Maximum less in use; 0 at the limit, [`u64::MAX`] without one, `None` if either is unknown.
+    pub fn left(&self) -> Option<u64> {
+        match self.maximum? {
+            UNLIMITED => Some(UNLIMITED),
+            maximum => Some(maximum.saturating_sub(self.in_use?)),
+        }
+    }
+}
+
+/// Every limit that thread creation can meet, in the order in which a new thread meets them.
+#[derive(Clone, Debug)]
+pub struct Headroom {
+    limits: Vec<HeadroomLimit>,
+    mappings_per_thread: u64,
+}
+
+impl Headroom {
+    /// The limits.
+    pub fn limits(&self) -> &[HeadroomLimit] {
+        &self.limits
+    }
+
+    /// How many more threads with this many bytes of stack a limit lets pass, or `None` if it cannot be told.
+    ///
+    /// Guard, thread-local storage and signal stack are taken as 64 KiB more of address space.
+    pub fn threads_left(&self, limit: &HeadroomLimit, stack_bytes: usize) -> Option<u64> {
+        const BESIDES: u64 = 64 << 10;
+        let left = limit.left()?;
+        if left == UNLIMITED || !limit.counts {
+            return Some(UNLIMITED);
+        }
+        let each = match limit.unit {
+            Unit::Tasks => 1,
+            Unit::Bytes => (stack_bytes as u64).saturating_add(BESIDES),
+            Unit::Mappings => self.mappings_per_thread,
+        };
+        Some(left.checked_div(each).unwrap_or(UNLIMITED))
+    }
+
+    /// The limit that is reached first, and after how many more threads with this many bytes of stack.
+    ///
+    /// Limits that cannot be read are left out, so that a limit not listed here may come earlier.
+    ///
+    /// ```
+    /// let headroom = nptl::headroom();
+    /// if let Some((limit, threads)) = headroom.first(2 << 20) {
+    ///     println!("{threads} more threads, then {}", limit.cause);
+    /// }
+    /// ```
+    pub fn first(&self, stack_bytes: usize) -> Option<(&HeadroomLimit, u64)> {
+        self.limits
+            .iter()
+            .filter_map(|limit| Some((limit, self.threads_left(limit, stack_bytes)?)))
+            .filter(|(_, threads)| *threads != UNLIMITED)
+            .min_by_key(|(_, threads)| *threads)
+    }
+}
+
+impl fmt::Display for Headroom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |value: Option<u64>| match value {
+            None => "?".to_owned(),
+            Some(UNLIMITED) => "unlimited".to_owned(),
+            Some(value) => value.to_string(),
+        };
+        for limit in &self.limits {
+            writeln!(
+                f,
+                "{:<46} {:>16} of {:>16} {:<8}  {:>16} left  {}",
+                limit.cause.title(),
+                shown(limit.in_use),
+                shown(limit.maximum),
+                limit.unit.to_string(),
+                shown(limit.left()),
+                limit.source,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// How full every limit is that this process can meet when it creates a thread.
+///
+/// What cannot be read is `None`. Takes milliseconds; grows with the number of tasks in the machine and of mappings
+/// in the process.
+///
+/// ```
+/// for limit in nptl::headroom().limits() {
+///     println!("{}: {:?} left, from {}", limit.cause, limit.left(), limit.source);
+/// }
+/// ```
+pub fn headroom() -> Headroom {
+    of("/proc/thread-self", None)
+}
+
+/// [`headroom`] of another process, as far as its files in /proc may be read.
+///
+/// # Errors
+/// The error of reading /proc/PID/status: `ENOENT` if there is no such process.
+///
+/// ```
+/// let own = nix::unistd::Pid::this();
+/// assert!(!nptl::headroom_of(own)?.limits().is_empty());
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub fn headroom_of(pid: nix::unistd::Pid) -> std::io::Result<Headroom> {
+    let directory = format!("/proc/{pid}");
+    fs::metadata(format!("{directory}/status"))?;
+    Ok(of(&directory, Some(pid)))
+}
+
+fn c_string(path: &str) -> CString {
+    CString::new(path).unwrap_or_default()
+}
+
+fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
+    let file = |name: &str| c_string(&format!("{directory}/{name}"));
+    let status = Status::read_from(&file("status"));
+    let calls = Status::read().calls();
+    // A kernel that marks guards inside a mapping lets adjacent stacks share one; before 6.13 a guard splits.
+    let mappings_per_thread = if guards_split() { 2 } else { 0 };
+    let mut list = Vec::new();
+    tasks(&mut list, &status, &file, calls, pid.is_none(), directory);
+    for (controller, kind) in [
+        ("pids", CauseKind::PidsCgroup),
+        ("memory", CauseKind::KernelMemory),
+    ] {
+        cgroups(&mut list, &file("cgroup"), controller, kind);
+    }
+    memory(
+        &mut list,
+        &status,
+        &file("limits"),
+        directory,
+        mappings_per_thread,
+    );
+    Headroom {
+        limits: list,
+        mappings_per_thread,
+    }
+}
+
+fn guards_split() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) < (Some(6), Some(13))
+}
+
+fn soft(path: &CStr, limited: Limited) -> Option<u64> {
+    limits::limit_from(path, limited).map(|limit| limit.soft)
+}
+
+fn tasks(
+    list: &mut Vec<HeadroomLimit>,
+    status: &Status,
+    file: &dyn Fn(&str) -> CString,
+    calls: Calls,
+    own: bool,
+    directory: &str,
+) {
+    let machine = limits::tasks(calls);
+    let inode = |name| limits::namespace(&file(name), calls).ok();
+    let initial_user = limits::namespace(&file("ns/user"), calls)
+        .ok()
+        .map(limits::is_initial_user_namespace);
+    let exempt = initial_user == Some(true)
+        && (status.uid == Some(0)
+            || status.has(limits::CAP_SYS_RESOURCE)
+            || status.has(limits::CAP_SYS_ADMIN));
+    let mut source = format!("{directory}/limits, and the tasks of this user visible in /proc");
+    if exempt {
+        source.push_str("; this process is exempt");
+    } else if initial_user != Some(true) {
+        source.push_str("; the user namespace may enforce a lower one");
+    }
+    list.push(HeadroomLimit {
+        cause: CauseKind::UserProcesses,
+        unit: Unit::Tasks,
+        in_use: status.uid.and_then(tasks_of_user),
+        maximum: soft(&file("limits"), Limited::Processes),
+        source,
+        counts: !exempt,
+    });
+    list.push(HeadroomLimit {
+        cause: CauseKind::ThreadsMax,
+        unit: Unit::Tasks,
+        in_use: machine,
+        maximum: limits::threads_max(),
+        source: "/proc/loadavg, /proc/sys/kernel/threads-max".to_owned(),
+        counts: true,
+    });
+    // pid_max is that of the reader's namespace.
+    let same = own
+        || inode("ns/pid").is_some()
+            && inode("ns/pid") == limits::namespace(c"/proc/thread-self/ns/pid", calls).ok();
+    let initial = limits::in_initial_pid_namespace(calls) == Some(true);
+    let pid_max = limits::pid_max().filter(|_| same);
+    let numbers = if initial { machine } else { visible_tasks() };
+    let mut source =
+        "/proc/sys/kernel/pid_max less 300 reserved; zombies, process groups and sessions hold \
+                      numbers that are not counted here"
+            .to_owned();
+    if !initial {
+        source.push_str("; a pid namespace around this one may have fewer");
+    }
+    list.push(HeadroomLimit {
+        cause: CauseKind::PidNumbers,
+        unit: Unit::Tasks,
+        in_use: numbers.filter(|_| same),
+        maximum: pid_max.map(|maximum| maximum.saturating_sub(300)),
+        source,
+        counts: true,
+    });
+}
+
+/// Tasks of a real user, as far as /proc shows them.
+fn tasks_of_user(uid: u32) -> Option<u64> {
+    each_process(|directory| {
+        let status = Status::read_from(&c_string(&format!("{}/status", directory.display())));
+        match status.uid {
+            Some(owner) if owner == uid => status.threads.unwrap_or(1),
+            _ => 0,
+        }
+    })
+}
+
+fn visible_tasks() -> Option<u64> {
+    each_process(|directory| {
+        Status::read_from(&c_string(&format!("{}/status", directory.display())))
+            .threads
+            .unwrap_or(1)
+    })
+}
+
+fn each_process(count: impl Fn(&Path) -> u64) -> Option<u64> {
+    let entries = fs::read_dir("/proc").ok()?;
+    let total = entries
+        .flatten()
+        .filter(|entry| {
+            let name = entry.file_name();
+            name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
+        })
+        .map(|entry| count(&entry.path()))
+        .sum();
+    Some(total)
+}
+
+fn cgroups(list: &mut Vec<HeadroomLimit>, membership: &CStr, controller: &str, cause: CauseKind) {
+    let Some(hierarchy) = Hierarchy::locate(membership, controller.as_bytes()) else {
+        return;
+    };
+    let pids = cause == CauseKind::PidsCgroup;
+    let files: &Files = match (pids, hierarchy.version) {
+        (true, _) => &cgroup::PIDS,
+        (false, 1) => &cgroup::MEMORY_V1,
+        (false, _) => &cgroup::MEMORY_V2,
+    };
+    let snapshot = hierarchy.snapshot(files);
+    for level in snapshot.levels() {
+        if level.maximum.is_none() {
+            continue;
+        }
+        // v1 writes "unlimited" as the largest number of pages.
+        let maximum = level.maximum.map(|maximum| match maximum {
+            bytes if !pids && bytes >= i64::MAX as u64 - 4095 => UNLIMITED,
+            other => other,
+        });
+        let mut source = hierarchy.directory(level).to_string();
+        if snapshot.hidden {
+            source.push_str("; cgroups above are hidden");
+        }
+        list.push(HeadroomLimit {
+            cause,
+            unit: if pids { Unit::Tasks } else { Unit::Bytes },
+            in_use: level.current,
+            maximum,
+            source,
+            // Only what a stack really touches is charged.
+            counts: pids,
+        });
+    }
+}
+
+fn memory(
+    list: &mut Vec<HeadroomLimit>,
+    status: &Status,
+    limits_file: &CStr,
+    directory: &str,
+    mappings_per_thread: u64,
+) {
+    let maps = fs::read(format!("{directory}/maps")).ok().map(|text| {
+        let lines = text.split(|byte| *byte == b'\n').filter(|line| {
+            // Not a mapping of the process but a page of the kernel's.
+            !line.is_empty() && !line.ends_with(b"[vsyscall]")
+        });
+        lines.count() as u64
+    });
+    list.push(HeadroomLimit {
+        cause: CauseKind::MapCount,
+        unit: Unit::Mappings,
+        in_use: maps,
+        maximum: limits::number_in(c"/proc/sys/vm/max_map_count"),
+        source: format!("{directory}/maps, /proc/sys/vm/max_map_count"),
+        counts: mappings_per_thread > 0,
+    });
+    for (cause, limited, in_use, field) in [
+        (
+            CauseKind::AddressSpace,
+            Limited::AddressSpace,
+            status.mapped,
+            "VmSize",
+        ),
+        (CauseKind::DataSegment, Limited::Data, status.data, "VmData"),
+        (
+            CauseKind::LockedMemory,
+            Limited::LockedMemory,
+            status.locked,
+            "VmLck",
+        ),
+    ] {
+        let locked = cause == CauseKind::LockedMemory;
+        let mut source = format!("{directory}/status {field}, {directory}/limits");
+        if locked {
+            source.push_str("; counts for locked stacks and under mlockall(MCL_FUTURE)");
+        }
+        list.push(HeadroomLimit {
+            cause,
+            unit: Unit::Bytes,
+            in_use,
+            maximum: soft(limits_file, limited),
+            source,
+            counts: !locked,
+        });
+    }
+    let strict = limits::number_in(c"/proc/sys/vm/overcommit_memory") == Some(2);
+    let meminfo =
+        |key| limits::value_in(c"/proc/meminfo", key).and_then(|kib| kib.checked_mul(1024));
+    list.push(HeadroomLimit {
+        cause: CauseKind::Overcommit,
+        unit: Unit::Bytes,
+        in_use: meminfo(b"Committed_AS:"),
+        maximum: meminfo(b"CommitLimit:"),
+        source:
+            "/proc/meminfo Committed_AS, CommitLimit; enforced with vm.overcommit_memory=2 only"
+                .to_owned(),
+        counts: strict,
+    });
+}

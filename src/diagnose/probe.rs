@@ -1,0 +1,100 @@
+//! The oracle: how far a clone gets at this moment.
+//!
+//! The kernel's `copy_process` checks in a fixed order, and `clone::probe` asks it with clones that always fail
+//! at known places. This file only interprets the answers.
+//!
+//! | question | refused with EAGAIN means | passes with |
+//! | --- | --- | --- |
+//! | up to the pid number, without CLONE_FS | RLIMIT_NPROC, threads-max or SCHED_DEADLINE | EINVAL |
+//! | up to the cgroup, without CLONE_FS | also: no pid number | EBADF |
+//! | up to the pid number, with CLONE_FS | also: a sibling is inside execve | EINVAL |
+//!
+//! Each question briefly charges the process count, so they are asked in this order only as far as needed.
+
+use nix::errno::Errno;
+
+use super::cause::Oracle;
+use super::limits::Calls;
+use crate::clone::probe;
+
+/// The first check that refuses, or the last one that is known to pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reached {
+    /// RLIMIT_NPROC, kernel.threads-max or SCHED_DEADLINE refuses.
+    ProcessLimits,
+    /// One of these, or a sibling inside execve.
+    ProcessLimitsOrExec,
+    /// A sibling is inside execve.
+    SiblingExec,
+    /// No pid number, or one of the process limits has come in between.
+    PidNumbers,
+    /// ENOMEM before the pid number.
+    KernelMemory,
+    /// ENOMEM at the pid number: the namespace is dying, or no memory for the structure.
+    PidMemory,
+    /// Everything up to the pid numbers passes: the cgroup, or nothing any more.
+    BeyondPidNumbers,
+    /// Everything up to the thread pointer passes; later checks could not be asked.
+    BeyondThreadPointer,
+    /// The answers are not those of the kernel's order.
+    Unusable,
+}
+
+/// Asks the kernel once, and keeps the answers.
+///
+/// `flags` are those of the refused call, for the legacy question.
+pub(crate) fn ask(oracle: &mut Oracle, flags: u64, calls: Calls) -> Reached {
+    if oracle.clone3_empty.is(Errno::EINVAL) {
+        ask_clone3(oracle)
+    } else {
+        ask_clone(oracle, flags, calls)
+    }
+}
+
+fn ask_clone3(oracle: &mut Oracle) -> Reached {
+    let answer = probe::until_pid_number(false);
+    oracle.until_pid_number = answer.into();
+    match answer {
+        Err(Errno::EINVAL) => {}
+        Err(Errno::EAGAIN) => return Reached::ProcessLimits,
+        Err(Errno::ENOMEM) => return Reached::KernelMemory,
+        // E2BIG before Linux 5.7: the question is longer than the kernel's structure.
+        _ => return Reached::Unusable,
+    }
+    let answer = probe::until_cgroup();
+    oracle.until_cgroup = answer.into();
+    match answer {
+        Err(Errno::EBADF) => {}
+        Err(Errno::EAGAIN) => return Reached::PidNumbers,
+        Err(Errno::ENOMEM) => return Reached::PidMemory,
+        _ => return Reached::Unusable,
+    }
+    let answer = probe::until_pid_number(true);
+    oracle.until_pid_number_with_fs = answer.into();
+    match answer {
+        Err(Errno::EINVAL) => Reached::BeyondPidNumbers,
+        Err(Errno::EAGAIN) => Reached::SiblingExec,
+        Err(Errno::ENOMEM) => Reached::KernelMemory,
+        _ => Reached::Unusable,
+    }
+}
+
+fn ask_clone(oracle: &mut Oracle, flags: u64, calls: Calls) -> Reached {
+    let answer = probe::until_thread_pointer(flags, true);
+    oracle.until_thread_pointer = answer.into();
+    match answer {
+        Err(Errno::EPERM) => return Reached::BeyondThreadPointer,
+        Err(Errno::ENOMEM) => return Reached::KernelMemory,
+        Err(Errno::EAGAIN) => {}
+        _ => return Reached::Unusable,
+    }
+    // Other flags than the caller's own could meet another rule of a filter.
+    if calls == Calls::FilesOnly {
+        return Reached::ProcessLimitsOrExec;
+    }
+    match probe::until_thread_pointer(flags, false) {
+        Err(Errno::EPERM) => Reached::SiblingExec,
+        Err(Errno::EAGAIN) => Reached::ProcessLimits,
+        _ => Reached::Unusable,
+    }
+}

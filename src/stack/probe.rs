@@ -1,0 +1,105 @@
+//! Mappings that ask how far mmap gets, each refused by the kernel or undone at once.
+//!
+//! The kernel's order is: number of mappings, free addresses, locked memory, then RLIMIT_AS, RLIMIT_DATA and
+//! the commit limit. The first two questions below are always refused, and by which check tells which of the
+//! early ones would have let a mapping pass.
+
+use std::ptr;
+
+use libc::{
+    MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_STACK, PROT_NONE,
+    PROT_READ, PROT_WRITE, c_int,
+};
+use nix::errno::Errno;
+
+/// What the pages of a probe may be used for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    /// PROT_NONE: counts for RLIMIT_AS only.
+    Inaccessible,
+    /// Writable with MAP_NORESERVE: counts for RLIMIT_DATA as well, not for the commit limit of modes 0 and 1.
+    Unreserved,
+    /// Writable, as a stack is: counts for everything.
+    Stack,
+}
+
+/// Maps `bytes` and unmaps them: whether such a mapping is granted at this moment.
+pub(crate) fn map(bytes: usize, kind: Kind) -> Result<(), Errno> {
+    let (protection, extra) = match kind {
+        Kind::Inaccessible => (PROT_NONE, 0),
+        Kind::Unreserved => (PROT_READ | PROT_WRITE, MAP_NORESERVE),
+        Kind::Stack => (PROT_READ | PROT_WRITE, MAP_STACK),
+    };
+    once(
+        ptr::null_mut(),
+        bytes,
+        protection,
+        MAP_PRIVATE | MAP_ANONYMOUS | extra,
+    )
+}
+
+/// Asks for a page that is in use already: EEXIST, or ENOMEM when the process has more mappings than
+/// `vm.max_map_count`. No other limit is looked at before.
+pub(crate) fn number_of_mappings() -> Result<(), Errno> {
+    let marker = 0_u8;
+    let page = (&raw const marker)
+        .cast_mut()
+        .map_addr(|address| address & !(PAGE - 1));
+    once(
+        page.cast(),
+        PAGE,
+        PROT_NONE,
+        MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE,
+    )
+}
+
+/// Asks for a mapping that is neither private nor shared: EINVAL, or before that ENOMEM when no range of
+/// free addresses is long enough, or EAGAIN when it would exceed RLIMIT_MEMLOCK.
+pub(crate) fn free_addresses(bytes: usize) -> Result<(), Errno> {
+    once(ptr::null_mut(), bytes, PROT_NONE, MAP_ANONYMOUS)
+}
+
+/// Maps two pages and takes access to the lower one away, as a guard is made: ENOMEM at exactly
+/// `vm.max_map_count` mappings, where a plain mmap still passes. `None` if not even the pages were granted.
+pub(crate) fn guard() -> Option<Result<(), Errno>> {
+    let bytes = 2 * PAGE;
+    // SAFETY: a fresh private mapping at an address the kernel chooses disturbs nothing.
+    let start = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            bytes,
+            PROT_READ | PROT_WRITE,
+            MAP_PRIVATE | MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    if start == libc::MAP_FAILED {
+        return None;
+    }
+    // SAFETY: the lower page of the mapping just made.
+    let result = Errno::result(unsafe { libc::mprotect(start, PAGE, PROT_NONE) });
+    // SAFETY: exactly the mapping just made, which nobody else knows. It cannot fail for want of a mapping:
+    // what merging with both neighbours saved is what the split needs.
+    unsafe { libc::munmap(start, bytes) };
+    Some(result.map(drop))
+}
+
+/// The page size of x86-64, which the kernel fixes.
+const PAGE: usize = 4096;
+
+fn once(
+    address: *mut libc::c_void,
+    bytes: usize,
+    protection: c_int,
+    flags: c_int,
+) -> Result<(), Errno> {
+    // SAFETY: without MAP_FIXED no existing mapping is replaced; MAP_FIXED_NOREPLACE is refused on a used page.
+    let start = unsafe { libc::mmap(address, bytes, protection, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    // SAFETY: exactly the mapping just made, which nobody else knows.
+    unsafe { libc::munmap(start, bytes) };
+    Ok(())
+}
