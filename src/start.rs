@@ -176,6 +176,9 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // Before the destructors, because giving back may need thread-locals (the allocator's, the
     // handle's); the kernel's clearing of the tid word decides when the stack is really free.
     if !stack.change_life(Life::Attached, Life::Ending) {
+        // `Detached` says that this thread will give its stack back. It has: left standing, the word
+        // would make an orphan of the stack in its next life (`StackCache::sweep`).
+        stack.change_life(Life::Detached, Life::Ending);
         cache.give(stack);
     }
     drop(cache);
