@@ -588,7 +588,8 @@ impl Idle {
     /// and no cached stack more than before (rule 3).
     pub(crate) fn put_back(self) -> StackFate {
         let fate = self.undo();
-        std::mem::forget(self.into_running());
+        // The stack is given back; the handle to its cache still has to be.
+        drop(self.into_running());
         fate
     }
 
