@@ -59,7 +59,8 @@ impl StackCacheConfig {
 
     /// Bytes at the top of each stack that stay resident when its thread has ended, rounded up to
     /// pages; what it used below is given back with `MADV_DONTNEED`. The next thread on the stack
-    /// finds whatever the last one left in them.
+    /// finds whatever the last one left in them. At least one page stays: the thread's last frames
+    /// are in it.
     pub fn keep_resident(self, bytes: usize) -> Self {
         StackCacheConfig {
             keep_resident: bytes,
@@ -187,7 +188,7 @@ impl StackCache {
 
     /// A private cache.
     pub fn new(config: StackCacheConfig) -> StackCache {
-        let keep = round_to_pages(config.keep_resident);
+        let keep = remainder(config.keep_resident);
         for instance in instances() {
             let free =
                 instance
@@ -310,9 +311,12 @@ impl std::fmt::Debug for StackCache {
     }
 }
 
-fn round_to_pages(bytes: usize) -> usize {
+/// Whole pages, and never none: an ending thread discards what is below them while it still runs
+/// in the topmost.
+fn remainder(bytes: usize) -> usize {
     let page = super::layout::page_size();
     bytes
+        .max(1)
         .checked_next_multiple_of(page)
         .unwrap_or(usize::MAX - page + 1)
 }
