@@ -9,7 +9,8 @@
 //!                                  the stack is given back, if there is no handle to do it
 //!                                  thread-local destructors, pthread keys, thread-locals again
 //!                                  glibc's count of threads; the last one exits the process
-//!  application signals blocked     nobody can send to the tid any more
+//!  application signals blocked     what was registered or set meanwhile is cleared
+//!                                  nobody can send to the tid any more
 //!                                  MADV_DONTNEED below the warm remainder
 //!                                  off glibc's list: from here on inline assembly only
 //!                                  exit
@@ -200,6 +201,8 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
 unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
     // 33 stays open: whoever broadcasts a set-id call holds the list's lock and waits for us.
     sys::set_signal_mask(sys::APPLICATION);
+    // SAFETY: the ending thread itself, after its destructors.
+    unsafe { runtime.clear_leftovers() };
     stack.close_to_signals();
     // SAFETY: the ending thread on its own stack and block, in the order that the top of this file
     // gives. From `unlist` on nothing but inline assembly runs (rule 11).

@@ -23,7 +23,7 @@ use list::ThreadList;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use symbols::Symbols;
 
-/// The destructors of pthread keys run at most this often: `PTHREAD_DESTRUCTOR_ITERATIONS`.
+/// Rounds of destructors of pthread keys: `PTHREAD_DESTRUCTOR_ITERATIONS`.
 const DESTRUCTOR_ROUNDS: usize = 4;
 
 /// Keys in one block of `specific`, and number of such blocks: nptl's two-level table.
@@ -205,11 +205,16 @@ impl Runtime {
     /// Called by an ending thread of this crate, with application signals still open.
     pub(crate) unsafe fn run_destructors(&self) {
         // SAFETY: exported for exactly this moment of a thread's life; rule 8 asks for the second
-        // call, because key destructors can register new thread-local ones.
+        // call, because key destructors can register new thread-local ones. Those can set keys
+        // again, so that the two take turns until there is nothing to run.
         unsafe {
             (self.symbols.call_tls_dtors)();
-            self.run_key_destructors();
-            (self.symbols.call_tls_dtors)();
+            for _ in 0..DESTRUCTOR_ROUNDS {
+                if !self.clear_keys(true) {
+                    break;
+                }
+                (self.symbols.call_tls_dtors)();
+            }
             // Formats a pending message, then frees it: dlerror's state is in the segment that the
             // next thread inherits.
             if !libc::dlerror().is_null() {
@@ -226,49 +231,58 @@ impl Runtime {
         }
     }
 
-    /// Four rounds over all values, as nptl does; whatever is left then, or has no destructor, is
-    /// cleared (rule 18).
-    unsafe fn run_key_destructors(&self) {
+    /// What came after [`Runtime::run_destructors`]: a signal handler of the application, or the
+    /// allocator's last free, can still have registered a thread-local or set a key, and the next
+    /// thread on this block would find either (rules 8 and 18).
+    ///
+    /// # Safety
+    /// Called by an ending thread of this crate with all application signals blocked.
+    pub(crate) unsafe fn clear_leftovers(&self) {
+        // SAFETY: as in `run_destructors`.
+        unsafe {
+            (self.symbols.call_tls_dtors)();
+            self.clear_keys(false);
+        }
+    }
+
+    /// One round over all values of pthread keys: each is cleared (rule 18), and its destructor runs
+    /// if `run` says so. True: one ran, so that there may be new values.
+    unsafe fn clear_keys(&self, run: bool) -> bool {
         let table = clone::thread_pointer() + self.symbols.specific;
         let table = table as *const [*mut KeyValues; KEY_BLOCKS];
-        for round in 0..=DESTRUCTOR_ROUNDS {
-            let mut found = false;
-            // SAFETY: `specific` is an array of 32 pointers, null or to 32 values each. Destructors
-            // can add second-level blocks, so it is read afresh in every round, and no reference
-            // into it or them is held across a destructor.
-            let blocks = unsafe { table.read() };
-            for (block, &values) in blocks.iter().enumerate() {
-                // SAFETY: as above. Most threads have no value at all, and this is on the path of
-                // every thread's end: one pass without branches tells.
-                if values.is_null() || unsafe { is_empty(&*values) } {
+        let mut ran = false;
+        // SAFETY: `specific` is an array of 32 pointers, null or to 32 values each. Destructors can
+        // add second-level blocks, so it is read afresh in every round, and no reference into it or
+        // them is held across a destructor.
+        let blocks = unsafe { table.read() };
+        for (block, &values) in blocks.iter().enumerate() {
+            // SAFETY: as above. Most threads have no value at all, and this is on the path of every
+            // thread's end: one pass without branches tells.
+            if values.is_null() || unsafe { is_empty(&*values) } {
+                continue;
+            }
+            for index in 0..KEYS_PER_BLOCK {
+                // SAFETY: this thread is the only one to touch its values.
+                let value = unsafe { &mut (&mut *values)[index] };
+                if value.data.is_null() {
                     continue;
                 }
-                for index in 0..KEYS_PER_BLOCK {
-                    // SAFETY: this thread is the only one to touch its values.
-                    let value = unsafe { &mut (&mut *values)[index] };
-                    if value.data.is_null() {
-                        continue;
-                    }
-                    let data = std::mem::replace(&mut value.data, std::ptr::null_mut());
-                    let sequence = value.sequence;
-                    // SAFETY: the table has 1024 entries, this one among them. A key deleted and
-                    // made anew has another sequence number, and its destructor is not meant.
-                    let key = unsafe { &*self.symbols.keys.add(block * KEYS_PER_BLOCK + index) };
-                    if round < DESTRUCTOR_ROUNDS
-                        && key.sequence.load(Ordering::Acquire) == sequence
-                        && let Some(destructor) = key.destructor()
-                    {
-                        found = true;
-                        // SAFETY: as pthread_key_create promised the destructor's author.
-                        unsafe { destructor(data) };
-                    }
+                let data = std::mem::replace(&mut value.data, std::ptr::null_mut());
+                let sequence = value.sequence;
+                // SAFETY: the table has 1024 entries, this one among them. A key deleted and made
+                // anew has another sequence number, and its destructor is not meant.
+                let key = unsafe { &*self.symbols.keys.add(block * KEYS_PER_BLOCK + index) };
+                if run
+                    && key.sequence.load(Ordering::Acquire) == sequence
+                    && let Some(destructor) = key.destructor()
+                {
+                    ran = true;
+                    // SAFETY: as pthread_key_create promised the destructor's author.
+                    unsafe { destructor(data) };
                 }
             }
-            if !found {
-                // Values without destructor were cleared on the way.
-                return;
-            }
         }
+        ran
     }
 
     /// Takes the thread out of glibc's count of live threads. True: it was the last one, and the
