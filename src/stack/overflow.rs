@@ -142,6 +142,8 @@ unsafe fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: a handler address is of the type that its flags say; sigaction gets valid arguments.
     unsafe {
         match address {
+            // Sent to a process that ignores it. The kernel lets nobody ignore a fault.
+            libc::SIG_IGN if (*info).si_code <= 0 => {}
             // Back to the default, and return: the instruction faults again and the process dies
             // of it, with the right address in the core.
             libc::SIG_DFL | libc::SIG_IGN => {
@@ -151,9 +153,7 @@ unsafe fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
                 if (*info).si_code <= 0 {
                     // Sent by a process, not by a fault: nothing would happen again by itself. It
                     // is delivered as soon as this handler returns.
-                    if address == libc::SIG_DFL {
-                        let _ = sys::tgkill(sys::process_id(), libc::gettid(), signal);
-                    }
+                    let _ = sys::tgkill(sys::process_id(), libc::gettid(), signal);
                 }
             }
             _ if flags & libc::SA_SIGINFO != 0 => {
