@@ -169,6 +169,8 @@ impl Runtime {
             // Cancellation unwinds through Rust frames and aborts the process; a request stays
             // pending instead, unless code in the thread asks for it.
             symbols::pthread_setcancelstate(symbols::PTHREAD_CANCEL_DISABLE, std::ptr::null_mut());
+            // Until 2.35 the type is a field of its own, which no offset is known of.
+            symbols::pthread_setcanceltype(symbols::PTHREAD_CANCEL_DEFERRED, std::ptr::null_mut());
             *libc::__errno_location() = 0;
         }
     }

@@ -55,11 +55,14 @@ pub(super) const RES_STATE_NSCOUNT: usize = 16;
 pub(super) const LC_GLOBAL_LOCALE: libc::locale_t = -1_isize as libc::locale_t;
 /// `PTHREAD_CANCEL_DISABLE`
 pub(super) const PTHREAD_CANCEL_DISABLE: c_int = 1;
+/// `PTHREAD_CANCEL_DEFERRED`
+pub(super) const PTHREAD_CANCEL_DEFERRED: c_int = 0;
 
 unsafe extern "C" {
     pub(super) fn __h_errno_location() -> *mut c_int;
     pub(super) fn __res_state() -> *mut c_void;
     pub(super) fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
+    pub(super) fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int;
 }
 
 type AllocateTls = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
