@@ -132,7 +132,7 @@ impl<T> Handle<'_, T> {
     }
 
     fn try_join(self) -> Result<Outcome<T>, Self> {
-        if self.running.stack.is_released() {
+        if self.running.stack.has_ended() {
             Ok(self.finish())
         } else {
             Err(self)
@@ -152,7 +152,7 @@ macro_rules! shared_methods {
     () => {
         /// Whether the thread has ended and the kernel has let go of it: then `join` does not wait.
         pub fn is_finished(&self) -> bool {
-            self.0.running.stack.is_released()
+            self.0.running.stack.has_ended()
         }
 
         /// The kernel's thread id, as clone(2) returned it: valid as soon as spawn returns. After

@@ -6,7 +6,9 @@
 use super::ledger::{Budget, Ledger, State, Stats, Victims};
 use super::{Life, Lock, Stack};
 use crate::tcb::Runtime;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
 
 /// 64 MiB: some 1,400 default stacks at their upper bound of 44 KiB each.
 const DEFAULT_BUDGET: usize = 64 << 20;
@@ -359,10 +361,38 @@ pub(crate) fn thread_ended_lately() -> bool {
     last != 0 && now().saturating_sub(last) <= LATELY
 }
 
+/// [`GUARD`]: the handlers are registered.
+const GUARDED: i32 = -1;
+
+/// 0, the pid of the process in which a thread registers the handlers just now, or [`GUARDED`].
+///
+/// Not a `Once`: registering waits for the end of another thread's fork, and the child of that fork
+/// would wait for a thread that it does not have.
+static GUARD: AtomicI32 = AtomicI32::new(0);
+
 /// Registers the handlers that keep every lock of this crate whole across fork(2).
 pub(crate) fn guard_forks() {
-    static DONE: std::sync::Once = std::sync::Once::new();
-    DONE.call_once(|| {
+    while GUARD.load(Ordering::Acquire) != GUARDED {
+        register_handlers();
+    }
+}
+
+#[cold]
+fn register_handlers() {
+    let process = crate::clone::sys::process_id();
+    let state = GUARD.load(Ordering::Acquire);
+    if state == GUARDED {
+        return;
+    }
+    if state == process {
+        // Another thread is at it.
+        std::thread::yield_now();
+        return;
+    }
+    // Nobody, or a thread of the parent's, which may or may not have come to the end of it: the
+    // handlers do no harm when they are registered twice.
+    let mine = GUARD.compare_exchange(state, process, Ordering::AcqRel, Ordering::Acquire);
+    if mine.is_ok() {
         // SAFETY: the handlers are functions of this crate, which stays loaded.
         unsafe {
             libc::pthread_atfork(
@@ -372,18 +402,28 @@ pub(crate) fn guard_forks() {
             )
         };
         fork_mark::set();
-    });
+        GUARD.store(GUARDED, Ordering::Release);
+    }
 }
 
 /// Whether this process is a child of fork whose `after_fork` did not run: `_Fork` and bare clones
-/// skip the handlers. Asked at every spawn, so it costs one load.
+/// skip the handlers. Asked at every spawn and join, so it costs one load.
 pub(crate) fn notice_fork() {
     if fork_mark::is_missing() {
         forget_parent(false);
     }
 }
 
+/// The thread whose fork holds the locks, and how often [`before_fork`] found that it is itself.
+static FORKING: AtomicI32 = AtomicI32::new(0);
+static REPEATED: AtomicU32 = AtomicU32::new(0);
+
 extern "C" fn before_fork() {
+    let own = nix::unistd::gettid().as_raw();
+    if FORKING.load(Ordering::Relaxed) == own {
+        REPEATED.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
     // Calibration first, then the spare records, then the ledgers: the order in which a spawn that
     // calibrates takes them.
     Runtime::hold_calibration();
@@ -392,9 +432,24 @@ extern "C" fn before_fork() {
     for instance in instances() {
         instance.ledger.before_fork();
     }
+    FORKING.store(own, Ordering::Relaxed);
+}
+
+/// Whether this is one of [`before_fork`]'s repetitions. Called with its locks held.
+fn is_repeated() -> bool {
+    let repeated = REPEATED.load(Ordering::Relaxed);
+    if repeated > 0 {
+        REPEATED.store(repeated - 1, Ordering::Relaxed);
+        return true;
+    }
+    FORKING.store(0, Ordering::Relaxed);
+    false
 }
 
 extern "C" fn after_fork_in_parent() {
+    if is_repeated() {
+        return;
+    }
     for instance in instances() {
         // SAFETY: held by before_fork in this thread; ADDING kept the set of instances as it was.
         unsafe { instance.ledger.after_fork_in_parent() };
@@ -408,6 +463,9 @@ extern "C" fn after_fork_in_parent() {
 }
 
 extern "C" fn after_fork() {
+    if is_repeated() {
+        return;
+    }
     forget_parent(true);
     // SAFETY: held by before_fork in the thread that this one is a copy of.
     unsafe {
@@ -422,6 +480,10 @@ extern "C" fn after_fork() {
 /// reset (rule 16).
 fn forget_parent(prepared: bool) {
     let own = crate::clone::thread_pointer();
+    if !prepared && let Some(runtime) = Runtime::existing() {
+        // SAFETY: this is a forked child with one thread, by the caller's evidence.
+        unsafe { runtime.repair_lists() };
+    }
     // glibc's fork resets its single-thread flags, too: the child must be primed anew.
     Runtime::forget_after_fork();
     for instance in instances() {
@@ -456,6 +518,8 @@ fn forget_parent(prepared: bool) {
             drop(ADDING.seize());
             Runtime::seize_calibration();
         }
+        FORKING.store(0, Ordering::Relaxed);
+        REPEATED.store(0, Ordering::Relaxed);
     }
     fork_mark::set();
 }

@@ -32,7 +32,7 @@ use std::sync::atomic::{
 /// Who gives the stack back when its thread has ended.
 ///
 /// ```text
-///  handle dropped:  Attached ─► Detached    the thread gives it back on its way out
+///  handle dropped:  Attached ─► Detached    the thread gives it back on its way out: ─► Ending
 ///  thread at its end: Attached ─► Ending    the handle does, after the join or when it is dropped
 /// ```
 /// Exactly one side sees the other's mark, so a stack is given back once.
@@ -259,11 +259,21 @@ impl Stack {
             .is_none_or(|word| word.load(Ordering::Acquire) == 0)
     }
 
+    /// As [`Stack::is_released`], for a handle. In the child of a `_Fork` nobody else may have noticed
+    /// that the thread does not exist, and the kernel never clears its word there.
+    pub(crate) fn has_ended(&self) -> bool {
+        cache::notice_fork();
+        self.is_released()
+    }
+
     /// Waits until the kernel has let go, at most `timeout`. True: it has.
     ///
     /// Plain FUTEX_WAIT: the kernel's wake of a cleared tid word is a shared one and wakes one
     /// waiter, which is all there can be, because joining consumes the only handle (rule 14).
     pub(crate) fn wait_released(&self, timeout: Option<std::time::Duration>) -> bool {
+        if self.has_ended() {
+            return true;
+        }
         let Some(word) = self.tid_word() else {
             return true;
         };

@@ -118,6 +118,19 @@ impl Runtime {
         RUNTIME.store(std::ptr::null_mut(), Ordering::Release);
     }
 
+    /// In a child that glibc's own fork did not prepare: gives its lists of threads the state that
+    /// fork would have, with no thread of the parent's on them, and frees their lock.
+    ///
+    /// # Safety
+    /// The process is a forked child with one thread, which is not inside a list operation.
+    pub(crate) unsafe fn repair_lists(&self) {
+        // SAFETY: passed on.
+        unsafe {
+            self.list
+                .repair(clone::thread_pointer() + self.symbols.list)
+        };
+    }
+
     /// Bytes of a TLS block, a multiple of the page size.
     pub(crate) fn block_size(&self, page: usize) -> usize {
         let slack = self.symbols.tls_align.max(64);

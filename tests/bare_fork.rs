@@ -1,0 +1,166 @@
+//! Children of fork that no handler of this crate has prepared.
+
+mod support;
+
+use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
+
+use support::{case, child, listed_threads, report};
+
+type Handler = Option<unsafe extern "C" fn()>;
+
+unsafe extern "C" {
+    fn _Fork() -> libc::pid_t;
+}
+
+static HOLD_AT_ITS_END: AtomicBool = AtomicBool::new(false);
+static HOLD_REGISTRATION: AtomicBool = AtomicBool::new(false);
+static IN_REGISTRATION: AtomicBool = AtomicBool::new(false);
+
+/// What `pthread_atfork` ends in. Held here, a thread waits in it as if another thread's fork held glibc's
+/// lock of the handlers.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn __register_atfork(
+    prepare: Handler,
+    parent: Handler,
+    child: Handler,
+    object: *mut c_void,
+) -> c_int {
+    if !HOLD_AT_ITS_END.load(Ordering::SeqCst) {
+        wait_in_registration();
+    }
+    // SAFETY: glibc's own function of this name and type.
+    unsafe {
+        let next = libc::dlsym(libc::RTLD_NEXT, c"__register_atfork".as_ptr());
+        assert!(!next.is_null());
+        let next: unsafe extern "C" fn(Handler, Handler, Handler, *mut c_void) -> c_int =
+            std::mem::transmute(next);
+        let answer = next(prepare, parent, child, object);
+        if HOLD_AT_ITS_END.load(Ordering::SeqCst) {
+            wait_in_registration();
+        }
+        answer
+    }
+}
+
+fn wait_in_registration() {
+    IN_REGISTRATION.store(true, Ordering::SeqCst);
+    while HOLD_REGISTRATION.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+}
+
+/// Runs `work` in a child made by `fork`, with ten seconds to do it. The child's wait status.
+fn in_child(fork: impl FnOnce() -> libc::pid_t, work: impl FnOnce()) -> i32 {
+    match fork() {
+        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+        0 => {
+            // SAFETY: SIGALRM ends the child if it hangs; _exit runs nothing of the parent's.
+            unsafe {
+                libc::alarm(10);
+                work();
+                libc::_exit(0)
+            }
+        }
+        pid => {
+            let mut status = 0;
+            // SAFETY: waits for the child made above.
+            assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+            status
+        }
+    }
+}
+
+fn spawn_and_join() {
+    nptl::spawn(|| ()).unwrap().join().unwrap();
+}
+
+/// `_Fork` leaves glibc's list of threads as it was. The child reuses the stacks of threads that are on it,
+/// and a set-id broadcast walks it.
+#[test]
+fn the_thread_list_of_a_bare_child_is_whole() {
+    if case().is_none() {
+        let output = child("the_thread_list_of_a_bare_child_is_whole", "run")
+            .run()
+            .unwrap()
+            .success();
+        assert_eq!(output.get("status"), Some("0"));
+        return;
+    }
+    let gate = Arc::new(Barrier::new(6));
+    for _ in 0..5 {
+        let gate = Arc::clone(&gate);
+        nptl::spawn(move || gate.wait()).unwrap().detach();
+    }
+    let joined = nptl::spawn(std::thread::park).unwrap();
+    // SAFETY: the child uses this crate only, which is what is tested.
+    let status = in_child(
+        || unsafe { _Fork() },
+        || {
+            // Of the parent's threads, none will ever end here by itself.
+            assert!(joined.join().is_err());
+            let gate = Arc::new(Barrier::new(11));
+            let threads: Vec<_> = (0..10)
+                .map(|_| {
+                    let gate = Arc::clone(&gate);
+                    nptl::spawn(move || {
+                        gate.wait();
+                        gate.wait();
+                        // SAFETY: geteuid has no preconditions.
+                        unsafe { libc::geteuid() }
+                    })
+                    .unwrap()
+                })
+                .collect();
+            gate.wait();
+            assert_eq!(listed_threads().len(), 11);
+            // SAFETY: as above.
+            let uid = unsafe { libc::geteuid() };
+            // SAFETY: setresuid takes no pointer.
+            assert_eq!(unsafe { libc::setresuid(uid, uid, uid) }, 0);
+            gate.wait();
+            for thread in threads {
+                assert_eq!(thread.join().unwrap(), uid);
+            }
+            assert_eq!(listed_threads().len(), 1);
+        },
+    );
+    report("status", status);
+    gate.wait();
+    // The parked thread goes with the process.
+}
+
+/// Another thread's first spawn is registering the handlers in the moment of a fork, and has come to the
+/// beginning or to the end of it. The child, which does not have that thread, must register its own.
+#[test]
+fn a_fork_in_the_middle_of_the_first_spawn() {
+    let Some(moment) = case() else {
+        for moment in ["beginning", "end"] {
+            let output = child("a_fork_in_the_middle_of_the_first_spawn", moment)
+                .run()
+                .unwrap()
+                .success();
+            assert_eq!(output.all("status"), ["0", "0"], "{moment}");
+        }
+        return;
+    };
+    HOLD_AT_ITS_END.store(moment == "end", Ordering::SeqCst);
+    HOLD_REGISTRATION.store(true, Ordering::SeqCst);
+    let spawner = std::thread::spawn(spawn_and_join);
+    while !IN_REGISTRATION.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    // SAFETY: fork, with a child that uses this crate only.
+    let fork = || unsafe { libc::fork() };
+    let status = in_child(fork, || {
+        HOLD_REGISTRATION.store(false, Ordering::SeqCst);
+        spawn_and_join();
+        assert_eq!(in_child(fork, spawn_and_join), 0);
+        spawn_and_join();
+    });
+    report("status", status);
+    HOLD_REGISTRATION.store(false, Ordering::SeqCst);
+    spawner.join().unwrap();
+    report("status", in_child(fork, spawn_and_join));
+}
