@@ -235,10 +235,7 @@ impl StackCache {
     /// Takes back the stacks of detached threads that died without their last frame: by a bare
     /// exit(2), or killed by a seccomp filter. Nobody else would ever look at them.
     fn sweep(&self) {
-        let orphans = self
-            .0
-            .ledger
-            .sweep(|stack| stack.change_life(Life::Detached, Life::Ending));
+        let orphans = self.0.ledger.sweep(Stack::claim_orphan);
         self.unmap(orphans);
     }
 

@@ -340,6 +340,15 @@ impl Stack {
             .is_ok()
     }
 
+    /// Whether the stack's detached thread died without giving it back: true once, for whoever is
+    /// to give it. Only a mark seen *before* the tid word says so: a word that was clear before a
+    /// clone, beside the mark that a handle dropped after it has left, is a running thread.
+    pub(crate) fn claim_orphan(&self) -> bool {
+        self.life.load(Ordering::Acquire) == Life::Detached as u8
+            && self.is_released()
+            && self.change_life(Life::Detached, Life::Ending)
+    }
+
     /// Lends the name to the record for as long as the thread runs: what an overflow report, a
     /// debugger and [`Stack::name`] read. Null pointer: no name.
     ///
