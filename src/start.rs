@@ -167,6 +167,8 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // Nobody waits for these settings: without its signal stack the thread runs, and an overflow
     // dies without a report.
     let _ = settings.apply(stack);
+    // A refused setting has left its errno; the closure starts with 0 (rule 10).
+    Errno::clear();
     sys::set_signal_mask(mask);
 
     body.run();
