@@ -27,8 +27,7 @@ pub struct Snapshot {
 impl Snapshot {
     pub fn take() -> Snapshot {
         // First of all, since the rest allocates.
-        // SAFETY: mallinfo2 only reads malloc's own state, under its locks.
-        let malloc = unsafe { libc::mallinfo2() };
+        let malloc_bytes = malloc_in_use().cast_unsigned();
         let glibc_threads = glibc_threads();
         let maps = std::fs::read_to_string("/proc/self/maps").expect("/proc/self/maps");
         let maps = maps
@@ -40,7 +39,7 @@ impl Snapshot {
             maps,
             fds: open_fds(),
             resident_bytes: 1024 * field("/proc/self/smaps_rollup", "Rss:"),
-            malloc_bytes: (malloc.uordblks + malloc.hblkhd) as u64,
+            malloc_bytes,
             kernel_threads: field("/proc/self/status", "Threads:"),
             glibc_threads,
         }
@@ -79,6 +78,13 @@ impl Snapshot {
                 .map_or(0, |(later, earlier)| i64::from(later) - i64::from(earlier)),
         }
     }
+}
+
+/// Bytes that glibc's malloc has given out. Asking allocates nothing, unlike a [`Snapshot`].
+pub fn malloc_in_use() -> i64 {
+    // SAFETY: mallinfo2 only reads malloc's own state, under its locks.
+    let malloc = unsafe { libc::mallinfo2() };
+    (malloc.uordblks + malloc.hblkhd).cast_signed() as i64
 }
 
 /// The change between two snapshots, positive where there is more of it now. Its text lists what is new
