@@ -218,16 +218,15 @@ impl Symbols {
     }
 }
 
-/// None where glibc registers no rseq: before 2.35, or switched off by a tunable.
+/// None where glibc has no rseq: before 2.35. Where it is not registered (switched off by a tunable,
+/// refused by the kernel, a filter or valgrind), `__rseq_size` is 0, but `sched_getcpu` looks into
+/// the area all the same and must find there that it has to ask the kernel.
 fn rseq() -> Result<Option<Rseq>, RuntimeError> {
     let (Ok(offset), Ok(size)) = (address(c"__rseq_offset"), address(c"__rseq_size")) else {
         return Ok(None);
     };
     // SAFETY: public variables: ptrdiff_t and unsigned int (sys/rseq.h).
     let (offset, size) = unsafe { ((offset as *const isize).read(), (size as *const u32).read()) };
-    if size == 0 {
-        return Ok(None);
-    }
     Ok(Some(Rseq {
         offset,
         size: size as usize,
