@@ -118,6 +118,7 @@ impl<T> Handle<'_, T> {
     fn finish(self) -> Outcome<T> {
         // A thread that died of a bare exit or a filter has not said so.
         self.running.stack.change_life(Life::Attached, Life::Ending);
+        self.running.stack.bury();
         drop(self.running);
         self.packet.take().unwrap_or_else(|| {
             Err(Box::new(

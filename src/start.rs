@@ -171,7 +171,8 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     Errno::clear();
     sys::set_signal_mask(mask);
 
-    body.run();
+    // SAFETY: this very thread's stack; a body does not unwind.
+    unsafe { runtime.with_unwind_buffer(stack.signal_stack().0, || body.run()) };
     // The last reference, if there is no handle: the closure's result is dropped here, while
     // thread-locals still work.
     drop(body);
@@ -189,7 +190,7 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // SAFETY: the ending thread itself, with application signals open (rule 17).
     unsafe {
         runtime.run_destructors();
-        if runtime.count_down() {
+        if runtime.count_down(&stack.block) {
             // main has called pthread_exit, and this was the last thread.
             libc::exit(0);
         }

@@ -14,7 +14,7 @@ compile_error!("nptl supports x86-64 only: another architecture is one more file
 pub(crate) mod probe;
 pub(crate) mod sys;
 
-pub(crate) use arch::{fill_header, syscall, thread_pointer};
+pub(crate) use arch::{UnwindBuffer, fill_header, syscall, thread_pointer, unwind_buffer};
 
 use libc::{c_void, pid_t};
 use nix::errno::Errno;

@@ -153,3 +153,22 @@ pub(crate) unsafe fn fill_header(tp: usize) {
         ((tp + FEATURE_1) as *mut u32).write(feature);
     }
 }
+
+/// `__pthread_unwind_buf_t` (pthread.h): eight registers, a flag, and four words of glibc's own.
+pub(crate) type UnwindBuffer = [usize; 13];
+
+/// The buffer that glibc's forced unwind (`pthread_exit`, cancellation) compares each frame with, to know
+/// where to stop: at none of the frames below `top`. Nothing ever jumps to it.
+pub(crate) fn unwind_buffer(top: usize) -> UnwindBuffer {
+    const RSP: usize = 6; // JB_RSP in glibc's jmpbuf-offsets.h
+    let guard: usize;
+    // SAFETY: reads the pointer guard that the header of every block holds.
+    unsafe {
+        asm!("mov {}, fs:0x30", out(reg) guard, options(nostack, readonly, preserves_flags));
+    }
+    let mut buffer = [0; 13];
+    // Mangled as setjmp does it. Below `top` itself, because glibc measures from the top of the stack and
+    // would take a distance of nothing for the deepest place there is.
+    buffer[RSP] = ((top - size_of::<usize>()) ^ guard).rotate_left(17);
+    buffer
+}

@@ -296,6 +296,20 @@ impl Stack {
         }
     }
 
+    /// Takes a thread that died without its last frames out of glibc's books, before anybody sees that it
+    /// has been joined.
+    pub(crate) fn bury(&self) {
+        if let Some(runtime) = Runtime::existing()
+            && self.block.died()
+        {
+            let old = sys::set_signal_mask(sys::APPLICATION);
+            // SAFETY: the joiner is the only owner of a stack that the kernel has let go; signals are as
+            // rule 3 asks.
+            unsafe { runtime.bury(&self.block) };
+            sys::set_signal_mask(old);
+        }
+    }
+
     /// The `pthread_t`.
     pub(crate) fn pthread(&self) -> libc::pthread_t {
         self.block.thread_pointer() as libc::pthread_t

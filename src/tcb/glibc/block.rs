@@ -37,6 +37,8 @@ pub(crate) struct Block {
     /// On glibc's list. Cleared by the thread itself as its last act; whoever finds it set after
     /// the kernel cleared the tid word must unlist in its stead (rule 7).
     listed: AtomicBool,
+    /// In glibc's count of live threads; cleared by the thread itself once it has counted down.
+    counted: AtomicBool,
     /// Only touched by the owner of the stack, like the block itself.
     parked: UnsafeCell<Parked>,
 }
@@ -53,6 +55,7 @@ impl Block {
             tp: AtomicUsize::new(0),
             state: AtomicU8::new(BlockState::Fresh as u8),
             listed: AtomicBool::new(false),
+            counted: AtomicBool::new(false),
             parked: UnsafeCell::new(Parked {
                 segment: [0; SEGMENT_MAX],
                 getrandom: 0,
@@ -84,6 +87,16 @@ impl Block {
         }
     }
 
+    /// Asked of a block whose thread the kernel has let go: it died without its last frames.
+    pub(crate) fn died(&self) -> bool {
+        self.listed.load(Ordering::Acquire) || self.counted.load(Ordering::Acquire)
+    }
+
+    /// Clears the mark of a counted thread; what it was.
+    pub(super) fn uncount(&self) -> bool {
+        self.counted.swap(false, Ordering::AcqRel)
+    }
+
     pub(crate) fn listed(&self) -> &AtomicBool {
         &self.listed
     }
@@ -92,6 +105,7 @@ impl Block {
     /// refers to arenas whose counts fork has reset (rule 16).
     pub(crate) fn forget_after_fork(&self) {
         self.listed.store(false, Ordering::Relaxed);
+        self.counted.store(false, Ordering::Relaxed);
         if self.state() == BlockState::Ended {
             self.set_state(BlockState::InUse);
         }
@@ -128,11 +142,10 @@ impl Runtime {
     ) -> Enlisted<'a> {
         // SAFETY: the caller owns the idle block.
         unsafe {
-            if block.listed.load(Ordering::Acquire) {
-                self.unlist(block.thread_pointer(), &block.listed);
-            }
+            self.bury(block);
             let otherwise = self.prepare(block, stack);
             self.count_up();
+            block.counted.store(true, Ordering::Relaxed);
             self.list.add(block.thread_pointer() + self.symbols.list);
             block.listed.store(true, Ordering::Release);
             Enlisted {
@@ -141,6 +154,20 @@ impl Runtime {
                 otherwise: Cell::new(otherwise),
             }
         }
+    }
+
+    /// Does what a thread that died abnormally (a bare exit, a filter) did not do for itself: off the list,
+    /// out of the count (rules 7 and 17).
+    ///
+    /// # Safety
+    /// As for [`Runtime::enlist`]. Application signals are blocked, 33 is open (rule 3).
+    pub(crate) unsafe fn bury(&self, block: &Block) {
+        if block.listed.load(Ordering::Acquire) {
+            // SAFETY: passed on.
+            unsafe { self.unlist(block.thread_pointer(), &block.listed) };
+        }
+        // Cannot be the last: the calling thread is in the count, too.
+        self.count_down(block);
     }
 
     /// Bytes from the lowest address of static TLS to the end of the descriptor.
@@ -304,9 +331,9 @@ impl Runtime {
         // SAFETY: the caller owns the idle block. Application signals are blocked around the
         // list's lock, 33 is not (rule 3).
         unsafe {
-            if block.listed.load(Ordering::Acquire) {
+            if block.died() {
                 let old = sys::set_signal_mask(sys::APPLICATION);
-                self.unlist(tp, &block.listed);
+                self.bury(block);
                 sys::set_signal_mask(old);
             }
             if block.state() == BlockState::Fresh {
@@ -369,7 +396,7 @@ impl Enlisted<'_> {
 
 impl Drop for Enlisted<'_> {
     fn drop(&mut self) {
-        self.runtime.count_down();
+        self.runtime.count_down(self.block);
         self.block.set_state(self.otherwise.get());
         // SAFETY: enlisted, and no thread was made of it; signals are as the type's contract says.
         unsafe {

@@ -188,6 +188,22 @@ impl Runtime {
         }
     }
 
+    /// Runs `work`, which catches what unwinds, with a place for glibc's forced unwind to look at: without
+    /// one `pthread_exit` would follow a null pointer. With it the unwind reaches the `catch_unwind` in
+    /// `work`, which has to abort the process and says why.
+    ///
+    /// # Safety
+    /// `top` is the initial stack pointer of the calling thread, one of this crate.
+    pub(crate) unsafe fn with_unwind_buffer(&self, top: usize, work: impl FnOnce()) {
+        let mut buffer = clone::unwind_buffer(top);
+        // SAFETY: glibc keeps a pointer to the buffer between the two calls, and it lives that long.
+        unsafe {
+            symbols::__pthread_register_cancel(&raw mut buffer);
+            work();
+            symbols::__pthread_unregister_cancel(&raw mut buffer);
+        }
+    }
+
     /// Registers the rseq area that `Block::prepare` left at "not registered" (rule 15); on
     /// refusal `sched_getcpu` and friends learn from -2 that they must ask the kernel.
     unsafe fn register_rseq(&self, tp: usize) {
@@ -302,8 +318,8 @@ impl Runtime {
 
     /// Takes the thread out of glibc's count of live threads. True: it was the last one, and the
     /// process is due to end with `exit(0)` (rule 17: signals open, still on the list).
-    pub(crate) fn count_down(&self) -> bool {
-        self.symbols.nthreads().fetch_sub(1, Ordering::AcqRel) == 1
+    pub(crate) fn count_down(&self, block: &Block) -> bool {
+        block.uncount() && self.symbols.nthreads().fetch_sub(1, Ordering::AcqRel) == 1
     }
 
     fn count_up(&self) {

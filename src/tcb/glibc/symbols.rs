@@ -61,6 +61,8 @@ pub(super) const PTHREAD_CANCEL_DEFERRED: c_int = 0;
 unsafe extern "C" {
     pub(super) fn __h_errno_location() -> *mut c_int;
     pub(super) fn __res_state() -> *mut c_void;
+    pub(super) fn __pthread_register_cancel(buffer: *mut crate::clone::UnwindBuffer);
+    pub(super) fn __pthread_unregister_cancel(buffer: *mut crate::clone::UnwindBuffer);
     pub(super) fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
     pub(super) fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int;
 }
