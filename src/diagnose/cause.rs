@@ -230,7 +230,9 @@ pub enum CgroupPlace {
     Ancestor,
     /// A cgroup around it that is not visible in this cgroup namespace or mount.
     Hidden,
-    /// One of the visible ones; which cannot be told.
+    /// The cgroup that the thread was to enter (CLONE_INTO_CGROUP), or one around it.
+    Target,
+    /// The thread's own or one around it; which cannot be told.
     Unclear,
 }
 
@@ -794,14 +796,17 @@ impl Cause {
                     CgroupPlace::Own => "the cgroup of this thread",
                     CgroupPlace::Ancestor => "an ancestor of this thread's cgroup",
                     CgroupPlace::Hidden => "an ancestor outside this cgroup namespace",
+                    CgroupPlace::Target => "the one the thread was to enter, or an ancestor of it",
                     CgroupPlace::Unclear => "this thread's cgroup or an ancestor",
                 };
                 line(f, "cgroup", &which)?;
                 if !directory.is_empty() {
                     line(f, "directory", directory)?;
                 }
-                line(f, "cgroup version", version)?;
-                if *place != CgroupPlace::Hidden {
+                if *version != 0 {
+                    line(f, "cgroup version", version)?;
+                }
+                if !directory.is_empty() {
                     line(f, "pids.current", &Value(*current))?;
                     line(f, "pids.max", &Value(*maximum))?;
                 }
@@ -1021,8 +1026,8 @@ impl Cause {
                     "Raise pids.max where the cgroup is visible: on the host (docker run --pids-limit, podman --pids-limit,\n  \
                      kubelet podPidsLimit, systemctl set-property UNIT TasksMax=N).",
                 ),
-                CgroupPlace::Unclear => f.write_str(
-                    "Raise pids.max of the full one among this cgroup and its ancestors, or its unit's TasksMax=.",
+                CgroupPlace::Unclear | CgroupPlace::Target => f.write_str(
+                    "Raise pids.max of the full one among that cgroup and its ancestors, or its unit's TasksMax=.",
                 ),
                 CgroupPlace::Own | CgroupPlace::Ancestor => write!(
                     f,
@@ -1136,6 +1141,9 @@ impl fmt::Display for Cause {
             } => match place {
                 CgroupPlace::Hidden => {
                     f.write_str("pids.max of an ancestor outside this cgroup namespace")
+                }
+                CgroupPlace::Target => {
+                    f.write_str("pids.max of the cgroup to enter or an ancestor of it")
                 }
                 CgroupPlace::Unclear => {
                     f.write_str("pids.max of this thread's cgroup or an ancestor")

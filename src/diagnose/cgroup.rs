@@ -9,13 +9,15 @@ use super::cause::{CgroupPlace, InlinePath};
 use super::limits::{self, Text, UNLIMITED};
 
 /// More levels than this are not walked; what lies above counts as hidden.
-const DEEPEST: usize = 24;
+const DEEPEST: usize = 16;
+
+/// Long enough for a mount point and what Kubernetes and systemd nest below it; longer ones are not read.
+type Path = Text<768>;
 
 /// A thread's cgroup in the hierarchy of one controller, as far as it is visible.
-#[derive(Clone, Copy)]
 pub(crate) struct Hierarchy {
     /// Mount point and cgroup, in one path.
-    path: Text<1024>,
+    path: Path,
     /// Where the cgroups begin: the length of the mount point.
     mount: usize,
     pub(crate) version: u8,
@@ -87,7 +89,6 @@ impl Level {
 }
 
 /// The visible levels, the thread's own first.
-#[derive(Clone, Copy)]
 pub(crate) struct Snapshot {
     levels: [Level; DEEPEST],
     count: usize,
@@ -110,7 +111,7 @@ impl Hierarchy {
     }
 
     pub(crate) fn locate(membership: &CStr, controller: &[u8]) -> Option<Hierarchy> {
-        let mut cgroup = Text::<1024>::new();
+        let mut cgroup = Path::new();
         let mut version = 0;
         let named = |list: &[u8]| {
             list.split(|byte| *byte == b',')
@@ -158,7 +159,7 @@ impl Hierarchy {
             let Some(below) = below(cgroup.bytes(), root).filter(|_| matches) else {
                 return ControlFlow::Continue(());
             };
-            let mut path = Text::<1024>::new();
+            let mut path = Path::new();
             unescape(point, &mut path);
             let mount = path.bytes().len();
             path.push(below);
@@ -211,7 +212,7 @@ impl Hierarchy {
 
     /// Whether the top of the mount is not the root of the hierarchy. Only a root lacks certain files: in v1
     /// the limits themselves, in v2 also `cgroup.events`.
-    fn has_ancestors(&self, top: &mut Text<1024>, files: &Files, unread: &mut bool) -> bool {
+    fn has_ancestors(&self, top: &mut Path, files: &Files, unread: &mut bool) -> bool {
         match self.version {
             1 if files.maximum == PIDS.maximum => exists(top, files.maximum, unread),
             1 => !exists(top, b"/release_agent", unread),
@@ -245,7 +246,7 @@ fn below<'a>(cgroup: &'a [u8], root: &[u8]) -> Option<&'a [u8]> {
 }
 
 /// Undoes the octal escapes of mountinfo.
-fn unescape(text: &[u8], into: &mut Text<1024>) {
+fn unescape(text: &[u8], into: &mut Path) {
     let mut rest = text;
     while let Some((first, tail)) = rest.split_first() {
         let digit = |byte: &u8| byte.wrapping_sub(b'0');
@@ -263,11 +264,7 @@ fn unescape(text: &[u8], into: &mut Text<1024>) {
     }
 }
 
-fn with_file<T>(
-    path: &mut Text<1024>,
-    file: &[u8],
-    read: impl FnOnce(&CStr) -> Option<T>,
-) -> Option<T> {
+fn with_file<T>(path: &mut Path, file: &[u8], read: impl FnOnce(&CStr) -> Option<T>) -> Option<T> {
     let length = path.bytes().len();
     path.push(file);
     let result = path.as_c_str().and_then(read);
@@ -275,7 +272,7 @@ fn with_file<T>(
     result
 }
 
-fn exists(path: &mut Text<1024>, file: &[u8], unread: &mut bool) -> bool {
+fn exists(path: &mut Path, file: &[u8], unread: &mut bool) -> bool {
     let found = with_file(path, file, |path| {
         Some(match limits::open_file(path) {
             Ok(_) => true,
@@ -289,7 +286,7 @@ fn exists(path: &mut Text<1024>, file: &[u8], unread: &mut bool) -> bool {
     found.unwrap_or(false)
 }
 
-fn read_level(path: &mut Text<1024>, length: usize, files: &Files, unread: &mut bool) -> Level {
+fn read_level(path: &mut Path, length: usize, files: &Files, unread: &mut bool) -> Level {
     let mut level = Level {
         length,
         ..Level::default()
@@ -431,4 +428,25 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
         (None, None) if after.hidden || after.unread || before.unread => Judgement::Open,
         (None, None) => Judgement::Excluded,
     }
+}
+
+/// A snapshot of made-up levels: current, maximum, failures, counted locally.
+#[cfg(test)]
+pub(crate) fn synthetic(levels: &[(u64, u64, Option<u64>, bool)], hidden: bool) -> Snapshot {
+    let mut snapshot = Snapshot {
+        levels: [Level::default(); DEEPEST],
+        count: levels.len(),
+        hidden,
+        unread: false,
+    };
+    for (slot, (current, maximum, failures, local)) in snapshot.levels.iter_mut().zip(levels) {
+        *slot = Level {
+            length: 0,
+            maximum: Some(*maximum),
+            current: Some(*current),
+            failures: *failures,
+            local: *local,
+        };
+    }
+    snapshot
 }

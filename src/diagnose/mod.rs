@@ -13,7 +13,7 @@
 //! - Under a system-call filter only files are read and the refused call's own number is used, because another
 //!   call may kill the process.
 //!
-//! With `again`, the refused call is repeated one to six times, until it is granted or the answers agree.
+//! With `again`, the refused call is repeated one to three times, until it is granted or the answers agree.
 //! Without (`RetryPolicy::never`), nothing that could create a task is called; then a full cgroup is inferred,
 //! not proven.
 
@@ -105,10 +105,7 @@ pub(crate) fn explain(circumstances: &Circumstances<'_>) -> Verdict {
 
 /// What came out of it: a verdict, or the thread after all.
 #[derive(Clone, Copy, Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "lives on the stack for a moment; nothing may be boxed between refusal and error (rule 4)"
-)]
+#[expect(clippy::large_enum_variant, reason = "boxing would allocate")]
 pub(crate) enum Finding {
     Verdict(Verdict),
     /// A repetition was granted: the refusal was transient and the thread exists now.
@@ -117,6 +114,9 @@ pub(crate) enum Finding {
 
 /// Repeats the refused call.
 pub(crate) type Again<'a> = &'a mut dyn FnMut() -> Result<(), Errno>;
+
+/// Bit of clone3's flags; libc's constant of that name is too narrow for it.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
 /// How often the oracle is asked at most; each question briefly charges the counters it asks about.
 const MOST_QUESTIONS: u32 = 6;
@@ -543,6 +543,7 @@ fn refused_for_now(
     let mut limits: Option<ProcessLimits> = None;
     let mut pids: Option<Hierarchy> = None;
     let mut located = false;
+    let mut elsewhere = false;
     let mut cgroups_open = 0;
     loop {
         let first = ask(readings);
@@ -555,25 +556,25 @@ fn refused_for_now(
             Reached::BeyondPidNumbers | Reached::BeyondThreadPointer => {
                 if !std::mem::replace(&mut located, true) {
                     pids = Hierarchy::of_thread(b"pids");
+                    // With CLONE_INTO_CGROUP another v2 cgroup than the caller's is charged.
+                    elsewhere = c.flags & CLONE_INTO_CGROUP != 0
+                        && pids.as_ref().is_some_and(|pids| pids.version == 2);
+                    pids = pids.filter(|_| !elsewhere);
                 }
-                let before = pids.map(|pids| pids.snapshot(&cgroup::PIDS));
+                let snapshot = |pids: &Hierarchy| pids.snapshot(&cgroup::PIDS);
+                let before = pids.as_ref().map(snapshot);
                 let repeated = repetition.refused(readings)?;
-                let after = if repeated || !repetition.is_possible() {
-                    match (before, repeated) {
-                        (Some(_), true) => pids.map(|pids| pids.snapshot(&cgroup::PIDS)),
-                        _ => before,
-                    }
-                } else {
+                if !repeated && repetition.is_possible() {
                     // Refused with another errno than before: something else is going on.
                     return Ok(Naming::unknown().transient());
-                };
+                }
+                let after = pids.as_ref().filter(|_| repeated).map(snapshot);
                 let second = ask(readings);
                 tally.add(second);
                 let agree = first == second;
-                let judgement = match (pids, &after) {
-                    (Some(_), Some(after)) => {
-                        cgroup::judge(before.as_ref().filter(|_| repeated), after)
-                    }
+                let judgement = match (&before, &after) {
+                    (Some(before), Some(after)) => cgroup::judge(Some(before), after),
+                    (Some(only), None) => cgroup::judge(None, only),
                     _ => Judgement::Open,
                 };
                 if let Some(naming) = pids_cgroup(&judgement, pids.as_ref(), agree, first, limits) {
@@ -620,7 +621,11 @@ fn refused_for_now(
             Some(Reached::BeyondPidNumbers)
                 if cgroups_open >= tally.asked && tally.asked >= AGREEING && limits.excluded() =>
             {
-                hidden_cgroup(pids.is_some())
+                hidden_cgroup(match elsewhere {
+                    true => CgroupPlace::Target,
+                    false if pids.is_some() => CgroupPlace::Hidden,
+                    false => CgroupPlace::Unclear,
+                })
             }
             Some(Reached::BeyondThreadPointer) => numbers_without_oracle(calls, readings),
             _ if tally.exec > 0 => sibling_exec(limits, status, calls, readings, &tally),
@@ -676,14 +681,10 @@ fn pids_cgroup(
 }
 
 /// Every check passes each time, yet the real call is refused each time: what cannot be seen is left.
-fn hidden_cgroup(located: bool) -> Naming {
+fn hidden_cgroup(place: CgroupPlace) -> Naming {
     let cause = Cause::PidsCgroup {
         directory: InlinePath::EMPTY,
-        place: if located {
-            CgroupPlace::Hidden
-        } else {
-            CgroupPlace::Unclear
-        },
+        place,
         version: 0,
         current: None,
         maximum: None,
@@ -820,19 +821,19 @@ fn out_of_memory(
 ) -> Result<Naming, Granted> {
     let calls = status.calls();
     let hierarchy = Hierarchy::of_thread(b"memory");
-    let files = match hierarchy.map(|hierarchy| hierarchy.version) {
+    let files = match hierarchy.as_ref().map(|hierarchy| hierarchy.version) {
         Some(1) => cgroup::MEMORY_V1,
         _ => cgroup::MEMORY_V2,
     };
-    let snapshot = |hierarchy: Hierarchy| hierarchy.snapshot(&files);
-    let before = hierarchy.map(snapshot);
+    let snapshot = |hierarchy: &Hierarchy| hierarchy.snapshot(&files);
+    let before = hierarchy.as_ref().map(snapshot);
     let first = probe::ask(&mut readings.oracle, c.flags, calls);
     // The repetition charges the cgroup once more, so that its counter rises even if the question passed.
     let repeated = repetition.refused(readings)?;
     let second = probe::ask(&mut readings.oracle, c.flags, calls);
-    let after = hierarchy.map(snapshot);
-    let risen = match (hierarchy, before, after) {
-        (Some(hierarchy), Some(before), Some(after)) => risen(&hierarchy, &before, &after),
+    let after = hierarchy.as_ref().map(snapshot);
+    let risen = match (&hierarchy, &before, &after) {
+        (Some(hierarchy), Some(before), Some(after)) => risen(hierarchy, before, after),
         _ => None,
     };
     let dying = first == Reached::PidMemory && second == Reached::PidMemory;
