@@ -1,0 +1,313 @@
+//! dlopen of libraries with static (initial-exec) TLS: glibc writes their images into every thread on its
+//! list, and only there.
+
+mod support;
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Barrier, RwLock};
+use std::time::Duration;
+
+use nptl::{Builder, StackCache, StackCacheConfig};
+use support::{case, child, or_skip, report};
+
+const SOURCE: &str = "
+static __thread int value = INITIAL;
+static __thread int nothing;
+int get(void) { return value; }
+int zero(void) { return nothing; }
+void set(int mark) { value = mark; nothing = mark; }
+";
+
+/// What one library exports.
+#[derive(Clone, Copy)]
+struct Functions {
+    get: extern "C" fn() -> i32,
+    set: extern "C" fn(i32),
+    zero: extern "C" fn() -> i32,
+    initial: i32,
+}
+
+struct Library {
+    handle: *mut libc::c_void,
+    functions: Functions,
+}
+
+impl Library {
+    fn open(path: &Path, initial: i32) -> Library {
+        let name = CString::new(path.as_os_str().as_bytes()).expect("a path");
+        // SAFETY: a library of this test, without constructors.
+        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        // SAFETY: dlerror's text is valid until its next call in this thread.
+        assert!(!handle.is_null(), "{:?}", unsafe {
+            std::ffi::CStr::from_ptr(libc::dlerror())
+        });
+        // SAFETY: the types are those of the source below.
+        let functions = unsafe {
+            Functions {
+                get: std::mem::transmute::<*mut libc::c_void, extern "C" fn() -> i32>(libc::dlsym(
+                    handle,
+                    c"get".as_ptr(),
+                )),
+                set: std::mem::transmute::<*mut libc::c_void, extern "C" fn(i32)>(libc::dlsym(
+                    handle,
+                    c"set".as_ptr(),
+                )),
+                zero: std::mem::transmute::<*mut libc::c_void, extern "C" fn() -> i32>(
+                    libc::dlsym(handle, c"zero".as_ptr()),
+                ),
+                initial,
+            }
+        };
+        Library { handle, functions }
+    }
+
+    fn close(self) {
+        // SAFETY: opened by `open`; the caller sees to it that nobody is inside.
+        assert_eq!(unsafe { libc::dlclose(self.handle) }, 0);
+    }
+}
+
+impl Functions {
+    /// The calling thread has this library's images as the file holds them; afterwards it does not.
+    fn check_fresh(self, mark: i32) {
+        assert_eq!((self.get)(), self.initial, "not initialised");
+        assert_eq!((self.zero)(), 0, "not zeroed");
+        (self.set)(mark);
+        assert_eq!(((self.get)(), (self.zero)()), (mark, mark));
+    }
+}
+
+/// Builds `count` libraries with initial values of their own, into a directory that goes with the value.
+struct Built {
+    directory: PathBuf,
+    libraries: Vec<(PathBuf, i32)>,
+}
+
+impl Built {
+    fn new(count: i32) -> Result<Built, String> {
+        let directory = std::env::temp_dir().join(format!("nptl-dlopen-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).map_err(|e| format!("{}: {e}", directory.display()))?;
+        let mut built = Built {
+            directory,
+            libraries: Vec::new(),
+        };
+        let source = built.directory.join("tls.c");
+        std::fs::write(&source, SOURCE).map_err(|e| e.to_string())?;
+        for index in 0..count {
+            let initial = 1000 + index;
+            let path = built.directory.join(format!("libtls{index}.so"));
+            let output = Command::new("gcc")
+                .args(["-shared", "-fPIC", "-O1", "-ftls-model=initial-exec"])
+                .arg(format!("-DINITIAL={initial}"))
+                .arg("-o")
+                .args([&path, &source])
+                .output()
+                .map_err(|e| format!("no gcc: {e}"))?;
+            assert!(output.status.success(), "{output:?}");
+            built.libraries.push((path, initial));
+        }
+        Ok(built)
+    }
+}
+
+impl Drop for Built {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Libraries are opened one by one while threads live, start and end: a thread that has seen a library
+/// published finds its own images of it. In every thread, at every moment.
+#[test]
+fn every_living_thread_gets_its_images() {
+    const LIBRARIES: usize = 12;
+    if case().is_some() {
+        let built = or_skip!(Built::new(LIBRARIES as i32));
+        let open = |index: usize| {
+            let (path, initial) = &built.libraries[index];
+            Library::open(path, *initial).functions
+        };
+        static PUBLISHED: [AtomicPtr<Functions>; LIBRARIES] =
+            [const { AtomicPtr::new(std::ptr::null_mut()) }; LIBRARIES];
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let publish = |functions: Functions| {
+            let index = COUNT.load(Ordering::Relaxed);
+            PUBLISHED[index].store(Box::leak(Box::new(functions)), Ordering::Relaxed);
+            COUNT.store(index + 1, Ordering::Release);
+        };
+        /// Checks those from `seen` on; the number seen.
+        fn check_from(seen: usize, mark: i32) -> usize {
+            let count = COUNT.load(Ordering::Acquire);
+            for place in &PUBLISHED[seen..count] {
+                // SAFETY: leaked before it was counted.
+                unsafe { *place.load(Ordering::Relaxed) }.check_fresh(mark);
+            }
+            // What was marked stays this thread's own.
+            for place in &PUBLISHED[..count] {
+                // SAFETY: as above.
+                let functions = unsafe { *place.load(Ordering::Relaxed) };
+                assert_eq!((functions.get)(), mark);
+            }
+            count
+        }
+        // Before the first spawn: part of every later thread's start.
+        publish(open(0));
+        let stop = AtomicBool::new(false);
+        let (spawned, ready) = (AtomicUsize::new(0), Barrier::new(9));
+        let disabled = StackCache::new(StackCacheConfig::disabled());
+        nptl::scope(|scope| {
+            let (stop, spawned, ready, disabled) = (&stop, &spawned, &ready, &disabled);
+            let mut living = Vec::new();
+            for index in 0..8 {
+                let body = move || {
+                    let mut seen = check_from(0, index);
+                    ready.wait();
+                    while !stop.load(Ordering::Acquire) {
+                        seen = check_from(seen, index);
+                        std::thread::yield_now();
+                    }
+                    check_from(seen, index)
+                };
+                living.push(scope.spawn(body).expect("a thread"));
+            }
+            for kind in 0..2 {
+                let body = move || {
+                    let mut round = 100;
+                    while !stop.load(Ordering::Acquire) {
+                        round += 1;
+                        let builder = Builder::new();
+                        let builder = if kind == 0 {
+                            builder
+                        } else {
+                            builder.stack_cache(disabled)
+                        };
+                        let handle = builder
+                            .spawn(move || check_from(0, round))
+                            .expect("a thread");
+                        handle.join().expect("its end");
+                        spawned.fetch_add(1, Ordering::Release);
+                    }
+                };
+                scope.spawn(body).expect("a thread");
+            }
+            ready.wait();
+            for index in 1..LIBRARIES {
+                publish(open(index));
+                // Some threads that start with this number of libraries.
+                let enough = spawned.load(Ordering::Acquire) + 100;
+                while spawned.load(Ordering::Acquire) < enough {
+                    std::thread::yield_now();
+                }
+            }
+            stop.store(true, Ordering::Release);
+            for handle in living {
+                assert_eq!(handle.join().expect("its end"), LIBRARIES);
+            }
+        });
+        report("good", "yes");
+        return;
+    }
+    let output = child("every_living_thread_gets_its_images", "open");
+    let output = or_skip!(output.time_limit(Duration::from_secs(90)).run()).success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("good"), Some("yes"), "{output}");
+    }
+}
+
+/// Opened and closed again and again: each time the living threads begin with the file's images, also where
+/// their memory holds what they wrote to the last ones.
+#[test]
+fn images_are_fresh_after_each_dlopen() {
+    const CYCLES: usize = 1500;
+    if case().is_some() {
+        let built = or_skip!(Built::new(3));
+        // The library that is open, and the number of the cycle. Readers are inside the library; opening
+        // needs no lock, so threads start and end meanwhile.
+        let current = RwLock::new(None::<(Functions, usize)>);
+        let stop = AtomicBool::new(false);
+        let (spawned, checked) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let disabled = StackCache::new(StackCacheConfig::disabled());
+        nptl::scope(|scope| {
+            let (current, stop, spawned, checked) = (&current, &stop, &spawned, &checked);
+            let disabled = &disabled;
+            for index in 0..3 {
+                let body = move || {
+                    let mut last = usize::MAX;
+                    while !stop.load(Ordering::Acquire) {
+                        let open = current.read().expect("no panic");
+                        if let Some((functions, cycle)) = *open
+                            && cycle != last
+                        {
+                            functions.check_fresh(index + 7);
+                            last = cycle;
+                            checked.fetch_add(1, Ordering::Release);
+                        }
+                        drop(open);
+                        std::thread::yield_now();
+                    }
+                };
+                scope.spawn(body).expect("a thread");
+            }
+            for kind in 0..2 {
+                let body = move || {
+                    while !stop.load(Ordering::Acquire) {
+                        let builder = Builder::new();
+                        let builder = if kind == 0 {
+                            builder
+                        } else {
+                            builder.stack_cache(disabled)
+                        };
+                        let body = move || {
+                            if let Some((functions, _)) = *current.read().expect("no panic") {
+                                functions.check_fresh(99);
+                            }
+                        };
+                        nptl::scope(|scope| {
+                            let handle = builder.spawn_scoped(scope, body).expect("a thread");
+                            handle.join().expect("its end");
+                        });
+                        spawned.fetch_add(1, Ordering::Release);
+                    }
+                };
+                scope.spawn(body).expect("a thread");
+            }
+            for cycle in 0..CYCLES {
+                let (path, initial) = &built.libraries[cycle % built.libraries.len()];
+                let library = Library::open(path, *initial);
+                let before = checked.load(Ordering::Acquire);
+                *current.write().expect("no panic") = Some((library.functions, cycle));
+                if cycle % 4 == 0 {
+                    // Somebody has looked at this one; the others come and go with nobody inside.
+                    while checked.load(Ordering::Acquire) == before {
+                        std::thread::yield_now();
+                    }
+                }
+                *current.write().expect("no panic") = None;
+                library.close();
+            }
+            stop.store(true, Ordering::Release);
+        });
+        report("spawned", spawned.load(Ordering::Relaxed));
+        report("checked", checked.load(Ordering::Relaxed));
+        return;
+    }
+    let output = child("images_are_fresh_after_each_dlopen", "cycle");
+    let output = or_skip!(output.time_limit(Duration::from_secs(90)).run()).success();
+    if output.skipped().is_none() {
+        let number = |key| {
+            output
+                .get(key)
+                .expect("a report")
+                .parse::<usize>()
+                .expect("a number")
+        };
+        assert!(
+            number("spawned") > 100 && number("checked") > CYCLES / 4,
+            "{output}"
+        );
+    }
+}
