@@ -170,7 +170,9 @@ macro_rules! shared_methods {
 
         /// For glibc's `pthread_*` calls: `pthread_kill`, `pthread_getattr_np`,
         /// `pthread_setaffinity_np`, `pthread_setname_np`, `pthread_getcpuclockid` and the like.
-        /// Valid while this handle exists. `pthread_join` and `pthread_detach` refuse it with
+        /// Valid while this handle exists; but once the thread has ended its tid reads 0, which
+        /// `pthread_setaffinity_np`, and from glibc 2.43 on `pthread_setschedparam` and
+        /// `pthread_getcpuclockid` too, take for the caller. `pthread_join` and `pthread_detach` refuse it with
         /// EINVAL; a cancellation request stays pending (cancellation is disabled in threads of
         /// this crate, because it cannot unwind through Rust closures).
         pub fn as_pthread_t(&self) -> libc::pthread_t {
