@@ -315,9 +315,10 @@ impl fmt::Display for SpawnError {
     }
 }
 
+/// The same line: it is what `unwrap` and a failing `main` print.
 impl fmt::Debug for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0, f)
+        fmt::Display::fmt(self, f)
     }
 }
 

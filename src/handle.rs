@@ -69,8 +69,11 @@ impl<F, T> Drop for Packet<F, T> {
         }
         // A result whose destructor panics must not take a thread down on its way out; the panic
         // hook has reported it.
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(result))) {
-            std::mem::forget(payload);
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(result)))
+            && let Err(worse) = catch_unwind(AssertUnwindSafe(|| drop(payload)))
+        {
+            // A payload whose own destructor panics could go on like this for ever.
+            std::mem::forget(worse);
         }
     }
 }

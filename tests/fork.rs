@@ -314,12 +314,12 @@ fn a_fork_in_the_middle_of_spawns_leaves_no_lock_held() {
                                 let size = (64 << 10) << (round % 4);
                                 let builder = Builder::new().stack_cache(own).stack_size(size);
                                 let handle = builder.spawn(|| ()).expect("a thread");
-                                if round % 8 == 0 {
+                                if round.is_multiple_of(8) {
                                     handle.detach();
                                 } else {
                                     handle.join().expect("its end");
                                 }
-                                if round % 16 == 0 {
+                                if round.is_multiple_of(16) {
                                     own.clear();
                                 }
                             }
@@ -337,7 +337,7 @@ fn a_fork_in_the_middle_of_spawns_leaves_no_lock_held() {
                 let status = in_child(Fork::Handlers, || {
                     let handle = nptl::spawn(|| 7).expect("a thread");
                     assert_eq!(handle.join().expect("its end"), 7);
-                    if round % 8 == 0 {
+                    if round.is_multiple_of(8) {
                         spawn_and_join();
                         own.clear();
                         StackCache::global().trim(0);

@@ -49,7 +49,7 @@ fn id_after(changes: u64) -> u32 {
 fn check() {
     for _ in 0..20 {
         let before = CHANGES.load(Ordering::SeqCst);
-        if before % 2 == 0 {
+        if before.is_multiple_of(2) {
             let id = kernel_euid();
             if CHANGES.load(Ordering::SeqCst) == before {
                 if id != id_after(before / 2) {

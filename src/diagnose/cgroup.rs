@@ -429,24 +429,3 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
         (None, None) => Judgement::Excluded,
     }
 }
-
-/// A snapshot of made-up levels: current, maximum, failures, counted locally.
-#[cfg(test)]
-pub(crate) fn synthetic(levels: &[(u64, u64, Option<u64>, bool)], hidden: bool) -> Snapshot {
-    let mut snapshot = Snapshot {
-        levels: [Level::default(); DEEPEST],
-        count: levels.len(),
-        hidden,
-        unread: false,
-    };
-    for (slot, (current, maximum, failures, local)) in snapshot.levels.iter_mut().zip(levels) {
-        *slot = Level {
-            length: 0,
-            maximum: Some(*maximum),
-            current: Some(*current),
-            failures: *failures,
-            local: *local,
-        };
-    }
-    snapshot
-}
