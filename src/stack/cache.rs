@@ -488,7 +488,7 @@ fn forget_parent(prepared: bool) {
             if stack.block.thread_pointer() == own {
                 return true;
             }
-            stack.forget_after_fork(prepared);
+            stack.forget_after_fork();
             // A copy of the handle exists in this process, too; it finds the thread ended and gives
             // the stack back.
             stack.change_life(Life::Attached, Life::Ending);
@@ -504,7 +504,7 @@ fn forget_parent(prepared: bool) {
         }
         instance.ledger.for_each(|stack, _| {
             if stack.block.thread_pointer() != own {
-                stack.forget_after_fork(prepared);
+                stack.forget_after_fork();
             }
         });
     }

@@ -429,12 +429,12 @@ impl Stack {
     }
 
     /// In a forked child: the thread that ran here does not exist. See [`cache::after_fork`].
-    fn forget_after_fork(&self, prepared: bool) {
+    fn forget_after_fork(&self) {
         if let Some(word) = self.tid_word() {
             word.store(0, Ordering::Release);
         }
         self.signal_lock.store(0, Ordering::Relaxed);
-        self.block.forget_after_fork(prepared);
+        self.block.forget_after_fork();
     }
 }
 

@@ -101,14 +101,11 @@ impl Block {
         &self.listed
     }
 
-    /// In a forked child a heap cache saved by the parent's threads refers to arenas whose counts fork has
-    /// reset (rule 16). fork(2) has also emptied glibc's list and count of threads; `_Fork` leaves both
-    /// as they were (`emptied` is false), so that the block still has to be [buried](Runtime::bury).
-    pub(crate) fn forget_after_fork(&self, emptied: bool) {
-        if emptied {
-            self.listed.store(false, Ordering::Relaxed);
-            self.counted.store(false, Ordering::Relaxed);
-        }
+    /// In a forked child glibc has emptied its list, and a heap cache saved by the parent's threads
+    /// refers to arenas whose counts fork has reset (rule 16).
+    pub(crate) fn forget_after_fork(&self) {
+        self.listed.store(false, Ordering::Relaxed);
+        self.counted.store(false, Ordering::Relaxed);
         if self.state() == BlockState::Ended {
             self.set_state(BlockState::InUse);
         }
