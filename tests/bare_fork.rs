@@ -164,3 +164,48 @@ fn a_fork_in_the_middle_of_the_first_spawn() {
     spawner.join().unwrap();
     report("status", in_child(fork, spawn_and_join));
 }
+
+/// The blocks of threads that stayed behind are off glibc's list at once: taking them off again, when their
+/// handles are joined, must not take a living thread along, which setuid would then miss.
+#[test]
+fn joining_copies_in_a_bare_child_keeps_the_living_listed() {
+    if case().is_some() {
+        let start = || {
+            let (end, wait) = std::sync::mpsc::channel::<()>();
+            (
+                end,
+                nptl::spawn(move || wait.recv().is_err()).expect("a thread"),
+            )
+        };
+        let (first_end, first) = start();
+        let (second_end, second) = start();
+        // SAFETY: the child ends by _exit; no other thread is inside malloc, they all wait.
+        let pid = unsafe { _Fork() };
+        if pid == 0 {
+            // SAFETY: a child that hangs dies.
+            unsafe { libc::alarm(30) };
+            let (_end, living) = start();
+            let listed = || listed_threads().contains(&(living.as_pthread_t() as usize));
+            let mut good = listed();
+            for copy in [second, first] {
+                good &= copy.join().is_err() && listed();
+            }
+            // SAFETY: no destructor of this copy may run.
+            unsafe { libc::_exit(i32::from(!good)) };
+        }
+        let mut status = -1;
+        // SAFETY: a valid place.
+        unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        report("status", status);
+        drop((first_end, second_end));
+        assert!(first.join().expect("its end") && second.join().expect("its end"));
+        return;
+    }
+    let output = child(
+        "joining_copies_in_a_bare_child_keeps_the_living_listed",
+        "fork",
+    )
+    .run();
+    let output = support::or_skip!(output).success();
+    assert_eq!(output.get("status"), Some("0"), "{output}");
+}
