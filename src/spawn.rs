@@ -207,6 +207,7 @@ fn enter(
         cache: request.cache.clone(),
         name: request.name.clone(),
         mask: signals.inherited(),
+        rseq: runtime.has_rseq(),
         settings: Settings {
             comm: request.comm,
             signal_stack: overflow::enabled(),

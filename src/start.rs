@@ -40,6 +40,8 @@ pub(crate) struct Start {
     pub name: Option<Arc<str>>,
     /// The signal mask of the closure.
     pub mask: sys::KernelSigSet,
+    /// Its creator has registered rseq.
+    pub rseq: bool,
     pub settings: Settings,
 }
 
@@ -156,11 +158,12 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
         cache,
         name,
         mask,
+        rseq,
         settings,
     } = start;
     // SAFETY: first thing on a complete block; the name lives until the end of this function.
     unsafe {
-        runtime.enter();
+        runtime.enter(rseq);
         stack.set_name(name.as_deref());
     }
     CURRENT.set(Some(stack));
@@ -205,7 +208,7 @@ unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
     // 33 stays open: whoever broadcasts a set-id call holds the list's lock and waits for us.
     sys::set_signal_mask(sys::APPLICATION);
     // SAFETY: the ending thread itself, after its destructors.
-    unsafe { runtime.clear_leftovers() };
+    unsafe { runtime.clear_leftovers(&stack.block) };
     stack.close_to_signals();
     // SAFETY: the ending thread on its own stack and block, in the order that the top of this file
     // gives. From `unlist` on nothing but inline assembly runs (rule 11).

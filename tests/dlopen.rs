@@ -7,12 +7,43 @@ use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Barrier, RwLock};
 use std::time::Duration;
 
-use nptl::{Builder, StackCache, StackCacheConfig};
+use nptl::{Builder, StackCache, StackCacheConfig, StackFate, Step};
 use support::{case, child, or_skip, report};
+
+/// The thread whose calloc is refused, and how often calloc was called by that of [`COUNTED`].
+static REFUSED: AtomicI32 = AtomicI32::new(0);
+static COUNTED: AtomicI32 = AtomicI32::new(0);
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+fn tid() -> i32 {
+    // SAFETY: gettid has no preconditions.
+    unsafe { libc::gettid() }
+}
+
+unsafe extern "C" {
+    fn __libc_calloc(count: libc::size_t, size: libc::size_t) -> *mut libc::c_void;
+}
+
+/// Replaces glibc's own, for the dynamic linker's DTVs as well.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn calloc(count: libc::size_t, size: libc::size_t) -> *mut libc::c_void {
+    let (refused, counted) = (
+        REFUSED.load(Ordering::Relaxed),
+        COUNTED.load(Ordering::Relaxed),
+    );
+    if counted != 0 && counted == tid() {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+    }
+    if refused != 0 && refused == tid() {
+        return std::ptr::null_mut();
+    }
+    // SAFETY: passed on.
+    unsafe { __libc_calloc(count, size) }
+}
 
 const SOURCE: &str = "
 static __thread int value = INITIAL;
@@ -89,6 +120,10 @@ struct Built {
 
 impl Built {
     fn new(count: i32) -> Result<Built, String> {
+        Built::with_model(count, "initial-exec")
+    }
+
+    fn with_model(count: i32, model: &str) -> Result<Built, String> {
         let directory = std::env::temp_dir().join(format!("nptl-dlopen-{}", std::process::id()));
         std::fs::create_dir_all(&directory).map_err(|e| format!("{}: {e}", directory.display()))?;
         let mut built = Built {
@@ -101,7 +136,8 @@ impl Built {
             let initial = 1000 + index;
             let path = built.directory.join(format!("libtls{index}.so"));
             let output = Command::new("gcc")
-                .args(["-shared", "-fPIC", "-O1", "-ftls-model=initial-exec"])
+                .args(["-shared", "-fPIC", "-O1"])
+                .arg(format!("-ftls-model={model}"))
                 .arg(format!("-DINITIAL={initial}"))
                 .arg("-o")
                 .args([&path, &source])
@@ -309,5 +345,103 @@ fn images_are_fresh_after_each_dlopen() {
             number("spawned") > 100 && number("checked") > CYCLES / 4,
             "{output}"
         );
+    }
+}
+
+/// A stack from the cache brings its TLS along, until a library comes or goes: then it is allocated anew, and
+/// can be refused.
+#[test]
+fn a_cached_stack_keeps_its_tls_until_the_libraries_change() {
+    if case().is_some() {
+        let built = or_skip!(Built::new(2));
+        // The calibration.
+        nptl::spawn(|| ()).expect("a thread").join().expect("end");
+        let cache = StackCache::new(StackCacheConfig::default());
+        let spawn = || Builder::new().stack_cache(&cache).spawn(|| ());
+        let allocations = || {
+            CALLS.store(0, Ordering::Relaxed);
+            COUNTED.store(tid(), Ordering::Relaxed);
+            let handle = spawn().expect("a thread");
+            COUNTED.store(0, Ordering::Relaxed);
+            handle.join().expect("its end");
+            CALLS.load(Ordering::Relaxed)
+        };
+        assert_eq!(allocations(), 1, "a fresh stack");
+        assert_eq!(allocations(), 0, "a cached one");
+        let (path, initial) = &built.libraries[0];
+        let library = Library::open(path, *initial);
+        assert_eq!(allocations(), 1, "after dlopen");
+        let functions = library.functions;
+        for mark in 0..3 {
+            let body = move || functions.check_fresh(mark);
+            Builder::new()
+                .stack_cache(&cache)
+                .spawn(body)
+                .expect("a thread")
+                .join()
+                .expect("fresh images");
+        }
+        assert_eq!(allocations(), 0, "cached with the library's images");
+        library.close();
+
+        REFUSED.store(tid(), Ordering::Relaxed);
+        let error = spawn().expect_err("no memory for its TLS");
+        REFUSED.store(0, Ordering::Relaxed);
+        assert_eq!(error.step(), Step::AllocateTls, "{error}");
+        assert_eq!(error.stack().fate, StackFate::Cached, "{error}");
+        assert_eq!(allocations(), 1, "after dlclose and a refusal");
+        assert_eq!(allocations(), 0);
+        let stats = cache.stats();
+        assert_eq!((stats.misses, stats.mapped_stacks), (1, 1));
+        report("good", "yes");
+        return;
+    }
+    let output = or_skip!(
+        child(
+            "a_cached_stack_keeps_its_tls_until_the_libraries_change",
+            "reuse"
+        )
+        .run()
+    );
+    let output = output.success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("good"), Some("yes"), "{output}");
+    }
+}
+
+/// TLS that a thread allocated for a library of dynamic TLS is not there in the next thread, and is freed.
+#[test]
+fn dynamic_tls_does_not_reach_the_next_thread() {
+    if case().is_some() {
+        let built = or_skip!(Built::with_model(1, "global-dynamic"));
+        let cache = StackCache::new(StackCacheConfig::default());
+        let run = |body: Box<dyn FnOnce() + Send>| {
+            let handle = Builder::new().stack_cache(&cache).spawn(body);
+            handle.expect("a thread").join().expect("fresh images");
+        };
+        // Learnt before the library, as in a program that loads its plugins later.
+        run(Box::new(|| ()));
+        run(Box::new(|| ()));
+        let (path, initial) = &built.libraries[0];
+        let library = Library::open(path, *initial);
+        let functions = library.functions;
+        let mut in_use = 0;
+        for mark in 0..200 {
+            run(Box::new(move || functions.check_fresh(mark)));
+            if mark == 20 {
+                in_use = support::malloc_in_use();
+            }
+        }
+        let grown = support::malloc_in_use().saturating_sub(in_use);
+        assert!(grown < 180, "{grown} bytes more after 179 threads");
+        library.close();
+        run(Box::new(|| ()));
+        report("good", "yes");
+        return;
+    }
+    let output = or_skip!(child("dynamic_tls_does_not_reach_the_next_thread", "run").run());
+    let output = output.success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("good"), Some("yes"), "{output}");
     }
 }

@@ -133,9 +133,13 @@ struct Case {
 }
 
 impl Case {
-    /// A cached stack is mapped and guarded already.
+    /// A cached stack is mapped and guarded already, and has its TLS: `tests/dlopen.rs` refuses that of
+    /// a cached stack after a dlopen.
     fn reaches_cached_stacks(&self) -> bool {
-        !matches!(self.step, Step::MapStack | Step::GuardStack)
+        !matches!(
+            self.step,
+            Step::MapStack | Step::GuardStack | Step::AllocateTls
+        )
     }
 }
 
@@ -409,7 +413,7 @@ fn every_step_is_refused_and_leaves_nothing() {
     let output = child("every_step_is_refused_and_leaves_nothing", "refuse").run();
     let output = or_skip!(output).success();
     if output.skipped().is_none() {
-        assert_eq!(output.get("count"), Some("24"), "{output}");
+        assert_eq!(output.get("count"), Some("23"), "{output}");
     }
 }
 

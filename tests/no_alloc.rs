@@ -309,8 +309,12 @@ fn run(case: &Case) -> Result<usize, String> {
         // The way of every method that creates a thread.
         for round in 0..3 {
             for cached in [false, true] {
-                let maps = matches!(case.step, Step::MapStack | Step::GuardStack);
-                if maps && cached {
+                // A cached stack has all three.
+                let has = matches!(
+                    case.step,
+                    Step::MapStack | Step::GuardStack | Step::AllocateTls
+                );
+                if has && cached {
                     continue;
                 }
                 let size = if cached { 64 << 10 } else { 2 << 20 };
@@ -362,8 +366,11 @@ fn nothing_is_allocated_after_a_refusal() {
         if output.skipped().is_some() {
             return;
         }
-        let maps = matches!(case.step, Step::MapStack | Step::GuardStack);
-        let expected = if maps { "3" } else { "6" };
+        let fresh_only = matches!(
+            case.step,
+            Step::MapStack | Step::GuardStack | Step::AllocateTls
+        );
+        let expected = if fresh_only { "3" } else { "6" };
         assert_eq!(
             output.get("good"),
             Some(expected),

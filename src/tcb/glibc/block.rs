@@ -1,6 +1,6 @@
 //! One thread's TLS block: preparing it, listing it, handing its heap cache on, retiring it.
 
-use super::{KEY_BLOCKS, Runtime, calibrate::JoinMark, symbols};
+use super::{KEY_BLOCKS, Runtime, calibrate::JoinMark, image, symbols};
 use crate::clone::{self, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
@@ -39,6 +39,9 @@ pub(crate) struct Block {
     listed: AtomicBool,
     /// In glibc's count of live threads; cleared by the thread itself once it has counted down.
     counted: AtomicBool,
+    /// The generation of modules that DTV and static TLS are of, or [`image::NONE`]. With the state
+    /// `Ended`: they are those of a thread that has just begun.
+    generation: AtomicUsize,
     /// Only touched by the owner of the stack, like the block itself.
     parked: UnsafeCell<Parked>,
 }
@@ -56,6 +59,7 @@ impl Block {
             state: AtomicU8::new(BlockState::Fresh as u8),
             listed: AtomicBool::new(false),
             counted: AtomicBool::new(false),
+            generation: AtomicUsize::new(image::NONE),
             parked: UnsafeCell::new(Parked {
                 segment: [0; SEGMENT_MAX],
                 getrandom: 0,
@@ -183,37 +187,34 @@ impl Runtime {
         let offsets = &self.offsets;
         // SAFETY: the caller owns the idle block; every address lies between lowest and end.
         unsafe {
-            let parked = &mut *block.parked.get();
-            let otherwise = match block.state() {
+            let state = block.state();
+            match state {
                 BlockState::Fresh => {
+                    let parked = &mut *block.parked.get();
                     if parked.present
                         && let Some(at) = offsets.getrandom
                     {
                         ((tp + at) as *mut usize).write(parked.getrandom);
                     }
-                    BlockState::Fresh
                 }
                 BlockState::Ended => {
-                    if !parked.present {
-                        self.save_segment(tp, parked);
-                    }
-                    self.release_dtv(tp);
-                    // Gaps between modules, and from 2.41 the rseq area, are written by nobody else.
-                    std::ptr::write_bytes(lowest as *mut u8, 0, tp - lowest);
-                    self.reset_descriptor(tp);
-                    BlockState::Ended
+                    // What others can have changed since the thread's end; the rest is as
+                    // `Runtime::reset` left it, and what never changes is there already.
+                    self.reset_shared(tp);
+                    block.set_state(BlockState::InUse);
+                    return BlockState::Ended;
                 }
                 BlockState::InUse => {
                     // An abnormal end: anything in here may dangle, so all of it goes.
                     self.release_dtv(tp);
                     std::ptr::write_bytes(lowest as *mut u8, 0, end - lowest);
-                    BlockState::Fresh
                 }
-            };
+            }
+            block.generation.store(image::NONE, Ordering::Relaxed);
             block.set_state(BlockState::InUse);
             clone::fill_header(tp);
             self.fill_descriptor(tp, stack);
-            otherwise
+            BlockState::Fresh
         }
     }
 
@@ -230,21 +231,40 @@ impl Runtime {
         }
     }
 
-    /// Back to a fresh descriptor, as nptl does it for a stack from its cache: known fields are
-    /// reset, buffers and tables that hang off it stay and are used again (rule 5 among them).
-    unsafe fn reset_descriptor(&self, tp: usize) {
-        let (symbols, offsets) = (&self.symbols, &self.offsets);
-        // SAFETY: offsets lie in the descriptor, which the caller owns.
+    /// Back to a fresh descriptor, by the thread that ends: known fields are reset, buffers and tables
+    /// that hang off it stay and are used again (rule 5 among them). The static TLS likewise, if the
+    /// modules are still those that it was allocated for.
+    ///
+    /// At a thread's end rather than at the next one's start, because the memory is in this
+    /// processor's cache now.
+    ///
+    /// # Safety
+    /// Called by an ending thread on its own listed block, after its last use of a thread-local.
+    pub(super) unsafe fn reset(&self, block: &Block) {
+        let (tp, symbols) = (block.thread_pointer(), &self.symbols);
+        // SAFETY: offsets lie in the descriptor, which is the calling thread's.
         unsafe {
-            let flags = (tp + offsets.flags) as *mut u32;
-            flags.write(flags.read() & !offsets.flags_changed);
-            ((tp + symbols.schedpolicy) as *mut u32).write(0);
-            ((tp + symbols.sched_priority) as *mut u32).write(0);
-            ((tp + symbols.cancelhandling) as *mut u32).write(0);
             ((tp + symbols.report_events) as *mut u8).write(0);
             ((tp + symbols.nextevent) as *mut usize).write(0);
             std::ptr::write_bytes((tp + symbols.eventbuf.0) as *mut u8, 0, symbols.eventbuf.1);
-            ((tp + offsets.result) as *mut usize).write(0);
+            ((tp + self.offsets.result) as *mut usize).write(0);
+            let generation = block.generation.load(Ordering::Relaxed);
+            if !image::restore(generation, tp) {
+                block.generation.store(image::NONE, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The rest of [`Runtime::reset`]: what glibc writes into the descriptor of a thread that has
+    /// ended already (`pthread_setschedparam`), or what the thread needs until its end.
+    unsafe fn reset_shared(&self, tp: usize) {
+        let (symbols, offsets) = (&self.symbols, &self.offsets);
+        // SAFETY: offsets lie in the descriptor, which the caller owns.
+        unsafe {
+            // Without the flag for them, policy and priority are asked of the kernel.
+            let flags = (tp + offsets.flags) as *mut u32;
+            flags.write(flags.read() & !offsets.flags_changed);
+            ((tp + symbols.cancelhandling) as *mut u32).write(0);
             if let Some(exiting) = offsets.exiting {
                 ((tp + exiting.flag) as *mut u8).write(0);
                 ((tp + exiting.lock) as *mut u32).write(0);
@@ -252,18 +272,14 @@ impl Runtime {
         }
     }
 
-    /// The non-zero fields of a descriptor at the moment of clone (facts/glibc.md).
+    /// The non-zero fields of a descriptor at the moment of clone (facts/glibc.md). Those that only the
+    /// thread itself looks at are left to [`Runtime::enter`].
     unsafe fn fill_descriptor(&self, tp: usize, (base, length, guard): (usize, usize, usize)) {
         let (symbols, offsets) = (&self.symbols, &self.offsets);
         let write = |at: usize, value: usize| {
             // SAFETY: every `at` is a word of the descriptor, which the caller owns.
             unsafe { ((tp + at) as *mut usize).write(value) }
         };
-        let robust = tp + offsets.robust_head;
-        write(offsets.robust_head - 8, robust); // robust_prev
-        write(offsets.robust_head, robust);
-        write(offsets.robust_head + 8, offsets.robust_futex_offset);
-        write(offsets.robust_head + 16, 0);
         write(symbols.specific, tp + offsets.first_key_block);
         write(offsets.stackblock, base);
         write(offsets.stackblock_size, length);
@@ -276,29 +292,41 @@ impl Runtime {
                 ((tp + offsets.join) as *mut u32).write(detached);
             },
         }
-        // SAFETY: as in `write`; the rseq area may lie below the descriptor, but in the block.
+        // SAFETY: as in `write`.
         unsafe {
             ((tp + offsets.user_stack) as *mut u8).write(offsets.user_stack_value);
             ((tp + symbols.tid) as *mut u32).write(0);
-            if let Some(rseq) = symbols.rseq {
-                let area = (tp as isize + rseq.offset) as *mut u8;
-                std::ptr::write_bytes(area, 0, rseq.registered_size());
-                area.add(symbols::RSEQ_CPU_ID)
-                    .cast::<i32>()
-                    .write(self.rseq_of_creator(rseq));
-            }
         }
     }
 
-    /// A new thread registers rseq only if its creator has: -1 "not yet", or -2 "not to be had".
-    fn rseq_of_creator(&self, rseq: symbols::Rseq) -> i32 {
-        let cpu_id =
-            (clone::thread_pointer() as isize + rseq.offset) as usize + symbols::RSEQ_CPU_ID;
-        // SAFETY: the calling thread's own rseq area; the kernel writes it, hence volatile.
-        if unsafe { (cpu_id as *const i32).read_volatile() } >= 0 {
-            symbols::RSEQ_UNINITIALIZED
-        } else {
-            -2
+    /// Makes room for another `_dl_allocate_tls`: saves libc's segment, frees the DTV, and zeroes the
+    /// gaps between modules, which nobody else writes.
+    unsafe fn release_tls(&self, block: &Block) {
+        let tp = block.thread_pointer();
+        let (lowest, _) = self.extent(tp);
+        // SAFETY: the caller owns the block, whose thread ended normally.
+        unsafe {
+            let parked = &mut *block.parked.get();
+            if !parked.present {
+                self.save_segment(tp, parked);
+            }
+            block.generation.store(image::NONE, Ordering::Relaxed);
+            self.release_dtv(tp);
+            std::ptr::write_bytes(lowest as *mut u8, 0, tp - lowest);
+        }
+    }
+
+    /// [`image::learn`] from a block whose TLS was just allocated.
+    unsafe fn learn(&self, table: &symbols::ModuleTable, generation: usize, tp: usize) -> usize {
+        let (lowest, _) = self.extent(tp);
+        let rseq = self.symbols.rseq.map_or(0..0, |rseq| {
+            rseq.offset..rseq.offset + rseq.registered_size() as isize
+        });
+        let kept = [self.offsets.segment.clone(), rseq];
+        // SAFETY: passed on; `_dl_allocate_tls` has written the DTV's address.
+        unsafe {
+            let dtv = ((tp + self.symbols.dtv) as *const usize).read();
+            image::learn(table, generation, tp, dtv, lowest, kept)
         }
     }
 
@@ -366,14 +394,30 @@ impl Enlisted<'_> {
     /// DTV and static TLS images of every module, then libc's own segment as the last thread on
     /// this block left it. False: out of memory (`_dl_allocate_tls` gave null).
     pub(crate) fn allocate_tls(&self) -> bool {
-        let (runtime, tp) = (self.runtime, self.block.thread_pointer());
-        // SAFETY: the block is enlisted, so this holder is its only owner; the segment's place and
-        // size were found by calibration, and static TLS offsets never change.
+        let (runtime, block) = (self.runtime, self.block);
+        let table = runtime.symbols.modules.as_ref();
+        // Asked for after the list's lock was held: see `image`.
+        let now = table.map_or(image::NONE, symbols::ModuleTable::generation);
+        if self.otherwise.get() == BlockState::Ended {
+            if now != image::NONE && block.generation.load(Ordering::Relaxed) == now {
+                return true;
+            }
+            // SAFETY: the block is enlisted, so this holder is its only owner. Libraries that a dlopen
+            // initialises in it meanwhile are in the table by then, and `_dl_allocate_tls` does it again.
+            unsafe { runtime.release_tls(block) };
+        }
+        let tp = block.thread_pointer();
+        // SAFETY: as above; the segment's place and size were found by calibration, and static TLS
+        // offsets never change.
         unsafe {
             if (runtime.symbols.allocate_tls)(tp as *mut libc::c_void).is_null() {
                 return false;
             }
-            let parked = &mut *self.block.parked.get();
+            if let Some(table) = table {
+                let generation = runtime.learn(table, now, tp);
+                block.generation.store(generation, Ordering::Relaxed);
+            }
+            let parked = &mut *block.parked.get();
             if parked.present {
                 let segment = &runtime.offsets.segment;
                 std::ptr::copy_nonoverlapping(

@@ -68,6 +68,9 @@ pub(super) struct Offsets {
     pub getrandom: Option<usize>,
     pub strsignal: Option<usize>,
     pub strerror: Option<usize>,
+    /// The byte that `pthread_setspecific` sets, if it was found: then keys are looked at only where
+    /// there are any.
+    pub specific_used: Option<usize>,
 }
 
 fn unsupported<T>(what: &'static str) -> Result<T, RuntimeError> {
@@ -122,6 +125,7 @@ struct OnOurStack {
     after_getrandom: Snapshot,
     after_strsignal: Snapshot,
     after_strerror: Snapshot,
+    after_setspecific: Snapshot,
     robust_head: usize,
     resolver: usize,
     resp: usize,
@@ -177,6 +181,14 @@ unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
         seen.resp = symbols::resp_address().unwrap_or(0);
         seen.segment = symbols::libc_segment(tp).ok();
         seen.listed = (*seen.list).contains(tp + symbols.list, true);
+
+        let mut key = 0;
+        if libc::pthread_key_create(&raw mut key, None) == 0 {
+            libc::pthread_setspecific(key, std::ptr::from_mut(seen).cast());
+            seen.after_setspecific.take(tp);
+            libc::pthread_setspecific(key, std::ptr::null());
+            libc::pthread_key_delete(key);
+        }
         MAGIC as *mut c_void
     }
 }
@@ -323,6 +335,7 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
         after_getrandom: Snapshot::empty(size),
         after_strsignal: Snapshot::empty(size),
         after_strerror: Snapshot::empty(size),
+        after_setspecific: Snapshot::empty(size),
         robust_head: 0,
         resolver: 0,
         resp: 0,
@@ -538,6 +551,11 @@ fn conclude(
         flag,
         lock: (flag & !3) + 4,
     });
+    // Right behind the table of values: 1 in a thread with a value, 0 again once it has ended.
+    let specific_used =
+        Some(symbols.specific + super::KEY_BLOCKS * size_of::<usize>()).filter(|&at| {
+            ours.after_setspecific.bytes(at) == Some([1]) && ended.bytes(at) == Some([0])
+        });
     Ok(Offsets {
         robust_head,
         robust_futex_offset: first.word(robust_head + 8),
@@ -560,5 +578,6 @@ fn conclude(
         getrandom,
         strsignal,
         strerror,
+        specific_used,
     })
 }

@@ -10,6 +10,7 @@
 
 mod block;
 mod calibrate;
+mod image;
 mod list;
 mod symbols;
 
@@ -116,6 +117,7 @@ impl Runtime {
     /// `pthread_create` turns the single-thread fast paths off: the next spawn must prime again.
     pub(crate) fn forget_after_fork() {
         RUNTIME.store(std::ptr::null_mut(), Ordering::Release);
+        image::forget_after_fork();
     }
 
     /// In a child that glibc's own fork did not prepare: gives its lists of threads the state that
@@ -152,29 +154,27 @@ impl Runtime {
         unsafe { &*((tp + self.symbols.tid) as *const AtomicU32) }
     }
 
-    /// Address of a thread's first moments: see [`crate::start::main`]. Robust list, rseq, locale,
-    /// ctype, resolver, errno: everything in the block that only its own thread can set.
+    /// A thread's first moments: robust list, rseq (if its creator has it: rule 15), locale, ctype,
+    /// resolver, errno: everything in the block that only its own thread looks at.
     ///
     /// # Safety
     /// Called once by a new thread on its own block, before any other code of libc.
-    pub(crate) unsafe fn enter(&self) {
+    pub(crate) unsafe fn enter(&self, with_rseq: bool) {
         let tp = clone::thread_pointer();
+        let robust = tp + self.offsets.robust_head;
         // SAFETY: all addresses lie in this thread's own descriptor, which was prepared with
         // exactly these offsets; the libc functions are called on a complete TLS block. Rule 10
         // gives the order: locale before ctype, then the resolver's pointer, then errno.
         unsafe {
+            // An empty list points at itself, `robust_prev` before it as well. The last thread here can
+            // have died with a mutex in it.
+            (robust as *mut [usize; 3]).write([robust, self.offsets.robust_futex_offset, 0]);
+            ((robust - size_of::<usize>()) as *mut usize).write(robust);
             clone::syscall(
                 libc::SYS_set_robust_list,
-                [
-                    tp + self.offsets.robust_head,
-                    calibrate::ROBUST_HEAD_SIZE,
-                    0,
-                    0,
-                    0,
-                    0,
-                ],
+                [robust, calibrate::ROBUST_HEAD_SIZE, 0, 0, 0, 0],
             );
-            self.register_rseq(tp);
+            self.register_rseq(tp, with_rseq);
             libc::uselocale(symbols::LC_GLOBAL_LOCALE);
             (self.symbols.ctype_init)();
             ((tp as isize + self.offsets.resp) as *mut usize).write(tp + self.offsets.resolver);
@@ -204,9 +204,20 @@ impl Runtime {
         }
     }
 
-    /// Registers the rseq area that `Block::prepare` left at "not registered" (rule 15); on
-    /// refusal `sched_getcpu` and friends learn from -2 that they must ask the kernel.
-    unsafe fn register_rseq(&self, tp: usize) {
+    /// Whether the calling thread has registered rseq: then the threads that it creates do so, too.
+    pub(crate) fn has_rseq(&self) -> bool {
+        let Some(rseq) = self.symbols.rseq else {
+            return false;
+        };
+        let cpu_id =
+            (clone::thread_pointer() as isize + rseq.offset) as usize + symbols::RSEQ_CPU_ID;
+        // SAFETY: the calling thread's own rseq area; the kernel writes it, hence volatile.
+        unsafe { (cpu_id as *const i32).read_volatile() >= 0 }
+    }
+
+    /// Registers this thread's rseq area; where that is not wanted or refused, `sched_getcpu` and
+    /// friends learn from -2 that they must ask the kernel.
+    unsafe fn register_rseq(&self, tp: usize, wanted: bool) {
         const RSEQ_SIGNATURE: usize = 0x5305_3053;
         const REGISTRATION_FAILED: i32 = -2;
         let Some(rseq) = self.symbols.rseq else {
@@ -216,14 +227,14 @@ impl Runtime {
         let cpu_id = (area + symbols::RSEQ_CPU_ID) as *mut i32;
         // SAFETY: the area lies in this thread's block, aligned and sized as glibc itself uses it.
         unsafe {
-            if cpu_id.read_volatile() != symbols::RSEQ_UNINITIALIZED {
-                return;
-            }
-            let answer = clone::syscall(
-                libc::SYS_rseq,
-                [area, rseq.registered_size(), 0, RSEQ_SIGNATURE, 0, 0],
-            );
-            if answer != 0 {
+            std::ptr::write_bytes(area as *mut u8, 0, rseq.registered_size());
+            cpu_id.write_volatile(symbols::RSEQ_UNINITIALIZED);
+            let refused = !wanted
+                || clone::syscall(
+                    libc::SYS_rseq,
+                    [area, rseq.registered_size(), 0, RSEQ_SIGNATURE, 0, 0],
+                ) != 0;
+            if refused {
                 cpu_id.write_volatile(REGISTRATION_FAILED);
             }
         }
@@ -262,33 +273,42 @@ impl Runtime {
         }
     }
 
-    /// What came after [`Runtime::run_destructors`]: a signal handler of the application, or the
+    /// Leaves the block as a new thread is to find it, and what came after
+    /// [`Runtime::run_destructors`]: a signal handler of the application, or the
     /// allocator's last free, can still have registered a thread-local or set a key, and the next
     /// thread on this block would find either (rules 8 and 18).
     ///
     /// # Safety
     /// Called by an ending thread of this crate with all application signals blocked.
-    pub(crate) unsafe fn clear_leftovers(&self) {
-        // SAFETY: as in `run_destructors`.
+    pub(crate) unsafe fn clear_leftovers(&self, block: &Block) {
+        // SAFETY: as in `run_destructors`; after `reset` nobody uses a thread-local.
         unsafe {
             (self.symbols.call_tls_dtors)();
             self.clear_keys(false);
+            self.reset(block);
         }
     }
 
     /// One round over all values of pthread keys: each is cleared (rule 18), and its destructor runs
     /// if `run` says so. True: one ran, so that there may be new values.
     unsafe fn clear_keys(&self, run: bool) -> bool {
-        let table = clone::thread_pointer() + self.symbols.specific;
-        let table = table as *const [*mut KeyValues; KEY_BLOCKS];
+        let tp = clone::thread_pointer();
+        if let Some(used) = self.offsets.specific_used {
+            let used = (tp + used) as *mut bool;
+            // SAFETY: a byte of this thread's descriptor, which `pthread_setspecific` sets to 1. Most
+            // threads have no value at all, and this is on the path of every thread's end.
+            if unsafe { !used.replace(false) } {
+                return false;
+            }
+        }
+        let table = (tp + self.symbols.specific) as *const [*mut KeyValues; KEY_BLOCKS];
         let mut ran = false;
         // SAFETY: `specific` is an array of 32 pointers, null or to 32 values each. Destructors can
         // add second-level blocks, so it is read afresh in every round, and no reference into it or
         // them is held across a destructor.
         let blocks = unsafe { table.read() };
         for (block, &values) in blocks.iter().enumerate() {
-            // SAFETY: as above. Most threads have no value at all, and this is on the path of every
-            // thread's end: one pass without branches tells.
+            // SAFETY: as above.
             if values.is_null() || unsafe { is_empty(&*values) } {
                 continue;
             }

@@ -5,7 +5,7 @@ use super::super::RuntimeError;
 use super::KEY_BLOCKS;
 use libc::{c_int, c_void};
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicI32, AtomicUsize};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
 /// One entry of `__pthread_keys`.
 #[repr(C)]
@@ -18,7 +18,7 @@ pub(super) struct Key {
 impl Key {
     /// The destructor given to pthread_key_create.
     pub(super) fn destructor(&self) -> Option<unsafe extern "C" fn(*mut c_void)> {
-        let address = self.destructor.load(std::sync::atomic::Ordering::Acquire);
+        let address = self.destructor.load(Ordering::Acquire);
         // SAFETY: zero, which is None, or the function pointer that pthread_key_create stored.
         unsafe { std::mem::transmute(address) }
     }
@@ -88,6 +88,8 @@ pub(super) struct Symbols {
     /// `sizeof (struct __res_state)`, public in resolv.h
     pub resolver_size: usize,
     pub rseq: Option<Rseq>,
+    /// None: blocks are not used again with the TLS they have.
+    pub modules: Option<ModuleTable>,
     /// Heads of the circular lists of live threads: on stacks of the user, on stacks of glibc.
     pub user_list: usize,
     pub used_list: usize,
@@ -195,6 +197,7 @@ impl Symbols {
             descriptor_size,
             resolver_size: 568,
             rseq: rseq()?,
+            modules: ModuleTable::find(rtld_global),
             user_list: rtld_global + field_of(c"_thread_db_rtld_global__dl_stack_user", list_bits)?,
             used_list: rtld_global + field_of(c"_thread_db_rtld_global__dl_stack_used", list_bits)?,
             tid: field_of(c"_thread_db_pthread_tid", 32)?,
@@ -233,6 +236,95 @@ fn rseq() -> Result<Option<Rseq>, RuntimeError> {
         offset,
         size: size as usize,
     }))
+}
+
+/// Bytes of an entry of a DTV: where a module's TLS is, and what is to be freed.
+pub(super) const DTV_ENTRY: usize = 16;
+
+/// The table of modules with TLS that dlopen and dlclose keep, `dl_tls_dtv_slotinfo_list`: an array of
+/// (generation, module), and a link to more of them.
+pub(super) struct ModuleTable {
+    /// Address of the pointer to the first array, which is never freed.
+    head: usize,
+    length: usize,
+    next: usize,
+    slots: usize,
+    slot_size: usize,
+    generation: usize,
+    module: usize,
+    /// Slots that can be in use, and one more for the next module: those that `generation` looks at.
+    watched: AtomicUsize,
+}
+
+impl ModuleTable {
+    /// None: this glibc's table or DTV is not as expected.
+    fn find(rtld_global: usize) -> Option<ModuleTable> {
+        let word = |name| field_of(name, usize::BITS).ok();
+        let slots = field(c"_thread_db_dtv_slotinfo_list_slotinfo").ok()?;
+        let dtv = field(c"_thread_db_dtv_dtv").ok()?;
+        let dtv_is_known = dtv.bits as usize == 8 * DTV_ENTRY
+            && dtv.offset == 0
+            && word(c"_thread_db_dtv_t_pointer_val")? == 0
+            && word(c"_thread_db_dtv_t_counter")? == 0;
+        let table = ModuleTable {
+            head: rtld_global + word(c"_thread_db_rtld_global__dl_tls_dtv_slotinfo_list")?,
+            length: word(c"_thread_db_dtv_slotinfo_list_len")?,
+            next: word(c"_thread_db_dtv_slotinfo_list_next")?,
+            slots: slots.offset,
+            slot_size: slots.bits as usize / 8,
+            generation: word(c"_thread_db_dtv_slotinfo_gen")?,
+            module: word(c"_thread_db_dtv_slotinfo_map")?,
+            watched: AtomicUsize::new(usize::MAX),
+        };
+        dtv_is_known.then_some(table)
+    }
+
+    /// A number that every dlopen and dlclose of a module with TLS makes larger: the sum of the slots'
+    /// generations, each of which only grows. Never 0.
+    pub(super) fn generation(&self) -> usize {
+        let watched = self.watched.load(Ordering::Relaxed);
+        1 + (0..watched.min(self.capacity()))
+            .map(|index| self.slot(index).0)
+            .sum::<usize>()
+    }
+
+    /// Looks at no more slots than can be in use from now on: the next module takes a free one among
+    /// them, or the one after the last. False: there are more than one array holds.
+    pub(super) fn watch_used(&self) -> bool {
+        let capacity = self.capacity();
+        let used = (0..capacity)
+            .rev()
+            .find(|&index| self.slot(index) != (0, 0))
+            .map_or(0, |last| last + 1);
+        self.watched.store(used + 1, Ordering::Relaxed);
+        // SAFETY: as in `capacity`.
+        let next = unsafe { ((self.first() + self.next) as *const usize).read_volatile() };
+        used < capacity && next == 0
+    }
+
+    fn first(&self) -> usize {
+        // SAFETY: a pointer in `_rtld_global`, set before the program began.
+        unsafe { (self.head as *const usize).read() }
+    }
+
+    fn capacity(&self) -> usize {
+        // SAFETY: the first array is never freed, nor does its length change.
+        unsafe { ((self.first() + self.length) as *const usize).read() }
+    }
+
+    /// Generation and module of a slot. glibc writes both atomically, and so they are read.
+    fn slot(&self, index: usize) -> (usize, usize) {
+        let slot = self.first() + self.slots + index * self.slot_size;
+        // SAFETY: both words of a slot within the array.
+        unsafe {
+            let generation = &*((slot + self.generation) as *const AtomicUsize);
+            let module = &*((slot + self.module) as *const AtomicUsize);
+            (
+                generation.load(Ordering::Relaxed),
+                module.load(Ordering::Relaxed),
+            )
+        }
+    }
 }
 
 /// The calling thread's address of libc's TLS variable `__resp`.
