@@ -78,10 +78,20 @@ pub enum StackOrigin {
 pub enum StackFate {
     /// There was none.
     None,
-    /// It is in the cache, for the next thread.
+    /// It is in the cache, for the next thread; or, if munmap was refused, for the next attempt at that.
     Cached,
     /// Its memory was given back to the kernel.
     Unmapped,
+}
+
+impl StackFate {
+    pub(crate) fn of(unmapped: bool) -> StackFate {
+        if unmapped {
+            StackFate::Unmapped
+        } else {
+            StackFate::Cached
+        }
+    }
 }
 
 /// The stack's part in a refusal: a refused spawn leaves no mapping behind that was not there

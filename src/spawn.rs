@@ -11,7 +11,7 @@
 use crate::builder::Request;
 use crate::clone::Call;
 use crate::diagnose::{self, Circumstances, CloneCall, Detail, Finding, Verdict};
-use crate::error::{Refusal, Reserve, SpawnError, StackFate, StackOrigin, StackOutcome, Step};
+use crate::error::{Refusal, Reserve, SpawnError, StackOrigin, StackOutcome, Step};
 use crate::failures;
 use crate::handle::Running;
 use crate::stack::cache::{self, StackCache};
@@ -129,11 +129,12 @@ fn attempt(
     let runtime = Runtime::get().map_err(no_runtime)?;
 
     // 3. and 4. Stack and guard: from the cache, or mapped.
-    let idle = obtain(request, runtime)?;
+    let idle = obtain(request, runtime, attempts)?;
 
     // 5. Prepare: lock, prefault.
-    if let Err((errno, bytes)) = idle.prepare(&request.wanted) {
-        let refused = Refused::explained(Step::PrepareStack, errno, bytes, Detail::default());
+    if let Err((errno, bytes, reclaimed)) = prepare(request, runtime, &idle, attempts) {
+        let mut refused = Refused::explained(Step::PrepareStack, errno, bytes, Detail::default());
+        refused.reclaimed = reclaimed;
         return Err(give_up(idle, refused));
     }
 
@@ -237,37 +238,65 @@ fn running(request: &Request, idle: Idle, tid: libc::pid_t) -> Running {
 
 /// A stack, if need be after giving back what the caches hold: cached stacks are mappings and
 /// address space, the very things that are short.
-fn obtain(request: &Request, runtime: &'static Runtime) -> Result<Idle, Refused> {
+fn obtain(
+    request: &Request,
+    runtime: &'static Runtime,
+    attempts: &mut u32,
+) -> Result<Idle, Refused> {
+    let attempt = || Idle::obtain(&request.cache, runtime, &request.wanted);
     let mut reclaimed = 0;
-    let refused = match Idle::obtain(&request.cache, runtime, &request.wanted) {
+    let before = StackCache::reclaimed();
+    let shortage = match attempt() {
         Ok(idle) => return Ok(idle),
-        Err(refused @ (_, Errno::ENOMEM, _)) => {
+        // EAGAIN: RLIMIT_MEMLOCK after mlockall(MCL_FUTURE), towards which cached stacks count as well.
+        Err(shortage) if matches!(shortage.errno, Errno::ENOMEM | Errno::EAGAIN) => {
             reclaimed = StackCache::reclaim_all(runtime);
-            if reclaimed == 0 {
-                refused
+            // Another thread, refused at the same time, may have done so instead.
+            if StackCache::reclaimed() == before {
+                shortage
             } else {
-                match Idle::obtain(&request.cache, runtime, &request.wanted) {
+                *attempts += 1;
+                match attempt() {
                     Ok(idle) => return Ok(idle),
-                    Err(refused) => refused,
+                    Err(shortage) => shortage,
                 }
             }
         }
-        Err(refused) => refused,
+        Err(shortage) => shortage,
     };
-    let (step, errno, bytes) = refused;
     let detail = Detail {
         what: "stack size",
         value: request.wanted.size as u64,
     };
-    let mut refused = Refused::explained(step, errno, bytes, detail);
+    let mut refused = Refused::explained(shortage.step, shortage.errno, shortage.bytes, detail);
     refused.reclaimed = reclaimed;
-    if step == Step::GuardStack {
+    if shortage.step == Step::GuardStack {
         refused.stack = StackOutcome {
             origin: StackOrigin::Fresh,
-            fate: StackFate::Unmapped,
+            fate: shortage.fate,
         };
     }
     Err(refused)
+}
+
+/// Step 5, if need be after giving back what the caches hold: a stack stays locked in the cache. The error
+/// has the errno, the bytes and the number of stacks given back.
+fn prepare(
+    request: &Request,
+    runtime: &'static Runtime,
+    idle: &Idle,
+    attempts: &mut u32,
+) -> Result<(), (Errno, usize, usize)> {
+    let mut reclaimed = 0;
+    let mut prepared = idle.prepare(&request.wanted);
+    if let Err((Errno::ENOMEM | Errno::EAGAIN, _)) = prepared
+        && StackCache::any_locked()
+    {
+        reclaimed = StackCache::reclaim_all(runtime);
+        *attempts += 1;
+        prepared = idle.prepare(&request.wanted);
+    }
+    prepared.map_err(|(errno, bytes)| (errno, bytes, reclaimed))
 }
 
 fn no_runtime(error: RuntimeError) -> Refused {

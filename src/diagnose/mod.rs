@@ -94,6 +94,11 @@ impl Verdict {
     };
 }
 
+/// `vm.max_map_count`: the mappings that a process can have.
+pub(crate) fn max_map_count() -> Option<u64> {
+    limits::number_in(c"/proc/sys/vm/max_map_count")
+}
+
 /// As [`diagnose`], for a step that is not repeated.
 pub(crate) fn explain(circumstances: &Circumstances<'_>) -> Verdict {
     match diagnose(circumstances, None) {

@@ -3,6 +3,7 @@
 //! The books are kept by the ledger, which makes no system call; here is everything around it: the
 //! kernel's side of eviction, the instances, and fork.
 
+use super::caps::Caps;
 use super::ledger::{Budget, Ledger, State, Stats, Victims};
 use super::{Life, Lock, Stack};
 use crate::tcb::Runtime;
@@ -10,13 +11,20 @@ use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
 
-/// 64 MiB: some 1,400 default stacks at their upper bound of 44 KiB each.
+/// 64 MiB: more than 1,100 default stacks at their upper bound of 56 KiB each.
 const DEFAULT_BUDGET: usize = 64 << 20;
 
 /// What an empty closure, a formatted message or a small vector needs, with room to spare.
 const DEFAULT_KEEP: usize = 32 << 10;
 
 /// What a [`StackCache`] may keep.
+///
+/// # Where address space or mappings are short
+/// Only memory counts, with two exceptions. Where RLIMIT_AS is finite (getrlimit(2)), all caches together
+/// keep at most an eighth of it. Where guards are mappings of their own (before Linux 6.13, or in memory
+/// locked by mlockall(2)), all caches together keep at most so many stacks that these and their guards are
+/// a quarter of `vm.max_map_count`. Each cache gets an equal part of it. Both limits are asked again where a
+/// stack is mapped, and at every 16th reuse of one.
 ///
 /// ```
 /// use nptl::{StackCache, StackCacheConfig};
@@ -27,21 +35,25 @@ const DEFAULT_KEEP: usize = 32 << 10;
 pub struct StackCacheConfig {
     resident_budget: usize,
     keep_resident: usize,
+    zeroed: bool,
     enabled: bool,
 }
 
 impl Default for StackCacheConfig {
     /// 64 MiB of resident memory, of which each stack keeps at most 32 KiB.
     fn default() -> Self {
-        StackCacheConfig {
-            resident_budget: DEFAULT_BUDGET,
-            keep_resident: DEFAULT_KEEP,
-            enabled: true,
-        }
+        StackCacheConfig::DEFAULT
     }
 }
 
 impl StackCacheConfig {
+    const DEFAULT: StackCacheConfig = StackCacheConfig {
+        resident_budget: DEFAULT_BUDGET,
+        keep_resident: DEFAULT_KEEP,
+        zeroed: false,
+        enabled: true,
+    };
+
     /// A cache that keeps nothing: every stack is mapped for its thread and unmapped after it.
     pub fn disabled() -> Self {
         StackCacheConfig {
@@ -50,8 +62,9 @@ impl StackCacheConfig {
         }
     }
 
-    /// Bytes of memory that cached stacks may occupy; the coldest are unmapped beyond it. Address
-    /// space that was never touched does not count.
+    /// Bytes of memory that cached stacks may occupy; the coldest are unmapped beyond it. Each
+    /// counts with the bytes of [`keep_resident`](Self::keep_resident), its signal stack and the block
+    /// above them, used or not: some 24 KiB more. The rest of its address space does not count.
     pub fn resident_budget(self, bytes: usize) -> Self {
         StackCacheConfig {
             resident_budget: bytes,
@@ -61,8 +74,8 @@ impl StackCacheConfig {
 
     /// Bytes at the top of each stack that stay resident when its thread has ended, rounded up to
     /// pages; what it used below is given back with `MADV_DONTNEED`. The next thread on the stack
-    /// finds whatever the last one left in them. At least one page stays: the thread's last frames
-    /// are in it.
+    /// finds whatever the last one left in them, unless the cache is [`zeroed`](Self::zeroed). At
+    /// least one page stays: the thread's last frames are in it.
     pub fn keep_resident(self, bytes: usize) -> Self {
         StackCacheConfig {
             keep_resident: bytes,
@@ -70,12 +83,35 @@ impl StackCacheConfig {
         }
     }
 
-    fn budget(self) -> Budget {
-        if self.enabled {
-            Budget::resident(self.resident_budget)
-        } else {
-            Budget::NOTHING
+    /// Whether a reused stack is as good as a new one: nothing of the thread before it can be read there.
+    ///
+    /// `false`, the default: the next thread finds what the last one left in the bytes of
+    /// [`keep_resident`](Self::keep_resident), and on the signal stack if a handler ran there; a thread that
+    /// died without its last frames (a bare exit(2), a seccomp filter) leaves all of its stack.
+    ///
+    /// `true`: the stack, the signal stack and the block above them (struct pthread and thread-locals) are
+    /// given back with `MADV_DONTNEED`, or overwritten where they are locked, when the stack is taken again.
+    /// One thing goes on from thread to thread, for good reason: libc's own thread-local variables, with
+    /// the addresses of the freed heap blocks that malloc keeps for a thread, and from glibc 2.41 on the
+    /// address of a random generator's state; neither is data of a thread. The heap is not the stack's: what
+    /// a thread has freed there, any other can be given by malloc.
+    ///
+    /// Between the thread's end and the next one's start, or `munmap`, the last page or two of the stack and
+    /// the block still hold what was in them: a core file has it. `keep_resident` has no effect, because
+    /// pages that are not reused need not be kept.
+    ///
+    /// The price is one madvise(2) for each thread, and a page fault for each page that it touches, which a
+    /// warm stack does not have: where spawn and join of an empty thread took 35 µs, they take 43.
+    pub fn zeroed(self, yes: bool) -> Self {
+        StackCacheConfig {
+            zeroed: yes,
+            ..self
         }
+    }
+
+    /// What each stack keeps, in bytes.
+    fn kept(self) -> usize {
+        remainder(if self.zeroed { 0 } else { self.keep_resident })
     }
 }
 
@@ -125,7 +161,11 @@ impl StackCacheStats {
 /// forked child and a debugger can always look at it.
 pub(crate) struct Instance {
     ledger: Ledger<Stack>,
+    // The configuration, changed with `ADDING` held.
     keep_resident: AtomicUsize,
+    zeroed: AtomicBool,
+    resident_budget: AtomicUsize,
+    enabled: AtomicBool,
     /// Number of [`StackCache`] handles, those of running threads included.
     handles: AtomicUsize,
     /// The last handle is gone and its stacks are handed over.
@@ -135,19 +175,88 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    const fn new(budget: Budget, keep_resident: usize) -> Instance {
+    /// Not yet configured, but for the default.
+    const fn new() -> Instance {
+        let config = StackCacheConfig::DEFAULT;
         Instance {
-            ledger: Ledger::new(budget),
-            keep_resident: AtomicUsize::new(keep_resident),
+            ledger: Ledger::new(Budget::resident(config.resident_budget)),
+            keep_resident: AtomicUsize::new(config.keep_resident),
+            zeroed: AtomicBool::new(config.zeroed),
+            resident_budget: AtomicUsize::new(config.resident_budget),
+            enabled: AtomicBool::new(config.enabled),
             handles: AtomicUsize::new(1),
             unused: AtomicBool::new(false),
             next: AtomicPtr::new(std::ptr::null_mut()),
         }
     }
+
+    /// Called with `ADDING` held, so that the budget is always that of the newest configuration and caps.
+    fn configure(&self, config: StackCacheConfig) {
+        self.keep_resident.store(config.kept(), Ordering::Relaxed);
+        self.zeroed.store(config.zeroed, Ordering::Relaxed);
+        self.resident_budget
+            .store(config.resident_budget, Ordering::Relaxed);
+        self.enabled.store(config.enabled, Ordering::Relaxed);
+        self.cap(told());
+    }
+
+    /// Called with `ADDING` held. What is over the new budget stays until the next call that unmaps.
+    fn cap(&self, caps: Caps) {
+        let budget = if self.enabled.load(Ordering::Relaxed) {
+            Budget {
+                resident: self.resident_budget.load(Ordering::Relaxed),
+                bytes: caps.bytes,
+                stacks: caps.stacks,
+            }
+        } else {
+            Budget::NOTHING
+        };
+        drop(self.ledger.set_budget(budget));
+    }
 }
 
 static GLOBAL: StackCache = StackCache(&GLOBAL_INSTANCE);
-static GLOBAL_INSTANCE: Instance = Instance::new(Budget::resident(DEFAULT_BUDGET), DEFAULT_KEEP);
+static GLOBAL_INSTANCE: Instance = Instance::new();
+
+/// Caches with a handle, among which a limit is shared out; the global one is always there.
+static IN_USE: AtomicUsize = AtomicUsize::new(1);
+
+/// See [`StackCache::reclaimed`].
+static RECLAIMED: AtomicUsize = AtomicUsize::new(0);
+
+/// The caps that the ledgers have been told: [`Caps::bytes`] and [`Caps::stacks`]. Written with `ADDING`
+/// held.
+static TOLD: [AtomicUsize; 2] = [AtomicUsize::new(usize::MAX), AtomicUsize::new(usize::MAX)];
+
+fn told() -> Caps {
+    let [bytes, stacks] = &TOLD;
+    Caps {
+        bytes: bytes.load(Ordering::Relaxed),
+        stacks: stacks.load(Ordering::Relaxed),
+    }
+}
+
+/// Sees to it that the caches keep to the limits of this moment: see `caps`. By a thread that spawns.
+pub(super) fn heed_limits(runtime: &Runtime) {
+    let caps = Caps::ask(IN_USE.load(Ordering::Relaxed));
+    if caps != told() {
+        tell(caps, runtime);
+    }
+}
+
+#[cold]
+fn tell(caps: Caps, runtime: &Runtime) {
+    let adding = ADDING.lock();
+    let [bytes, stacks] = &TOLD;
+    bytes.store(caps.bytes, Ordering::Relaxed);
+    stacks.store(caps.stacks, Ordering::Relaxed);
+    instances().for_each(|instance| instance.cap(caps));
+    drop(adding);
+    for instance in instances() {
+        let victims = instance.ledger.trim(usize::MAX);
+        unmap_victims(victims, Some(runtime), std::ptr::null());
+    }
+}
 
 /// All instances but the global one, newest first.
 static INSTANCES: AtomicPtr<Instance> = AtomicPtr::new(std::ptr::null_mut());
@@ -190,7 +299,6 @@ impl StackCache {
 
     /// A private cache.
     pub fn new(config: StackCacheConfig) -> StackCache {
-        let keep = remainder(config.keep_resident);
         for instance in instances() {
             let free =
                 instance
@@ -198,20 +306,37 @@ impl StackCache {
                     .compare_exchange(true, false, Ordering::AcqRel, Ordering::Relaxed);
             if free.is_ok() {
                 instance.handles.store(1, Ordering::Relaxed);
-                instance.keep_resident.store(keep, Ordering::Relaxed);
                 instance.ledger.reset_counters();
+                IN_USE.fetch_add(1, Ordering::Relaxed);
                 let cache = StackCache(instance);
-                cache.unmap(instance.ledger.set_budget(config.budget()));
+                cache.set_config(config);
                 return cache;
             }
         }
-        let instance: &'static Instance = Box::leak(Box::new(Instance::new(config.budget(), keep)));
+        let instance: &'static Instance = Box::leak(Box::new(Instance::new()));
         let _adding = ADDING.lock();
+        IN_USE.fetch_add(1, Ordering::Relaxed);
+        instance.configure(config);
         instance
             .next
             .store(INSTANCES.load(Ordering::Relaxed), Ordering::Relaxed);
         INSTANCES.store(std::ptr::from_ref(instance).cast_mut(), Ordering::Release);
         StackCache(instance)
+    }
+
+    /// Changes what the cache may keep from now on: what is over the new budget is unmapped, the coldest
+    /// first. The new `keep_resident` and `zeroed` hold for each stack as soon as a thread takes it.
+    ///
+    /// ```
+    /// use nptl::{StackCache, StackCacheConfig};
+    /// // A program that knows its bursts keeps more than the default for all of its threads.
+    /// StackCache::global().set_config(StackCacheConfig::default().resident_budget(512 << 20));
+    /// ```
+    pub fn set_config(&self, config: StackCacheConfig) {
+        let adding = ADDING.lock();
+        self.0.configure(config);
+        drop(adding);
+        self.unmap(self.0.ledger.trim(usize::MAX));
     }
 
     /// The accounts.
@@ -221,15 +346,21 @@ impl StackCache {
 
     /// Unmaps the coldest cached stacks until the rest keep at most `resident_bytes` of memory.
     /// `trim(0)` gives everything back that no thread uses.
+    ///
+    /// A process at `vm.max_map_count` may not unmap what lies between two stacks in use, because that
+    /// makes two mappings of one: such a stack stays cached, without its memory.
     pub fn trim(&self, resident_bytes: usize) {
         self.sweep();
-        self.unmap(self.0.ledger.trim(resident_bytes));
+        while self
+            .unmap(self.0.ledger.trim(resident_bytes))
+            .is_worth_another()
+        {}
     }
 
-    /// Unmaps every cached stack.
+    /// Unmaps every cached stack, with the exception that [`trim`](Self::trim) names.
     pub fn clear(&self) {
         self.sweep();
-        self.unmap(self.0.ledger.clear());
+        while self.unmap(self.0.ledger.clear()).is_worth_another() {}
     }
 
     /// Takes back the stacks of detached threads that died without their last frame: by a bare
@@ -239,8 +370,8 @@ impl StackCache {
         self.unmap(orphans);
     }
 
-    fn unmap(&self, victims: Victims<'_, Stack>) {
-        unmap_victims(victims, Runtime::existing(), std::ptr::null());
+    fn unmap(&self, victims: Victims<'_, Stack>) -> Round {
+        unmap_victims(victims, Runtime::known(), std::ptr::null())
     }
 
     pub(crate) fn ledger(&self) -> &'static Ledger<Stack> {
@@ -249,6 +380,10 @@ impl StackCache {
 
     pub(crate) fn keep_resident(&self) -> usize {
         self.0.keep_resident.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_zeroed(&self) -> bool {
+        self.0.zeroed.load(Ordering::Relaxed)
     }
 
     /// A thread has ended, or is on its way out on this very stack: the ledger keeps the stack, or
@@ -261,19 +396,39 @@ impl StackCache {
     /// Gives back everything that can be unmapped, of every cache: before a refusal for want of
     /// memory or mappings is reported. The number of stacks.
     pub(crate) fn reclaim_all(runtime: &Runtime) -> usize {
+        let unmap = |victims| {
+            let round = unmap_victims(victims, Some(runtime), std::ptr::null());
+            RECLAIMED.fetch_add(round.unmapped, Ordering::Relaxed);
+            round
+        };
         let mut count = 0;
         for instance in instances() {
-            let mut victims = instance.ledger.clear();
-            while let Some(stack) = victims.pop() {
-                // SAFETY: a victim is idle and the popper's alone.
-                if unsafe { stack.unmap(runtime) } {
-                    victims.unmapped();
-                    stack.retire_record();
-                    count += 1;
+            count += unmap(instance.ledger.sweep(Stack::claim_orphan)).unmapped;
+            loop {
+                let round = unmap(instance.ledger.clear());
+                count += round.unmapped;
+                if !round.is_worth_another() {
+                    break;
                 }
             }
         }
         count
+    }
+
+    /// Stacks that [`StackCache::reclaim_all`] has given back so far, in any thread.
+    pub(crate) fn reclaimed() -> usize {
+        RECLAIMED.load(Ordering::Relaxed)
+    }
+
+    /// Whether a cached stack, of any cache, is locked in memory. O(n): for a refusal.
+    pub(crate) fn any_locked() -> bool {
+        let mut found = false;
+        for instance in instances() {
+            instance.ledger.for_each(|stack, state| {
+                found |= state == State::Cached && stack.is_locked();
+            });
+        }
+        found
     }
 }
 
@@ -300,6 +455,7 @@ impl Drop for StackCache {
         // by the global cache.
         let late = self.0.ledger.hand_over(&GLOBAL_INSTANCE.ledger);
         self.unmap(late);
+        IN_USE.fetch_sub(1, Ordering::Relaxed);
         self.0.unused.store(true, Ordering::Release);
     }
 }
@@ -320,25 +476,47 @@ fn remainder(bytes: usize) -> usize {
         .unwrap_or(usize::MAX - page + 1)
 }
 
+/// What became of some victims.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Round {
+    /// Given back to the kernel.
+    unmapped: usize,
+    /// munmap was refused.
+    refused: usize,
+    /// The stack asked about was unmapped.
+    pub(super) found: bool,
+}
+
+impl Round {
+    /// munmap is refused where it would split a mapping at vm.max_map_count. What went meanwhile can have
+    /// made room, or have been the neighbour.
+    fn is_worth_another(self) -> bool {
+        self.unmapped > 0 && self.refused > 0
+    }
+}
+
 /// Unmaps victims, and says whether `which` was one of them. A stack whose munmap is refused goes
 /// back to its ledger (dropping or popping on does that), so nothing is lost.
 pub(super) fn unmap_victims(
     mut victims: Victims<'_, Stack>,
     runtime: Option<&Runtime>,
     which: *const Stack,
-) -> bool {
-    let mut found = false;
+) -> Round {
+    let mut round = Round::default();
     // Without a runtime there has been no thread, and so there is no stack to unmap.
-    let Some(runtime) = runtime else { return false };
+    let Some(runtime) = runtime else { return round };
     while let Some(stack) = victims.pop() {
         // SAFETY: a victim is idle (the ledger saw its tid word cleared) and the popper's alone.
         if unsafe { stack.unmap(runtime) } {
             victims.unmapped();
-            found |= std::ptr::eq(stack, which);
+            round.found |= std::ptr::eq(stack, which);
             stack.retire_record();
+            round.unmapped += 1;
+        } else {
+            round.refused += 1;
         }
     }
-    found
+    round
 }
 
 /// When a thread of this crate last gave its stack back, in milliseconds of [`now`].

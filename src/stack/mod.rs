@@ -5,6 +5,7 @@
 //! file; their number is the largest number of stacks that ever existed at once.
 
 pub(crate) mod cache;
+mod caps;
 mod class;
 mod futex;
 pub(crate) mod layout;
@@ -61,6 +62,8 @@ pub(crate) struct Stack {
     keep: AtomicUsize,
     /// mlock(2) was called on the stack.
     locked: AtomicBool,
+    /// How often it was taken from the cache; touched by its owner only.
+    uses: AtomicU32,
     life: AtomicU8,
     /// The tid word in the descriptor; null until a runtime has placed the block.
     tid: AtomicPtr<AtomicU32>,
@@ -105,6 +108,7 @@ impl Stack {
             class: AtomicU16::new(NO_CLASS),
             keep: AtomicUsize::new(0),
             locked: AtomicBool::new(false),
+            uses: AtomicU32::new(0),
             life: AtomicU8::new(Life::Attached as u8),
             tid: AtomicPtr::new(std::ptr::null_mut()),
             block: Block::new(),
@@ -159,24 +163,58 @@ impl Stack {
         spare.0 = Some(self);
     }
 
-    /// Maps and guards a stack.
+    /// Maps and guards a stack, which is live in the cache's ledger then.
     fn map(
+        cache: &StackCache,
         runtime: &'static Runtime,
         layout: &Layout,
         class: Option<Class>,
-        keep: usize,
-    ) -> Result<&'static Stack, (Step, Errno, usize)> {
+    ) -> Result<&'static Stack, Shortage> {
         let length = layout.total();
-        let base = mapping::map(length).map_err(|errno| (Step::MapStack, errno, length))?;
-        // SAFETY: just mapped with this layout.
-        if let Err(errno) = unsafe { mapping::guard(base, layout) } {
-            // A munmap that fails here could only be one that splits, and this one has nothing on
-            // one side but what was there before it: it undoes the mmap exactly.
-            // SAFETY: nobody else knows the mapping.
-            let _ = unsafe { mapping::unmap(base, length) };
-            return Err((Step::GuardStack, errno, layout.guard));
-        }
+        // Before anything can be refused, because it may allocate (rule 4).
         let stack = Stack::spare();
+        let base = match mapping::map(length) {
+            Ok(base) => base,
+            Err(errno) => {
+                stack.retire_record();
+                return Err(Shortage::new(Step::MapStack, errno, length));
+            }
+        };
+        // SAFETY: just mapped with this layout.
+        let guarded = unsafe { mapping::guard(base, layout) };
+        if guarded == Ok(mapping::Guard::Protected) {
+            caps::note_protected_guard();
+        }
+        // A stack without its guard is for nobody.
+        let class = class.filter(|_| guarded.is_ok());
+        stack.describe(runtime, base, layout, class);
+        stack.keep.store(cache.keep_resident(), Ordering::Relaxed);
+        cache.ledger().adopt(stack);
+        match guarded {
+            Ok(_) => Ok(stack),
+            Err(errno) => {
+                // This undoes the mmap and needs no mapping for itself, unless another thread has taken
+                // the one that was left: then the stack waits in the ledger for the next who unmaps.
+                let victims = cache.ledger().retire(stack);
+                let round = cache::unmap_victims(victims, Some(runtime), stack);
+                Err(Shortage {
+                    fate: StackFate::of(round.found),
+                    ..Shortage::new(Step::GuardStack, errno, layout.guard)
+                })
+            }
+        }
+    }
+
+    /// Fills the record in for a fresh mapping of this layout.
+    fn describe(
+        &self,
+        runtime: &'static Runtime,
+        base: usize,
+        layout: &Layout,
+        class: Option<Class>,
+    ) {
+        let stack = self;
+        let length = layout.total();
         stack.base.store(base, Ordering::Relaxed);
         stack.guard.store(layout.guard, Ordering::Relaxed);
         stack.size.store(layout.stack, Ordering::Relaxed);
@@ -186,7 +224,6 @@ impl Stack {
         stack.block_size.store(layout.block, Ordering::Relaxed);
         let class = class.map_or(NO_CLASS, |class| class.index() as u16);
         stack.class.store(class, Ordering::Relaxed);
-        stack.keep.store(keep, Ordering::Relaxed);
         stack.locked.store(false, Ordering::Relaxed);
         let tp = runtime.thread_pointer_in(base + length);
         stack.block.set_fresh(tp);
@@ -195,10 +232,49 @@ impl Stack {
         stack
             .tid
             .store(std::ptr::from_ref(tid).cast_mut(), Ordering::Relaxed);
-        Ok(stack)
     }
 
-    /// Gives the memory back to the kernel. False: munmap was refused, the stack is whole.
+    /// Taken from the cache, for a thread that is to be started.
+    ///
+    /// # Safety
+    /// The caller is the idle stack's only owner.
+    unsafe fn renew(&self, cache: &StackCache, runtime: &Runtime) {
+        let uses = self.uses.load(Ordering::Relaxed).wrapping_add(1);
+        self.uses.store(uses, Ordering::Relaxed);
+        if uses.is_multiple_of(caps::EVERY) {
+            cache::heed_limits(runtime);
+        }
+        // The cache's configuration can have changed, and with it the bytes that are accounted for.
+        let (before, keep) = (self.keep.load(Ordering::Relaxed), cache.keep_resident());
+        self.keep.store(keep, Ordering::Relaxed);
+        if before > keep {
+            // SAFETY: nothing runs on an idle stack.
+            unsafe { self.discard() };
+        }
+        if cache.is_zeroed() {
+            // SAFETY: passed on.
+            unsafe { self.wipe(runtime) };
+        }
+    }
+
+    /// Makes all of it zero, above the guard, as a fresh mapping is; what outlives a block stays with the
+    /// record.
+    ///
+    /// # Safety
+    /// The caller is the idle stack's only owner.
+    unsafe fn wipe(&self, runtime: &Runtime) {
+        // SAFETY: the caller's idle stack, whose block is fresh then.
+        unsafe {
+            runtime.retire(&self.block);
+            let (bottom, length) = (self.bottom(), self.length() - self.guard_size());
+            // Locked memory cannot be discarded.
+            if sys::madvise(bottom, length, libc::MADV_DONTNEED).is_err() {
+                std::ptr::write_bytes(bottom as *mut u8, 0, length);
+            }
+        }
+    }
+
+    /// Gives the memory back to the kernel. False: munmap was refused, the stack is whole, but empty.
     ///
     /// # Safety
     /// The stack is idle and the caller its only owner.
@@ -210,11 +286,21 @@ impl Stack {
             if mapping::unmap(base, length).is_ok() {
                 return true;
             }
-            // Back to what a fresh mapping holds, since that is what the block's state now says.
-            let block = self.block_size.load(Ordering::Relaxed);
-            std::ptr::write_bytes((base + length - block) as *mut u8, 0, block);
+            // Whoever wanted it unmapped wanted its memory. And the block goes back to what a fresh mapping
+            // holds, since that is what its state now says.
+            let bottom = self.bottom();
+            if sys::madvise(bottom, base + length - bottom, libc::MADV_DONTNEED).is_ok() {
+                self.keep.store(0, Ordering::Relaxed);
+            } else {
+                let block = self.block_size.load(Ordering::Relaxed);
+                std::ptr::write_bytes((base + length - block) as *mut u8, 0, block);
+            }
         }
         false
+    }
+
+    fn is_locked(&self) -> bool {
+        self.locked.load(Ordering::Relaxed)
     }
 
     fn base(&self) -> usize {
@@ -459,7 +545,8 @@ unsafe impl Entry for Stack {
         } else {
             self.keep.load(Ordering::Relaxed).min(size)
         };
-        keep + self.block_size.load(Ordering::Relaxed)
+        // A handler of the application can have run on the signal stack.
+        keep + self.signal_stack.load(Ordering::Relaxed) + self.block_size.load(Ordering::Relaxed)
     }
 
     fn released(&self) -> bool {
@@ -491,14 +578,34 @@ pub(crate) struct Wanted {
     pub prefault: usize,
 }
 
+/// Why there is no stack for a thread.
+pub(crate) struct Shortage {
+    pub step: Step,
+    pub errno: Errno,
+    /// Bytes that the refused call was about.
+    pub bytes: usize,
+    /// What became of a stack that was mapped already.
+    pub fate: StackFate,
+}
+
+impl Shortage {
+    fn new(step: Step, errno: Errno, bytes: usize) -> Shortage {
+        Shortage {
+            step,
+            errno,
+            bytes,
+            fate: StackFate::None,
+        }
+    }
+}
+
 impl Idle {
-    /// A cached stack of the size's class, or a fresh one. The errors name the step, the errno and
-    /// the bytes of the refused call.
+    /// A cached stack of the size's class, or a fresh one.
     pub(crate) fn obtain(
         cache: &StackCache,
         runtime: &'static Runtime,
         wanted: &Wanted,
-    ) -> Result<Idle, (Step, Errno, usize)> {
+    ) -> Result<Idle, Shortage> {
         let fit = class::fit(
             wanted.size.max(layout::SMALLEST),
             wanted.guard,
@@ -508,16 +615,19 @@ impl Idle {
         let class = fit.map(|fit| fit.class);
         let hit = class.and_then(|class| cache.ledger().take(class));
         let (stack, from_cache) = match hit {
-            Some(stack) => (stack, true),
+            Some(stack) => {
+                // SAFETY: whoever takes a stack from the ledger is its only owner.
+                unsafe { stack.renew(cache, runtime) };
+                (stack, true)
+            }
             None => {
-                let layout = Layout::new(runtime, size, guard).ok_or((
+                let layout = Layout::new(runtime, size, guard).ok_or(Shortage::new(
                     Step::Attributes,
                     Errno::EINVAL,
                     0,
                 ))?;
-                let stack = Stack::map(runtime, &layout, class, cache.keep_resident())?;
-                cache.ledger().adopt(stack);
-                (stack, false)
+                cache::heed_limits(runtime);
+                (Stack::map(cache, runtime, &layout, class)?, false)
             }
         };
         Ok(Idle {
@@ -644,21 +754,16 @@ impl Idle {
     fn undo(&self) -> StackFate {
         self.unprepare();
         let ledger = self.cache.ledger();
-        let (unmapped, cached) = if self.from_cache {
+        let unmapped = if self.from_cache {
             let before = std::ptr::from_ref(self.stack);
-            let gone = cache::unmap_victims(ledger.give(self.stack), Some(self.runtime), before);
-            (gone, !gone)
+            let round = cache::unmap_victims(ledger.give(self.stack), Some(self.runtime), before);
+            round.found
         } else {
             let this = std::ptr::from_ref(self.stack);
-            let gone = cache::unmap_victims(ledger.retire(self.stack), Some(self.runtime), this);
-            (gone, !gone)
+            let round = cache::unmap_victims(ledger.retire(self.stack), Some(self.runtime), this);
+            round.found
         };
-        debug_assert!(unmapped != cached);
-        if unmapped {
-            StackFate::Unmapped
-        } else {
-            StackFate::Cached
-        }
+        StackFate::of(unmapped)
     }
 }
 

@@ -43,7 +43,7 @@ pub use limits::{Sleepers, become_unused_user, is_root, set_rlimit, unused_uid};
 pub use notify::{Call, Listener, listen, supervised};
 pub use seccomp::{Allow, Deny, allow, allow_only, deny, firecracker_vcpu_filter};
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
-pub use threads::listed_threads;
+pub use threads::{burst, is_mapped, listed_threads, resident_pages};
 
 /// Prints `skipped: why` and returns from the test.
 ///

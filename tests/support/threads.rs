@@ -1,6 +1,7 @@
 //! glibc's own view of its threads, read as libthread_db reads it.
 
 use std::ffi::CStr;
+use std::sync::{Arc, Barrier};
 
 /// The descriptors (`pthread_t`) on glibc's lists of live threads. Without the list's lock: nothing else may be
 /// starting or ending threads.
@@ -35,4 +36,42 @@ pub fn listed_threads() -> Vec<usize> {
     }
     found.sort_unstable();
     found
+}
+
+/// `count` threads of this crate that are all alive at once and then joined in the order of their start: the
+/// last one's stack is the warmest then. Their stacks, in the same order.
+#[track_caller]
+pub fn burst(builder: &nptl::Builder, count: usize) -> Vec<nptl::StackInfo> {
+    let gate = Arc::new(Barrier::new(count + 1));
+    let handles: Vec<_> = (0..count)
+        .map(|_| {
+            let gate = Arc::clone(&gate);
+            let started = builder.clone().spawn(move || {
+                gate.wait();
+            });
+            started.expect("a thread")
+        })
+        .collect();
+    gate.wait();
+    handles
+        .into_iter()
+        .map(|handle| {
+            let stack = handle.stack();
+            handle.join().expect("its end");
+            stack
+        })
+        .collect()
+}
+
+/// Whether the page at `address` belongs to a mapping.
+pub fn is_mapped(address: usize) -> bool {
+    resident_pages(address & !4095, 4096).is_some()
+}
+
+/// The number of resident pages of a range; `None` if not all of it is mapped.
+pub fn resident_pages(start: usize, length: usize) -> Option<usize> {
+    let mut pages = vec![0_u8; length.div_ceil(4096)];
+    // SAFETY: a byte for each page of the range, which the kernel only looks at.
+    let answer = unsafe { libc::mincore(start as *mut libc::c_void, length, pages.as_mut_ptr()) };
+    (answer == 0).then(|| pages.iter().filter(|&page| page & 1 != 0).count())
 }

@@ -54,6 +54,9 @@ unsafe impl Sync for Runtime {}
 /// Null until the calibration succeeded; the value is leaked, so readers need no lock.
 static RUNTIME: AtomicPtr<Runtime> = AtomicPtr::new(std::ptr::null_mut());
 
+/// The last one, which a forked child still has when it must prime glibc again.
+static KNOWN: AtomicPtr<Runtime> = AtomicPtr::new(std::ptr::null_mut());
+
 /// Serialises calibrations. Taken around fork (see `crate::stack::cache`), so that a child never
 /// finds it held by a thread that no longer exists.
 static CALIBRATION: Lock<()> = Lock::new(());
@@ -73,6 +76,13 @@ impl Runtime {
         unsafe { RUNTIME.load(Ordering::Acquire).as_ref() }
     }
 
+    /// As [`Runtime::existing`], also in a forked child that has not spawned yet: what a block holds is
+    /// known there, and its stacks can be given back.
+    pub(crate) fn known() -> Option<&'static Runtime> {
+        // SAFETY: as above.
+        unsafe { KNOWN.load(Ordering::Acquire).as_ref() }
+    }
+
     #[cold]
     fn calibrate() -> Result<&'static Runtime, RuntimeError> {
         // The calibration threads inherit this mask: no handler of the application ever runs on
@@ -84,7 +94,9 @@ impl Runtime {
                 Some(runtime) => Ok(runtime),
                 None => calibrate::calibrate().map(|runtime| {
                     let runtime: &'static Runtime = Box::leak(Box::new(runtime));
-                    RUNTIME.store(std::ptr::from_ref(runtime).cast_mut(), Ordering::Release);
+                    let pointer = std::ptr::from_ref(runtime).cast_mut();
+                    KNOWN.store(pointer, Ordering::Release);
+                    RUNTIME.store(pointer, Ordering::Release);
                     runtime
                 }),
             }
