@@ -194,7 +194,7 @@ fn enter(
     body: &Arc<dyn Body>,
 ) -> Result<libc::pid_t, (Step, Errno, CloneCall)> {
     // 6. TLS: on glibc's list first, so that a dlopen from here on initialises this thread, too.
-    let signals = Signals::block_application();
+    let signals = Signals::block_all_but_setxid();
     let enlisted = idle.enlist(&signals);
     if !enlisted.allocate_tls() {
         // _dl_allocate_tls says null and no more; memory is the one thing it asks for.

@@ -3,7 +3,7 @@
 //! The order matters at both ends; facts/glibc-rules.md gives the reasons by number.
 //!
 //! ```text
-//!  every signal blocked            set_robust_list, rseq, locale, ctype, resolver, errno
+//!  all signals but 33 blocked      set_robust_list, rseq, locale, ctype, resolver, errno
 //!                                  signal stack, settings (reported to the creator, if it waits)
 //!  the creator's mask              the closure; its result and itself are dropped or handed over
 //!                                  the stack is given back, if there is no handle to do it
@@ -132,7 +132,7 @@ pub(crate) fn scoped<'scope>(body: Arc<dyn Body + 'scope>, latch: &Arc<Latch>) -
     })
 }
 
-/// Where every thread begins, called by the architecture's entry routine with all signals blocked.
+/// Where every thread begins, called by the architecture's entry routine with every signal but 33 blocked.
 ///
 /// # Safety
 /// `record` is the `&'static Stack` this thread runs on, with its message in place.

@@ -9,8 +9,9 @@ use std::time::Duration;
 /// The kernel's `sigset_t`: bit `n - 1` is signal `n`.
 pub(crate) type KernelSigSet = u64;
 
-/// Every signal.
-pub(crate) const ALL: KernelSigSet = !0;
+/// Every signal but glibc's 33 (set-id): for the time from taking the list's lock to a clone's end. 32
+/// is blocked, because a new thread is not yet ready to be cancelled.
+pub(crate) const ALL_BUT_SETXID: KernelSigSet = !(1 << 32);
 
 /// Every signal but the two that belong to glibc: 32 (cancel) and 33 (set-id). They must stay
 /// deliverable wherever a thread waits for the list lock, or a set-id broadcast, which holds that

@@ -685,14 +685,22 @@ impl Idle {
         }
     }
 
-    /// Clones. Every signal is blocked from here to the end of the clone, so that the new thread
-    /// begins with all of them blocked; `Signals` restores the creator's.
+    /// Clones. The new thread begins with the mask that [`Signals`] has set: no handler of the
+    /// application's runs in it before it is ready.
+    ///
+    /// glibc's 33 stays open across the clone, where nptl blocks it, which saves a system call. A
+    /// set-id broadcast meets one of three moments, and it repeats until nobody is left to signal
+    /// (rule 1): the creator handles it before the kernel copies the credentials, and the new thread
+    /// has the new ones; or it is pending when clone begins, and the kernel then handles it first and
+    /// starts clone again; or it comes later, and finds the new thread's tid in its descriptor before
+    /// the creator can answer, because clone sets the word before it returns. The handler itself
+    /// needs no more of the new thread than the descriptor, which is complete before clone.
     ///
     /// On refusal the message comes back, and the error with it.
     pub(crate) fn clone_thread(
         &self,
         start: crate::start::Start,
-        signals: &Signals,
+        _blocked: &Signals,
     ) -> Result<libc::pid_t, (Errno, clone::Call)> {
         let stack = self.stack;
         stack.life.store(Life::Attached as u8, Ordering::Relaxed);
@@ -707,13 +715,10 @@ impl Idle {
             tid: stack.tid.load(Ordering::Relaxed).cast(),
             start: std::ptr::from_ref(stack).cast_mut().cast(),
         };
-        signals.block_all();
         // SAFETY: stack and block are idle, owned, enlisted and complete; start::main takes a
         // `&'static Stack` with a message in it.
         let answer = unsafe { clone::thread(&request) };
         if answer.is_err() {
-            // The list's lock comes next, and nobody waits for that with 33 blocked (rule 3).
-            signals.open_libc();
             // SAFETY: no thread came of it; dropping the message here gives the closure back.
             drop(unsafe { (*stack.start.get()).take() });
         }
@@ -779,20 +784,12 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Blocks what the application handles; glibc's 32 and 33 stay open, because the next thing
-    /// may be to wait for the list's lock (rule 3).
-    pub(crate) fn block_application() -> Signals {
+    /// Blocks all but glibc's 33, which stays open because the next thing is to wait for the list's
+    /// lock (rule 3), before clone and after a refused one.
+    pub(crate) fn block_all_but_setxid() -> Signals {
         Signals {
-            old: sys::set_signal_mask(sys::APPLICATION),
+            old: sys::set_signal_mask(sys::ALL_BUT_SETXID),
         }
-    }
-
-    fn block_all(&self) {
-        sys::set_signal_mask(sys::ALL);
-    }
-
-    fn open_libc(&self) {
-        sys::set_signal_mask(sys::APPLICATION);
     }
 
     /// What a new thread inherits: never 32 and 33 (rule 4).

@@ -112,7 +112,7 @@ pub(super) unsafe fn learn(
 /// Called by an ending thread at `tp` that uses no thread-local from here on.
 pub(super) unsafe fn restore(generation: usize, tp: usize) -> bool {
     let sequence = IMAGE.sequence.load(Ordering::Acquire);
-    if generation == NONE || sequence % 2 != 0 || !IMAGE.is_of(generation) {
+    if generation == NONE || !sequence.is_multiple_of(2) || !IMAGE.is_of(generation) {
         return false;
     }
     let mut words = IMAGE.words.iter();
@@ -164,7 +164,7 @@ impl Image {
         kept: &[Range<isize>; 2],
     ) -> bool {
         let sequence = self.sequence.load(Ordering::Relaxed);
-        let claimed = sequence % 2 == 0
+        let claimed = sequence.is_multiple_of(2)
             && self
                 .sequence
                 .compare_exchange(sequence, sequence + 1, Ordering::Acquire, Ordering::Relaxed)
