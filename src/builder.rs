@@ -6,8 +6,8 @@ use crate::retry::RetryPolicy;
 use crate::scope::Scope;
 use crate::stack::Wanted;
 use crate::stack::cache::StackCache;
+use crate::stack::fallible::Shared;
 use crate::start;
-use crate::start::Body;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -38,7 +38,8 @@ pub struct Builder {
 
 /// A builder's wishes, with defaults filled in and checked.
 pub(crate) struct Request {
-    pub name: Option<Arc<str>>,
+    /// The name, or what it needs if there was no memory to share it.
+    pub name: Result<Option<Shared<String>>, usize>,
     pub comm: Option<[u8; 16]>,
     pub wanted: Wanted,
     pub cache: StackCache,
@@ -147,15 +148,24 @@ impl Builder {
         F: FnOnce() -> T + Send + 'static,
         T: Send + 'static,
     {
-        let packet = Arc::new(Packet::new(f, None));
-        let body: Arc<dyn Body> = Arc::clone(&packet) as _;
-        match crate::spawn::spawn(&self.request(), &body) {
-            Ok(running) => Ok(JoinHandle::new(running, packet)),
-            Err(error) => match packet.take_work() {
-                Some(f) => Err((error, f)),
-                // No thread was made, so nobody can have taken the closure.
-                None => unreachable!("a refused spawn ran the closure"),
-            },
+        let request = self.request();
+        let (error, f) = match Shared::try_new(Packet::new(f, None)) {
+            Ok(packet) => {
+                let body = packet.clone().into_body();
+                match crate::spawn::spawn(&request, &body, None) {
+                    Ok(running) => return Ok(JoinHandle::new(running, packet)),
+                    Err(error) => (error, packet.take_work()),
+                }
+            }
+            Err(packet) => (
+                crate::spawn::refused_memory(&request, size_of::<Packet<F, T>>()),
+                packet.into_work(),
+            ),
+        };
+        match f {
+            Some(f) => Err((error, f)),
+            // No thread was made, so nobody can have taken the closure.
+            None => unreachable!("a refused spawn ran the closure"),
         }
     }
 
@@ -172,14 +182,16 @@ impl Builder {
         F: FnOnce() -> T + Send + 'scope,
         T: Send + 'scope,
     {
-        let packet = Arc::new(Packet::new(f, Some(Arc::clone(scope.latch()))));
-        let body = start::scoped(Arc::clone(&packet) as _, scope.latch());
-        let running = crate::spawn::spawn(&self.request(), &body)?;
+        let request = self.request();
+        let packet = Packet::new(f, Some(Arc::clone(scope.latch())));
+        let packet = Shared::try_new(packet)
+            .map_err(|_| crate::spawn::refused_memory(&request, size_of::<Packet<F, T>>()))?;
+        let running = start::spawn_scoped(&request, packet.clone().into_body(), scope.latch())?;
         Ok(ScopedJoinHandle::new(running, packet))
     }
 
     fn request(self) -> Request {
-        let name = self.name.map(Arc::<str>::from);
+        let name = self.name;
         let wanted = Wanted {
             size: self.stack_size.unwrap_or_else(default_stack_size),
             guard: self
@@ -204,7 +216,10 @@ impl Builder {
         };
         Request {
             comm: name.as_deref().map(comm),
-            name,
+            name: name
+                .map(Shared::try_new)
+                .transpose()
+                .map_err(|_| size_of::<String>()),
             invalid,
             wanted,
             retry: self.retry,

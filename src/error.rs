@@ -1,9 +1,9 @@
 //! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
 
 use crate::diagnose::{Cause, Causes, Certainty, Explanation, Verdict};
+use crate::stack::fallible::{Kept, Reservation, Slot};
 use nix::errno::Errno;
 use std::fmt;
-use std::mem::MaybeUninit;
 use std::time::Duration;
 
 /// The step of thread creation that was refused, in the order in which they are taken.
@@ -15,6 +15,9 @@ pub enum Step {
     Attributes,
     /// glibc was looked at: symbols, calibration, self-checks.
     Runtime,
+    /// Heap memory for what creator and thread share: the closure and its result, the name, the record
+    /// of the stack. Some hundred bytes, so that malloc(3) seldom needs the kernel for it.
+    Allocate,
     /// mmap(2) of the stack.
     MapStack,
     /// The guard: `MADV_GUARD_INSTALL`, or mprotect(2) where that is not to be had.
@@ -41,6 +44,7 @@ impl Step {
         match self {
             Step::Attributes => "attributes",
             Step::Runtime => "runtime",
+            Step::Allocate => "allocate",
             Step::MapStack => "map stack",
             Step::GuardStack => "guard stack",
             Step::PrepareStack => "prepare stack",
@@ -204,7 +208,7 @@ impl fmt::Display for Report<'_> {
 /// A thread could not be created.
 ///
 /// One line by [`Display`](fmt::Display), made to be grepped: step, errno, size, and what became
-/// of the stack. One word wide, so that results stay small; its memory is allocated before the
+/// of the stack. Two words wide, so that results stay small; its memory is allocated before the
 /// first step is taken, because at the moment of a refusal the machine is out of something.
 ///
 /// ```
@@ -213,39 +217,47 @@ impl fmt::Display for Report<'_> {
 /// assert_eq!(error.errno(), nix::errno::Errno::EINVAL);
 /// println!("{error}");
 /// ```
-#[derive(Clone)]
-pub struct SpawnError(Box<Refusal>);
+pub struct SpawnError(Kept<Refusal>);
+
+/// For errors of a process whose heap has no memory even for them.
+static EMERGENCY: [Slot<Refusal>; 8] = [const { Slot::new(Refusal::NO_MEMORY) }; 8];
+
+/// What an error says if there are so many of these that even the static memory is used up; what was
+/// found out then is in the ring of the last failures alone.
+static LAST_RESORT: Refusal = Refusal::NO_MEMORY;
 
 /// The memory of an error that has not happened yet.
-pub(crate) struct Reserve(Box<MaybeUninit<Refusal>>, usize);
+pub(crate) struct Reserve(Reservation<Refusal>);
 
 impl Reserve {
-    pub(crate) fn new(stack_size: usize) -> Reserve {
-        Reserve(Box::new_uninit(), stack_size)
+    pub(crate) fn new() -> Reserve {
+        Reserve(Reservation::new(&EMERGENCY))
     }
 
     /// Turns the reserve into the error, without allocating.
-    pub(crate) fn refuse(self, fill: impl FnOnce(&mut Refusal)) -> SpawnError {
-        let mut refusal = Refusal {
-            step: Step::Attributes,
-            errno: Errno::UnknownErrno,
-            stack_size: self.1,
-            bytes: 0,
-            stack: StackOutcome::NONE,
-            attempts: 1,
-            reclaimed: 0,
-            calibration: false,
-            verdict: Verdict::NONE,
-        };
-        fill(&mut refusal);
-        SpawnError(Box::write(self.0, refusal))
+    pub(crate) fn refuse(self, refusal: Refusal) -> SpawnError {
+        SpawnError(self.0.fill(refusal, &LAST_RESORT))
     }
 }
 
-impl From<Refusal> for SpawnError {
-    fn from(refusal: Refusal) -> SpawnError {
-        SpawnError(Box::new(refusal))
+impl Clone for SpawnError {
+    fn clone(&self) -> SpawnError {
+        Reserve::new().refuse(*self.0)
     }
+}
+
+impl Refusal {
+    const NO_MEMORY: Refusal = Refusal {
+        step: Step::Allocate,
+        errno: Errno::ENOMEM,
+        stack_size: 0,
+        bytes: 0,
+        stack: StackOutcome::NONE,
+        attempts: 1,
+        reclaimed: 0,
+        calibration: false,
+        verdict: Verdict::NONE,
+    };
 }
 
 impl SpawnError {
@@ -313,15 +325,11 @@ impl SpawnError {
     pub fn report(&self) -> impl fmt::Display + '_ {
         self.0.report()
     }
-
-    pub(crate) fn refusal(&self) -> &Refusal {
-        &self.0
-    }
 }
 
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
+        fmt::Display::fmt(&*self.0, f)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Each entry carries its report as text, formatted when it was recorded, so that a debugger needs
 //! neither this crate's source nor its debug information. `nptl-failures` in gdb prints them.
 
-use crate::error::{Refusal, SpawnError};
+use crate::error::{Refusal, Reserve, SpawnError};
 use crate::stack::Lock;
 use std::fmt::Write;
 
@@ -102,7 +102,7 @@ pub fn last_failure() -> Option<SpawnError> {
     let last = ring.count.checked_sub(1)?;
     let refusal = ring.entries.get(last as usize % KEPT)?.refusal?;
     drop(ring);
-    Some(SpawnError::from(refusal))
+    Some(Reserve::new().refuse(refusal))
 }
 
 /// Writes into an entry, and cuts what does not fit.

@@ -2,6 +2,7 @@
 
 use crate::scope::Latch;
 use crate::stack::cache::StackCache;
+use crate::stack::fallible::Shared;
 use crate::stack::{Life, Stack, StackInfo};
 use crate::start::Body;
 use nix::sys::signal::Signal;
@@ -34,6 +35,11 @@ impl<F, T> Packet<F, T> {
     pub(crate) fn take_work(&self) -> Option<F> {
         self.work.lock().take()
     }
+
+    /// The same, where there was not even memory to share it.
+    pub(crate) fn into_work(mut self) -> Option<F> {
+        self.work.get_mut().take()
+    }
 }
 
 impl<F, T> Body for Packet<F, T>
@@ -51,7 +57,7 @@ where
 }
 
 /// The handle's view of a packet.
-trait Deliver<T>: Send + Sync {
+pub(crate) trait Deliver<T>: Send + Sync {
     fn take(&self) -> Option<Outcome<T>>;
 }
 
@@ -83,7 +89,7 @@ pub(crate) struct Running {
     stack: &'static Stack,
     cache: StackCache,
     tid: libc::pid_t,
-    name: Option<Arc<str>>,
+    name: Option<Shared<String>>,
 }
 
 impl Running {
@@ -91,7 +97,7 @@ impl Running {
         stack: &'static Stack,
         cache: StackCache,
         tid: libc::pid_t,
-        name: Option<Arc<str>>,
+        name: Option<Shared<String>>,
     ) -> Running {
         Running {
             stack,
@@ -113,7 +119,7 @@ impl Drop for Running {
 /// Handle and scoped handle are the same but for the lifetime of the result.
 struct Handle<'a, T> {
     running: Running,
-    packet: Arc<dyn Deliver<T> + 'a>,
+    packet: Shared<dyn Deliver<T> + 'a>,
 }
 
 impl<T> Handle<'_, T> {
@@ -168,7 +174,7 @@ macro_rules! shared_methods {
 
         /// The whole name, however long; the kernel's `comm` holds 15 bytes of it.
         pub fn name(&self) -> Option<&str> {
-            self.0.running.name.as_deref()
+            self.0.running.name.as_ref().map(|name| name.as_str())
         }
 
         /// For glibc's `pthread_*` calls: `pthread_kill`, `pthread_getattr_np`,
@@ -227,11 +233,12 @@ macro_rules! shared_methods {
 pub struct JoinHandle<T>(Handle<'static, T>);
 
 impl<T> JoinHandle<T> {
-    pub(crate) fn new<F>(running: Running, packet: Arc<Packet<F, T>>) -> JoinHandle<T>
+    pub(crate) fn new<F>(running: Running, packet: Shared<Packet<F, T>>) -> JoinHandle<T>
     where
         F: Send + 'static,
         T: Send + 'static,
     {
+        let packet = packet.into_delivery();
         JoinHandle(Handle { running, packet })
     }
 
@@ -292,11 +299,12 @@ impl<T> std::fmt::Debug for JoinHandle<T> {
 pub struct ScopedJoinHandle<'scope, T>(Handle<'scope, T>);
 
 impl<'scope, T> ScopedJoinHandle<'scope, T> {
-    pub(crate) fn new<F>(running: Running, packet: Arc<Packet<F, T>>) -> Self
+    pub(crate) fn new<F>(running: Running, packet: Shared<Packet<F, T>>) -> Self
     where
         F: Send + 'scope,
         T: Send + 'scope,
     {
+        let packet = packet.into_delivery();
         ScopedJoinHandle(Handle { running, packet })
     }
 

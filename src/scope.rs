@@ -18,11 +18,13 @@ pub(crate) struct Latch {
 }
 
 impl Latch {
-    pub(crate) fn enter(&self) {
-        *self.running.lock() += 1;
+    /// Holds the scope open while the value lives.
+    pub(crate) fn enter(latch: &Arc<Latch>) -> Entered {
+        *latch.running.lock() += 1;
+        Entered(Arc::clone(latch))
     }
 
-    pub(crate) fn leave(&self) {
+    fn leave(&self) {
         let mut running = self.running.lock();
         *running -= 1;
         if *running == 0 {
@@ -40,6 +42,15 @@ impl Latch {
         while *running > 0 {
             self.empty.wait(&mut running);
         }
+    }
+}
+
+/// A closure that may still use what the scope borrows.
+pub(crate) struct Entered(Arc<Latch>);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 

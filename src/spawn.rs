@@ -5,7 +5,7 @@
 
 #![expect(
     clippy::result_large_err,
-    reason = "nothing may be boxed between refusal and error (rule 4); the public error is one word"
+    reason = "nothing may be boxed between refusal and error (rule 4); the public error is two words"
 )]
 
 use crate::builder::Request;
@@ -14,7 +14,9 @@ use crate::diagnose::{self, Circumstances, CloneCall, Detail, Finding, Verdict};
 use crate::error::{Refusal, Reserve, SpawnError, StackOrigin, StackOutcome, Step};
 use crate::failures;
 use crate::handle::Running;
+use crate::scope::Latch;
 use crate::stack::cache::{self, StackCache};
+use crate::stack::fallible::Shared;
 use crate::stack::{Idle, Signals, overflow};
 use crate::start::{Body, Settings, Start};
 use crate::tcb::{Runtime, RuntimeError};
@@ -23,16 +25,20 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Creates the thread that runs `body`.
-pub(crate) fn spawn(request: &Request, body: &Arc<dyn Body>) -> Result<Running, SpawnError> {
+pub(crate) fn spawn(
+    request: &Request,
+    body: &Shared<dyn Body>,
+    latch: Option<&Arc<Latch>>,
+) -> Result<Running, SpawnError> {
     // The error's memory, while there is some.
-    let reserve = Reserve::new(request.wanted.size);
+    let reserve = Reserve::new();
     cache::guard_forks();
     cache::notice_fork();
 
     let mut attempts = 0;
     let mut started = None;
     loop {
-        let refused = match attempt(request, body, &mut attempts) {
+        let refused = match attempt(request, body, latch, &mut attempts) {
             Ok(running) => return Ok(running),
             Err(refused) => refused,
         };
@@ -40,15 +46,28 @@ pub(crate) fn spawn(request: &Request, body: &Arc<dyn Body>) -> Result<Running, 
         // the next spawn: it allocates, which nothing does after a refusal (rule 4).
         let transient =
             refused.step == Step::Clone && refused.verdict.transient && !refused.calibration;
-        let hopeless = matches!(refused.step, Step::Attributes | Step::Runtime);
+        let hopeless =
+            matches!(refused.step, Step::Attributes | Step::Runtime) || request.name.is_err();
         let started = *started.get_or_insert_with(Instant::now);
         if request.retry.again(started, transient, hopeless) {
             continue;
         }
-        let error = reserve.refuse(|refusal| refused.tell(refusal, attempts));
-        failures::record(error.refusal(), request.name.as_deref());
-        return Err(error);
+        return Err(refused.report(reserve, request, attempts));
     }
+}
+
+/// There were not even `bytes` of heap memory to begin with.
+pub(crate) fn refused_memory(request: &Request, bytes: usize) -> SpawnError {
+    let reserve = Reserve::new();
+    let refused = match check(request) {
+        Ok(_) => no_memory(bytes),
+        Err(refused) => refused,
+    };
+    refused.report(reserve, request, 1)
+}
+
+fn no_memory(bytes: usize) -> Refused {
+    Refused::explained(Step::Allocate, Errno::ENOMEM, bytes, Detail::default())
 }
 
 /// One refused attempt.
@@ -79,12 +98,21 @@ impl Refused {
         }
     }
 
-    fn tell(&self, refusal: &mut Refusal, attempts: u32) {
-        (refusal.step, refusal.errno, refusal.bytes) = (self.step, self.errno, self.bytes);
-        (refusal.stack, refusal.reclaimed) = (self.stack, self.reclaimed);
-        refusal.calibration = self.calibration;
-        refusal.attempts = attempts.max(1);
-        refusal.verdict = self.verdict;
+    fn report(&self, reserve: Reserve, request: &Request, attempts: u32) -> SpawnError {
+        let refusal = Refusal {
+            step: self.step,
+            errno: self.errno,
+            stack_size: request.wanted.size,
+            bytes: self.bytes,
+            stack: self.stack,
+            attempts: attempts.max(1),
+            reclaimed: self.reclaimed,
+            calibration: self.calibration,
+            verdict: self.verdict,
+        };
+        let name = request.name.as_ref().ok().and_then(Option::as_ref);
+        failures::record(&refusal, name.map(|name| name.as_str()));
+        reserve.refuse(refusal)
     }
 }
 
@@ -106,15 +134,15 @@ fn circumstances(
     }
 }
 
-/// The steps, once. `attempts` counts how often the step that decides was tried.
-fn attempt(
-    request: &Request,
-    body: &Arc<dyn Body>,
-    attempts: &mut u32,
-) -> Result<Running, Refused> {
-    *attempts += 1;
+/// What the thread is told, for each attempt anew.
+struct Message<'a> {
+    body: &'a Shared<dyn Body>,
+    latch: Option<&'a Arc<Latch>>,
+    name: Option<&'a Shared<String>>,
+}
 
-    // 1. Attributes.
+/// Step 1: the wishes themselves, and the name if there is one.
+fn check(request: &Request) -> Result<Option<&Shared<String>>, Refused> {
     if let Some((what, value)) = request.invalid {
         let detail = Detail { what, value };
         return Err(Refused::explained(
@@ -124,6 +152,24 @@ fn attempt(
             detail,
         ));
     }
+    match &request.name {
+        Ok(name) => Ok(name.as_ref()),
+        Err(bytes) => Err(no_memory(*bytes)),
+    }
+}
+
+/// The steps, once. `attempts` counts how often the step that decides was tried.
+fn attempt(
+    request: &Request,
+    body: &Shared<dyn Body>,
+    latch: Option<&Arc<Latch>>,
+    attempts: &mut u32,
+) -> Result<Running, Refused> {
+    *attempts += 1;
+
+    // 1. Attributes.
+    let name = check(request)?;
+    let message = Message { body, latch, name };
 
     // 2. Runtime: a calibrated glibc.
     let runtime = Runtime::get().map_err(no_runtime)?;
@@ -140,8 +186,8 @@ fn attempt(
 
     // 6. and 7. TLS and clone. The analysis of a refused clone repeats it: what the kernel says
     // between two refusals is what refuses.
-    let (step, errno, call) = match enter(request, runtime, &idle, body) {
-        Ok(tid) => return Ok(running(request, idle, tid)),
+    let (step, errno, call) = match enter(request, runtime, &idle, &message) {
+        Ok(tid) => return Ok(running(name, idle, tid)),
         Err(refused) => refused,
     };
     if step != Step::Clone {
@@ -149,7 +195,7 @@ fn attempt(
         return Err(give_up(idle, refused));
     }
     let mut tid = None;
-    let mut again = || match enter(request, runtime, &idle, body) {
+    let mut again = || match enter(request, runtime, &idle, &message) {
         Ok(started) => {
             tid = Some(started);
             Ok(())
@@ -164,7 +210,7 @@ fn attempt(
         diagnose::diagnose(&circumstances, None)
     };
     match (finding, tid) {
-        (_, Some(tid)) => Ok(running(request, idle, tid)),
+        (_, Some(tid)) => Ok(running(name, idle, tid)),
         (Finding::Verdict(verdict), None) => {
             *attempts += verdict.repeated;
             let refused = Refused {
@@ -191,7 +237,7 @@ fn enter(
     request: &Request,
     runtime: &'static Runtime,
     idle: &Idle,
-    body: &Arc<dyn Body>,
+    message: &Message<'_>,
 ) -> Result<libc::pid_t, (Step, Errno, CloneCall)> {
     // 6. TLS: on glibc's list first, so that a dlopen from here on initialises this thread, too.
     let signals = Signals::block_all_but_setxid();
@@ -203,10 +249,11 @@ fn enter(
 
     // 7. Clone.
     let start = Start {
-        body: Arc::clone(body),
+        body: message.body.clone(),
+        latch: message.latch.map(Latch::enter),
         runtime,
         cache: request.cache.clone(),
-        name: request.name.clone(),
+        name: message.name.cloned(),
         mask: signals.inherited(),
         rseq: runtime.has_rseq(),
         settings: Settings {
@@ -231,9 +278,9 @@ fn enter(
     }
 }
 
-fn running(request: &Request, idle: Idle, tid: libc::pid_t) -> Running {
+fn running(name: Option<&Shared<String>>, idle: Idle, tid: libc::pid_t) -> Running {
     let (stack, cache) = idle.into_running();
-    Running::new(stack, cache, tid, request.name.clone())
+    Running::new(stack, cache, tid, name.cloned())
 }
 
 /// A stack, if need be after giving back what the caches hold: cached stacks are mappings and

@@ -21,10 +21,13 @@
 //! pushes others out of the cache. All of them pass the vCPU filters of Firecracker and Cloud
 //! Hypervisor (facts/vmm.md).
 
+use crate::builder::Request;
 use crate::clone::sys;
-use crate::error::Step;
-use crate::scope::Latch;
+use crate::error::{SpawnError, Step};
+use crate::handle::Running;
+use crate::scope::{Entered, Latch};
 use crate::stack::cache::StackCache;
+use crate::stack::fallible::Shared;
 use crate::stack::{self, Life, Stack};
 use crate::tcb::Runtime;
 use nix::errno::Errno;
@@ -34,10 +37,12 @@ use std::sync::Arc;
 /// What the creator hands to the new thread.
 pub(crate) struct Start {
     /// The closure and the place for its result, kept alive by both sides.
-    pub body: Arc<dyn Body>,
+    pub body: Shared<dyn Body>,
+    /// Left when the body is gone: in this order, also where the message is dropped.
+    pub latch: Option<Entered>,
     pub runtime: &'static Runtime,
     pub cache: StackCache,
-    pub name: Option<Arc<str>>,
+    pub name: Option<Shared<String>>,
     /// The signal mask of the closure.
     pub mask: sys::KernelSigSet,
     /// Its creator has registered rseq.
@@ -99,37 +104,18 @@ pub fn current_name() -> Option<String> {
     current().and_then(|stack| unsafe { stack.name() }.map(str::to_owned))
 }
 
-/// Makes a scoped closure look `'static`.
-///
-/// The thread enters the latch here and leaves it only after the closure is gone, and a scope does
-/// not return before its latch is empty (`scope::scope` waits in every case, panics included).
-pub(crate) fn scoped<'scope>(body: Arc<dyn Body + 'scope>, latch: &Arc<Latch>) -> Arc<dyn Body> {
-    struct Scoped {
-        // Dropped before the latch is left: it may borrow from the scope.
-        body: std::mem::ManuallyDrop<Arc<dyn Body>>,
-        latch: Arc<Latch>,
-    }
-    impl Body for Scoped {
-        fn run(&self) {
-            self.body.run();
-        }
-    }
-    impl Drop for Scoped {
-        fn drop(&mut self) {
-            // SAFETY: dropped once, here, and not used again.
-            unsafe { std::mem::ManuallyDrop::drop(&mut self.body) };
-            self.latch.leave();
-        }
-    }
-    latch.enter();
-    // SAFETY: only the lifetime changes. The closure is used and dropped by this value alone (the
-    // scoped handle, which shares it, cannot outlive 'scope), and the latch holds 'scope open until
-    // then.
-    let body = unsafe { std::mem::transmute::<Arc<dyn Body + 'scope>, Arc<dyn Body>>(body) };
-    Arc::new(Scoped {
-        body: std::mem::ManuallyDrop::new(body),
-        latch: Arc::clone(latch),
-    })
+/// Creates the thread of a scoped closure, which then looks `'static`.
+pub(crate) fn spawn_scoped<'scope>(
+    request: &Request,
+    body: Shared<dyn Body + 'scope>,
+    latch: &Arc<Latch>,
+) -> Result<Running, SpawnError> {
+    // SAFETY: each message to a thread enters the latch, and leaves it only after its reference to the
+    // body is gone; a scope does not return before its latch is empty (`scope::scope` waits in every
+    // case, panics included). The reference that is left here is dropped in `'scope`, and so is the
+    // scoped handle's, which cannot outlive it.
+    let body = unsafe { body.outlive() };
+    crate::spawn::spawn(request, &body, Some(latch))
 }
 
 /// Where every thread begins, called by the architecture's entry routine with every signal but 33 blocked.
@@ -147,38 +133,47 @@ pub(crate) unsafe extern "C" fn main(record: *mut libc::c_void) -> ! {
 }
 
 /// The thread's life: from its first TLS access to its last destructor.
+///
+/// What it holds stays in its message until its end: if it dies on the way (a bare exit, a filter), the
+/// one who buries it finds that there, and nothing is lost but what lies in the thread's frames.
 unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // SAFETY: passed on. Without a message there is no thread to be: the creator always leaves one.
+    let Some(start) = (unsafe { stack.start() }) else {
+        sys::exit_thread()
+    };
+    let runtime = start.runtime;
+    // SAFETY: first thing on a complete block; the name lives until the end of this function.
+    unsafe {
+        runtime.enter(start.rseq);
+        stack.set_name(start.name.as_ref().map(|name| name.as_str()));
+    }
+    CURRENT.set(Some(stack));
+    // Nobody waits for these settings: without its signal stack the thread runs, and an overflow
+    // dies without a report.
+    let _ = start.settings.apply(stack);
+    // A refused setting has left its errno; the closure starts with 0 (rule 10).
+    Errno::clear();
+    sys::set_signal_mask(start.mask);
+
+    // SAFETY: this very thread's stack; a body does not unwind.
+    unsafe { runtime.with_unwind_buffer(stack.signal_stack().0, || start.body.run()) };
+
+    // SAFETY: the borrow from above has ended, and nobody else looks at the message of a thread that
+    // lives.
     let Some(start) = (unsafe { stack.take_start() }) else {
         sys::exit_thread()
     };
     let Start {
         body,
-        runtime,
+        latch,
         cache,
         name,
-        mask,
-        rseq,
-        settings,
+        ..
     } = start;
-    // SAFETY: first thing on a complete block; the name lives until the end of this function.
-    unsafe {
-        runtime.enter(rseq);
-        stack.set_name(name.as_deref());
-    }
-    CURRENT.set(Some(stack));
-    // Nobody waits for these settings: without its signal stack the thread runs, and an overflow
-    // dies without a report.
-    let _ = settings.apply(stack);
-    // A refused setting has left its errno; the closure starts with 0 (rule 10).
-    Errno::clear();
-    sys::set_signal_mask(mask);
-
-    // SAFETY: this very thread's stack; a body does not unwind.
-    unsafe { runtime.with_unwind_buffer(stack.signal_stack().0, || body.run()) };
     // The last reference, if there is no handle: the closure's result is dropped here, while
-    // thread-locals still work.
+    // thread-locals still work. The latch of its scope comes after it, because it may borrow from there.
     drop(body);
+    drop(latch);
 
     // Before the destructors, because giving back may need thread-locals (the allocator's, the
     // handle's); the kernel's clearing of the tid word decides when the stack is really free.

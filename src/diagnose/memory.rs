@@ -68,7 +68,7 @@ pub(super) fn diagnose(c: &Circumstances<'_>, status: &Status, readings: &mut Re
         (Step::MapStack, Errno::ENOMEM) => mapping(c.bytes, status, calls, readings),
         // malloc was refused; how much it asked of the kernel is its own business, but a heap grows by at
         // least this much, and it never folds one cause into another.
-        (Step::AllocateTls, Errno::ENOMEM) => {
+        (Step::Allocate | Step::AllocateTls, Errno::ENOMEM) => {
             const HEAP_STEP: usize = 1 << 20;
             mapping(c.bytes.max(HEAP_STEP), status, calls, readings).at_most_inferred(CAUSES)
         }

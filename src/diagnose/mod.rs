@@ -85,7 +85,30 @@ pub(crate) struct Verdict {
 impl Verdict {
     /// Before anything was looked at.
     pub(crate) const NONE: Verdict = Verdict {
-        cause: Cause::UnsupportedRuntime { what: "" },
+        cause: Cause::Unknown {
+            oracle: Oracle {
+                clone3_empty: Answer::NotAsked,
+                until_pid_number: Answer::NotAsked,
+                until_pid_number_with_fs: Answer::NotAsked,
+                until_cgroup: Answer::NotAsked,
+                until_thread_pointer: Answer::NotAsked,
+                until_flags: Answer::NotAsked,
+                repeated: Answer::NotAsked,
+            },
+            memory: MemoryOracle {
+                number_of_mappings: Answer::NotAsked,
+                free_addresses: Answer::NotAsked,
+                inaccessible: Answer::NotAsked,
+                unreserved: Answer::NotAsked,
+                stack: Answer::NotAsked,
+                guard: Answer::NotAsked,
+            },
+            tasks: None,
+            threads_max: None,
+            nproc: None,
+            pid_max: None,
+            seccomp: None,
+        },
         certainty: Certainty::Unknown,
         alternatives: Causes::NONE,
         transient: false,
@@ -296,9 +319,11 @@ fn name(
     let status = Status::read();
     readings.seccomp = status.seccomp;
     match c.step {
-        Step::MapStack | Step::GuardStack | Step::PrepareStack | Step::AllocateTls => {
-            Ok(memory::diagnose(c, &status, readings))
-        }
+        Step::Allocate
+        | Step::MapStack
+        | Step::GuardStack
+        | Step::PrepareStack
+        | Step::AllocateTls => Ok(memory::diagnose(c, &status, readings)),
         Step::Clone => clone(c, &status, readings, repetition),
         Step::Affinity if c.errno == Errno::EINVAL => {
             let cpuset = Hierarchy::of_thread(b"cpuset");

@@ -7,6 +7,7 @@
 pub(crate) mod cache;
 mod caps;
 mod class;
+pub(crate) mod fallible;
 mod futex;
 pub(crate) mod layout;
 mod ledger;
@@ -139,18 +140,18 @@ impl Stack {
         self.next_record.store(record, Ordering::Relaxed);
     }
 
-    /// A record without a mapping: the one that lost its mapping last, or a new one.
-    fn spare() -> &'static Stack {
+    /// A record without a mapping: the one that lost its mapping last, or a new one. None: no memory.
+    fn spare() -> Option<&'static Stack> {
         let mut spare = SPARE.lock();
         if let Some(stack) = spare.0 {
             // SAFETY: null, or a record that was pushed by `retire_record`; records are never freed.
             spare.0 = unsafe { stack.next_spare.load(Ordering::Relaxed).as_ref() };
-            return stack;
+            return Some(stack);
         }
         drop(spare);
-        let stack: &'static Stack = Box::leak(Box::new(Stack::new()));
+        let stack: &'static Stack = Box::leak(fallible::try_box(Stack::new()).ok()?);
         crate::debug::publish_record(stack);
-        stack
+        Some(stack)
     }
 
     fn retire_record(&'static self) {
@@ -172,7 +173,11 @@ impl Stack {
     ) -> Result<&'static Stack, Shortage> {
         let length = layout.total();
         // Before anything can be refused, because it may allocate (rule 4).
-        let stack = Stack::spare();
+        let stack = Stack::spare().ok_or(Shortage::new(
+            Step::Allocate,
+            Errno::ENOMEM,
+            size_of::<Stack>(),
+        ))?;
         let base = match mapping::map(length) {
             Ok(base) => base,
             Err(errno) => {
@@ -239,6 +244,8 @@ impl Stack {
     /// # Safety
     /// The caller is the idle stack's only owner.
     unsafe fn renew(&self, cache: &StackCache, runtime: &Runtime) {
+        // SAFETY: passed on. A detached thread that died, found by a sweep.
+        unsafe { self.drop_remains() };
         let uses = self.uses.load(Ordering::Relaxed).wrapping_add(1);
         self.uses.store(uses, Ordering::Relaxed);
         if uses.is_multiple_of(caps::EVERY) {
@@ -282,6 +289,7 @@ impl Stack {
         let (base, length) = (self.base(), self.length());
         // SAFETY: idle and owned by the caller, who passes it on or, on failure, keeps it.
         unsafe {
+            self.drop_remains();
             runtime.retire(&self.block);
             if mapping::unmap(base, length).is_ok() {
                 return true;
@@ -393,6 +401,8 @@ impl Stack {
             // rule 3 asks.
             unsafe { runtime.bury(&self.block) };
             sys::set_signal_mask(old);
+            // SAFETY: as above.
+            unsafe { self.drop_remains() };
         }
     }
 
@@ -483,10 +493,31 @@ impl Stack {
     /// The message for the new thread.
     ///
     /// # Safety
-    /// Called by the new thread, once.
-    pub(crate) unsafe fn take_start(&self) -> Option<crate::start::Start> {
+    /// Called by that thread, which does not take the message while it uses this.
+    pub(crate) unsafe fn start(&self) -> Option<&crate::start::Start> {
         // SAFETY: the creator's write happened before clone.
+        unsafe { (*self.start.get()).as_ref() }
+    }
+
+    /// # Safety
+    /// Called by that thread, or by the only owner of an idle stack.
+    pub(crate) unsafe fn take_start(&self) -> Option<crate::start::Start> {
+        // SAFETY: by the caller's promise nobody else reaches it.
         unsafe { (*self.start.get()).take() }
+    }
+
+    /// Drops what a thread that died on its way has left.
+    ///
+    /// # Safety
+    /// The caller is the idle stack's only owner.
+    unsafe fn drop_remains(&self) {
+        // SAFETY: passed on. The name goes with the message that it is borrowed from.
+        unsafe {
+            if (*self.start.get()).is_some() {
+                self.set_name(None);
+                drop(self.take_start());
+            }
+        }
     }
 
     /// Where signals are handled that say SA_ONSTACK: lowest address and length.
@@ -521,6 +552,9 @@ impl Stack {
         }
         self.signal_lock.store(0, Ordering::Relaxed);
         self.block.forget_after_fork();
+        // SAFETY: the child has one thread, and none runs here. The parent's values are not this
+        // process's to drop.
+        std::mem::forget(unsafe { self.take_start() });
     }
 }
 

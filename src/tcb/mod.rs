@@ -30,3 +30,14 @@ pub(crate) enum RuntimeError {
         bytes: usize,
     },
 }
+
+impl RuntimeError {
+    /// The heap has no memory for what calibration looks at.
+    pub(crate) fn no_memory(bytes: usize) -> RuntimeError {
+        RuntimeError::Refused {
+            step: Step::Allocate,
+            errno: Errno::ENOMEM,
+            bytes,
+        }
+    }
+}

@@ -81,8 +81,13 @@ fn unsupported<T>(what: &'static str) -> Result<T, RuntimeError> {
 struct Snapshot(Vec<u8>);
 
 impl Snapshot {
-    fn empty(size: usize) -> Snapshot {
-        Snapshot(vec![0; size])
+    fn empty(size: usize) -> Result<Snapshot, RuntimeError> {
+        let mut bytes = Vec::new();
+        match bytes.try_reserve_exact(size) {
+            Ok(()) => bytes.resize(size, 0),
+            Err(_) => return Err(RuntimeError::no_memory(size)),
+        }
+        Ok(Snapshot(bytes))
     }
 
     /// # Safety
@@ -330,19 +335,19 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
         symbols: &raw const symbols,
         list: &raw const list,
         tp: 0,
-        start: Snapshot::empty(size),
-        after_getschedparam: Snapshot::empty(size),
-        after_getrandom: Snapshot::empty(size),
-        after_strsignal: Snapshot::empty(size),
-        after_strerror: Snapshot::empty(size),
-        after_setspecific: Snapshot::empty(size),
+        start: Snapshot::empty(size)?,
+        after_getschedparam: Snapshot::empty(size)?,
+        after_getrandom: Snapshot::empty(size)?,
+        after_strsignal: Snapshot::empty(size)?,
+        after_strerror: Snapshot::empty(size)?,
+        after_setspecific: Snapshot::empty(size)?,
         robust_head: 0,
         resolver: 0,
         resp: 0,
         segment: None,
         listed: false,
     };
-    let mut ended = Snapshot::empty(size);
+    let mut ended = Snapshot::empty(size)?;
     let mut attributes = Attributes::new();
     // SAFETY: the mapping outlives the thread, which is joined below; the argument likewise.
     unsafe {
@@ -368,8 +373,8 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
         symbols: &raw const symbols,
         list: &raw const list,
         tp: 0,
-        start: Snapshot::empty(size),
-        detached: Snapshot::empty(size),
+        start: Snapshot::empty(size)?,
+        detached: Snapshot::empty(size)?,
         listed: false,
         done: AtomicU32::new(0),
     };
@@ -450,18 +455,19 @@ fn conclude(
         return unsupported("robust list head outside the descriptor");
     }
     // The words that change by themselves: the kernel writes the rseq area at every preemption.
-    let rseq = symbols.rseq.map_or(0..0, |rseq| {
+    let (rseq_start, rseq_end) = symbols.rseq.map_or((0, 0), |rseq| {
         let start = rseq.offset.max(0) as usize;
-        start..start + rseq.registered_size()
+        (start, start + rseq.registered_size())
     });
-    let quiet = |at: &usize| !rseq.contains(at);
-    let changed = |before: &Snapshot, after: &Snapshot| -> Vec<usize> {
-        before
-            .words()
-            .filter(quiet)
-            .filter(|&at| before.word(at) != after.word(at))
-            .collect()
-    };
+    let quiet = move |at: &usize| !(rseq_start..rseq_end).contains(at);
+    fn changed<'a>(
+        quiet: impl Fn(&usize) -> bool + 'a,
+        before: &'a Snapshot,
+        after: &'a Snapshot,
+    ) -> impl Iterator<Item = usize> + 'a {
+        let words = before.words().filter(quiet);
+        words.filter(|&at| before.word(at) != after.word(at))
+    }
 
     let robust_head = ours.robust_head - tp;
     if first.word(robust_head) != ours.robust_head {
@@ -510,15 +516,15 @@ fn conclude(
     )?;
     let flags_changed = first.half(flags) ^ ours.after_getschedparam.half(flags);
     let getrandom = at_most_one(
-        changed(&ours.after_getschedparam, &ours.after_getrandom).into_iter(),
+        changed(quiet, &ours.after_getschedparam, &ours.after_getrandom),
         "the state of getrandom",
     )?;
     let strsignal = at_most_one(
-        changed(&ours.after_getrandom, &ours.after_strsignal).into_iter(),
+        changed(quiet, &ours.after_getrandom, &ours.after_strsignal),
         "the buffer of strsignal",
     )?;
     let strerror = at_most_one(
-        changed(&ours.after_strsignal, &ours.after_strerror).into_iter(),
+        changed(quiet, &ours.after_strsignal, &ours.after_strerror),
         "the buffer of strerror",
     )?;
     let resolver = ours.resolver.wrapping_sub(tp);

@@ -19,6 +19,7 @@ pub(crate) use block::{Block, BlockState, Enlisted};
 use super::RuntimeError;
 use crate::clone::{self, sys};
 use crate::stack::Lock;
+use crate::stack::fallible::try_box;
 use calibrate::Offsets;
 use list::ThreadList;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -92,12 +93,14 @@ impl Runtime {
             let _serial = CALIBRATION.lock();
             match Runtime::existing() {
                 Some(runtime) => Ok(runtime),
-                None => calibrate::calibrate().map(|runtime| {
-                    let runtime: &'static Runtime = Box::leak(Box::new(runtime));
+                None => calibrate::calibrate().and_then(|runtime| {
+                    let runtime = try_box(runtime)
+                        .map_err(|_| RuntimeError::no_memory(size_of::<Runtime>()))?;
+                    let runtime: &'static Runtime = Box::leak(runtime);
                     let pointer = std::ptr::from_ref(runtime).cast_mut();
                     KNOWN.store(pointer, Ordering::Release);
                     RUNTIME.store(pointer, Ordering::Release);
-                    runtime
+                    Ok(runtime)
                 }),
             }
         };

@@ -1,0 +1,172 @@
+//! A heap that refuses: every allocation of a spawn can be the one, and each refusal is an error, where std's
+//! `Box` and `Arc` would abort the process.
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use nptl::{Builder, RetryPolicy, SpawnError, StackCache, StackCacheConfig, StackFate, Step};
+use support::{case, child, or_skip, report};
+
+thread_local! {
+    /// How many more allocations of this thread are granted; None: all.
+    static GRANTED: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+struct Refusing;
+
+// SAFETY: the system's allocator, or null, which every caller must expect.
+unsafe impl GlobalAlloc for Refusing {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        match GRANTED.try_with(Cell::get).ok().flatten() {
+            Some(0) => return std::ptr::null_mut(),
+            Some(left) => GRANTED.set(Some(left - 1)),
+            None => {}
+        }
+        // SAFETY: passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Refusing = Refusing;
+
+/// What `attempt` gives with `granted` allocations, and whether it used them up.
+fn with_memory_for<T>(granted: usize, attempt: impl FnOnce() -> T) -> (T, bool) {
+    GRANTED.set(Some(granted));
+    let result = attempt();
+    let left = GRANTED.replace(None);
+    (result, left == Some(0))
+}
+
+fn check(error: &SpawnError, granted: usize) {
+    assert_eq!(error.step(), Step::Allocate, "{granted} granted: {error}");
+    assert_eq!(error.errno(), nix::errno::Errno::ENOMEM, "{error}");
+    assert_eq!(error.stack().fate, StackFate::None, "{error}");
+    assert!(error.to_string().contains("step=allocate errno=ENOMEM"));
+}
+
+/// Refuses the first allocation, then the second, and so on, until one attempt is granted. The number of
+/// allocations of a spawn.
+fn refuse_each(mut attempt: impl FnMut(usize) -> Result<(), SpawnError>) -> usize {
+    for granted in 0..100 {
+        match with_memory_for(granted, || attempt(granted)) {
+            (Ok(()), _) => return granted,
+            (Err(error), used_up) => {
+                assert!(used_up, "refused for nothing: {error}");
+                check(&error, granted);
+            }
+        }
+    }
+    panic!("no end of allocations");
+}
+
+fn spawns() {
+    // The very first spawn of the process: calibration, records.
+    let first = refuse_each(|_| {
+        let handle = nptl::spawn(|| ())?;
+        GRANTED.set(None);
+        handle.join().expect("its end");
+        GRANTED.set(Some(1));
+        Ok(())
+    });
+    report("first", first);
+
+    // A named thread on a fresh record, with a closure that comes back.
+    let cache = StackCache::new(StackCacheConfig::disabled());
+    let (gate, wait) = std::sync::mpsc::channel::<()>();
+    let wait = std::sync::Arc::new(std::sync::Mutex::new(wait));
+    // So that no record is left over for it.
+    let living: Vec<_> = (0..4)
+        .map(|_| {
+            let wait = std::sync::Arc::clone(&wait);
+            let body = move || wait.lock().is_ok_and(|wait| wait.recv().is_err());
+            nptl::spawn(body).expect("a thread")
+        })
+        .collect();
+    let count = refuse_each(|granted| {
+        // Made with memory, as the caller's own are.
+        GRANTED.set(None);
+        let (moved, name) = (Box::new(granted), "a".repeat(40));
+        GRANTED.set(Some(granted));
+        let builder = Builder::new().stack_cache(&cache).name(name);
+        match builder.spawn_or_return(move || *moved) {
+            Ok(handle) => {
+                GRANTED.set(None);
+                assert_eq!(handle.name().map(str::len), Some(40));
+                assert_eq!(handle.join().expect("its end"), granted);
+                GRANTED.set(Some(1));
+                Ok(())
+            }
+            Err((error, work)) => {
+                assert_eq!(work(), granted, "the closure came back");
+                Err(error)
+            }
+        }
+    });
+    report("named", count);
+    assert_eq!(cache.stats().mapped_stacks, 0);
+    drop(gate);
+    for thread in living {
+        assert!(thread.join().expect("its end"));
+    }
+
+    // Scoped.
+    let number = 7;
+    nptl::scope(|scope| {
+        let count = refuse_each(|_| {
+            let handle = scope.spawn(|| number)?;
+            GRANTED.set(None);
+            assert_eq!(handle.join().expect("its end"), 7);
+            GRANTED.set(Some(1));
+            Ok(())
+        });
+        report("scoped", count);
+    });
+
+    let mut kept = Vec::new();
+    // More errors at once than there is static memory for: the last ones know less, and none aborts.
+    for index in 0..20 {
+        let (error, _) = with_memory_for(0, || {
+            Builder::new()
+                .retry(RetryPolicy::never())
+                .spawn(|| ())
+                .expect_err("no memory")
+        });
+        check(&error, index);
+        kept.push(error.clone());
+        kept.push(error);
+    }
+    drop(kept);
+    nptl::spawn(|| ())
+        .expect("a thread")
+        .join()
+        .expect("its end");
+    assert_eq!(
+        nptl::last_failure().map(|error| error.step()),
+        Some(Step::Allocate)
+    );
+}
+
+#[test]
+fn every_allocation_of_a_spawn_can_be_refused() {
+    if case().is_some() {
+        spawns();
+        return;
+    }
+    let output = child("every_allocation_of_a_spawn_can_be_refused", "spawns").run();
+    let output = or_skip!(output).success();
+    let number = |key| output.get(key).and_then(|n| n.parse::<usize>().ok());
+    // The packet, the error's reserve, the record; the snapshots of the calibration, the runtime.
+    assert!(number("first") > Some(8), "{output}");
+    // The packet, the name, the reserve (which static memory stands in for), the record.
+    assert_eq!(number("named"), Some(4), "{output}");
+    // The packet, with a stack from the cache.
+    assert_eq!(number("scoped"), Some(1), "{output}");
+}
