@@ -363,6 +363,8 @@ pub enum Cause {
         limit: Option<u64>,
         /// How far the counter of failed charges rose over a refused probe.
         failures: Option<u64>,
+        /// Why the files that could name a cgroup were not read: a kernel without memory opens none.
+        unread: Option<Errno>,
     },
     /// RLIMIT_AS.
     AddressSpace {
@@ -822,11 +824,19 @@ impl Cause {
                 usage,
                 limit,
                 failures,
+                unread,
             } => {
+                if let Some(errno) = unread {
+                    return writeln!(
+                        f,
+                        "  The files that could name a memory cgroup cannot be read: {errno:?} ({}).",
+                        errno.desc()
+                    );
+                }
                 if directory.is_empty() {
                     return writeln!(
                         f,
-                        "  No memory cgroup visible here counted a failed charge."
+                        "  No memory cgroup could be read that counted a failed charge."
                     );
                 }
                 line(f, "directory", directory)?;
@@ -1044,7 +1054,10 @@ impl Cause {
                     f,
                     "echo BYTES > {directory}/memory.max (systemd: MemoryMax=), or free memory in that cgroup."
                 ),
-                _ => f.write_str("Free memory; see dmesg for allocation failures."),
+                _ => f.write_str(
+                    "Free memory; dmesg tells of failed allocations. Where a memory cgroup is full, raise its limit:\n  \
+                     memory.max or memory.limit_in_bytes (systemd: MemoryMax=, containers: --memory).",
+                ),
             },
             Cause::AddressSpace { .. } => f.write_str(
                 "Raise the limit (ulimit -v KIB, prlimit --as, LimitAS= in the systemd unit), or use smaller stacks.",

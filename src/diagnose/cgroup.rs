@@ -77,6 +77,13 @@ impl Level {
         matches!((self.current, self.maximum), (Some(current), Some(maximum)) if current >= maximum)
     }
 
+    /// For memory: a new task asks for some 30 KiB, and the kernel tries 256 KiB at a time first.
+    pub(crate) fn is_nearly_full(&self) -> bool {
+        const ASKED_FOR: u64 = 1 << 20;
+        let used = self.current.map(|bytes| bytes.saturating_add(ASKED_FOR));
+        matches!((used, self.maximum), (Some(used), Some(maximum)) if used >= maximum)
+    }
+
     /// Room for more tasks than could have ended between a refusal and the reading.
     fn has_plenty(&self) -> bool {
         let maximum = self.maximum.unwrap_or(UNLIMITED);
@@ -181,7 +188,17 @@ impl Hierarchy {
         found
     }
 
+    /// What can have refused: levels without a limit are shown without their use, except the thread's own.
     pub(crate) fn snapshot(&self, files: &Files) -> Snapshot {
+        self.read(files, false)
+    }
+
+    /// Every level with its use.
+    pub(crate) fn full_snapshot(&self, files: &Files) -> Snapshot {
+        self.read(files, true)
+    }
+
+    fn read(&self, files: &Files, full: bool) -> Snapshot {
         let mut snapshot = Snapshot {
             levels: [Level::default(); DEEPEST],
             count: 0,
@@ -193,7 +210,8 @@ impl Hierarchy {
         let mut above = true;
         for slot in &mut snapshot.levels {
             path.truncate(length);
-            *slot = read_level(&mut path, length, files, &mut snapshot.unread);
+            let whole = full || snapshot.count == 0;
+            *slot = read_level(&mut path, length, files, whole, &mut snapshot.unread);
             snapshot.count += 1;
             if length <= self.mount {
                 above = false;
@@ -286,16 +304,30 @@ fn exists(path: &mut Path, file: &[u8], unread: &mut bool) -> bool {
     found.unwrap_or(false)
 }
 
-fn read_level(path: &mut Path, length: usize, files: &Files, unread: &mut bool) -> Level {
+/// `whole`: read everything. Otherwise a level above without a limit refuses nothing, and its other files are left alone.
+fn read_level(
+    path: &mut Path,
+    length: usize,
+    files: &Files,
+    whole: bool,
+    unread: &mut bool,
+) -> Level {
     let mut level = Level {
         length,
         ..Level::default()
     };
-    // Without a limit file there is no controller here: a root, or v2 without the controller enabled.
-    if !exists(path, files.maximum, unread) {
+    let maximum = with_file(path, files.maximum, |path| Some(limits::read_number(path)));
+    match maximum {
+        // Without a limit file there is no controller here: a root, or v2 without the controller enabled.
+        Some(Err(Errno::ENOENT)) => return level,
+        // v1 writes "unlimited" as the largest number of whole pages.
+        Some(Ok(bytes)) if bytes >= i64::MAX as u64 - 65535 => level.maximum = Some(UNLIMITED),
+        Some(Ok(maximum)) => level.maximum = Some(maximum),
+        _ => *unread = true,
+    }
+    if level.maximum == Some(UNLIMITED) && !whole {
         return level;
     }
-    level.maximum = with_file(path, files.maximum, limits::number_in);
     level.current = with_file(path, files.current, limits::number_in);
     let count = |path: &CStr| match files.key {
         b"" => limits::number_in(path),
@@ -308,7 +340,7 @@ fn read_level(path: &mut Path, length: usize, files: &Files, unread: &mut bool) 
     if !level.local {
         level.failures = with_file(path, files.events, count);
     }
-    *unread |= level.maximum.is_none() || level.current.is_none();
+    *unread |= level.current.is_none();
     level
 }
 

@@ -311,16 +311,11 @@ fn cgroups(list: &mut Vec<HeadroomLimit>, membership: &CStr, controller: &str, c
         (false, 1) => &cgroup::MEMORY_V1,
         (false, _) => &cgroup::MEMORY_V2,
     };
-    let snapshot = hierarchy.snapshot(files);
+    let snapshot = hierarchy.full_snapshot(files);
     for level in snapshot.levels() {
         if level.maximum.is_none() {
             continue;
         }
-        // v1 writes "unlimited" as the largest number of pages.
-        let maximum = level.maximum.map(|maximum| match maximum {
-            bytes if !pids && bytes >= i64::MAX as u64 - 4095 => UNLIMITED,
-            other => other,
-        });
         let mut source = hierarchy.directory(level).to_string();
         if snapshot.hidden {
             source.push_str("; cgroups above are hidden");
@@ -329,7 +324,7 @@ fn cgroups(list: &mut Vec<HeadroomLimit>, membership: &CStr, controller: &str, c
             cause,
             unit: if pids { Unit::Tasks } else { Unit::Bytes },
             in_use: level.current,
-            maximum,
+            maximum: level.maximum,
             source,
             // Only what a stack really touches is charged.
             counts: pids,

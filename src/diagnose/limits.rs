@@ -103,27 +103,32 @@ pub(crate) fn open_file(path: &CStr) -> Result<OwnedFd, Errno> {
     Err(Errno::EINTR)
 }
 
-fn read_some(file: &OwnedFd, buffer: &mut [u8]) -> Option<usize> {
+fn read_some(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     for _ in 0..8 {
         match read(file.as_fd(), buffer) {
             Err(Errno::EINTR) => {}
-            result => return result.ok(),
+            result => return result,
         }
     }
-    None
+    Err(Errno::EINTR)
 }
 
 /// A file whose whole content is a number, or `max`.
 pub(crate) fn number_in(path: &CStr) -> Option<u64> {
+    read_number(path).ok()
+}
+
+/// [`number_in`], with the reason where there is none: ENODATA if the file holds something else.
+pub(crate) fn read_number(path: &CStr) -> Result<u64, Errno> {
     // 64 bytes on purpose: sysctl files cost by the size of the buffer offered.
     let mut buffer = [0; 64];
-    let file = open_file(path).ok()?;
+    let file = open_file(path)?;
     let length = read_some(&file, &mut buffer)?;
-    let text = buffer.get(..length)?.trim_ascii();
+    let text = buffer.get(..length).unwrap_or_default().trim_ascii();
     if text == b"max" {
-        Some(UNLIMITED)
+        Ok(UNLIMITED)
     } else {
-        number(text)
+        number(text).ok_or(Errno::ENODATA)
     }
 }
 
@@ -152,7 +157,7 @@ pub(crate) fn lines(
     let mut skipping = false;
     loop {
         let space = buffer.get_mut(filled..).unwrap_or_default();
-        let count = read_some(&file, space).ok_or(Errno::EIO)?;
+        let count = read_some(&file, space)?;
         let end = filled + count;
         let mut rest = buffer.get(..end).unwrap_or_default();
         while let Some(at) = rest.iter().position(|byte| *byte == b'\n') {
@@ -200,6 +205,8 @@ pub(crate) struct Status {
     pub(crate) data: Option<u64>,
     pub(crate) locked: Option<u64>,
     pub(crate) shadow_stack: bool,
+    /// Why the file could not be read.
+    pub(crate) error: Option<Errno>,
 }
 
 impl Status {
@@ -210,7 +217,7 @@ impl Status {
 
     pub(crate) fn read_from(path: &CStr) -> Status {
         let mut status = Status::default();
-        let _ = lines(path, |line| {
+        let read = lines(path, |line| {
             let Some(colon) = line.iter().position(|byte| *byte == b':') else {
                 return ControlFlow::Continue(());
             };
@@ -238,6 +245,7 @@ impl Status {
             }
             ControlFlow::Continue(())
         });
+        status.error = read.err();
         status
     }
 
@@ -353,7 +361,7 @@ pub(crate) fn tasks(calls: Calls) -> Option<u64> {
     if !genuine {
         return None;
     }
-    let length = read_some(&file, &mut buffer)?;
+    let length = read_some(&file, &mut buffer).ok()?;
     let text = buffer.get(..length)?;
     let slash = text.iter().position(|byte| *byte == b'/')?;
     number(text.get(slash + 1..)?).filter(|tasks| *tasks > 0)

@@ -157,6 +157,7 @@ fn guard(readings: &mut Readings) -> Naming {
             usage: None,
             limit: None,
             failures: None,
+            unread: None,
         },
         Causes::NONE.with(CauseKind::MapCount),
     )

@@ -850,7 +850,12 @@ fn out_of_memory(
     repetition: &mut Repetition<'_>,
 ) -> Result<Naming, Granted> {
     let calls = status.calls();
-    let hierarchy = Hierarchy::of_thread(b"memory");
+    // Every call that asks a starved kernel for memory costs it a fruitless search for pages, some 200 µs: where
+    // the first file could not be opened, the others are left alone.
+    let starved_of_files = status.error == Some(Errno::ENOMEM);
+    let hierarchy = (!starved_of_files)
+        .then(|| Hierarchy::of_thread(b"memory"))
+        .flatten();
     let files = match hierarchy.as_ref().map(|hierarchy| hierarchy.version) {
         Some(1) => cgroup::MEMORY_V1,
         _ => cgroup::MEMORY_V2,
@@ -860,7 +865,12 @@ fn out_of_memory(
     let first = probe::ask(&mut readings.oracle, c.flags, calls);
     // The repetition charges the cgroup once more, so that its counter rises even if the question passed.
     let repeated = repetition.refused(readings)?;
-    let second = probe::ask(&mut readings.oracle, c.flags, calls);
+    // Between two refusals one answer is enough; the search for pages is not asked for twice.
+    let second = if first == Reached::KernelMemory && repeated {
+        first
+    } else {
+        probe::ask(&mut readings.oracle, c.flags, calls)
+    };
     let after = hierarchy.as_ref().map(snapshot);
     let risen = match (&hierarchy, &before, &after) {
         (Some(hierarchy), Some(before), Some(after)) => risen(hierarchy, before, after),
@@ -899,8 +909,16 @@ fn out_of_memory(
                 usage: None,
                 limit: None,
                 failures: None,
+                unread: status.error,
             };
-            Naming::inferred(cause, others)
+            // Before the pid number nothing but a shadow stack and memory answers ENOMEM; and a kernel that
+            // cannot even open a file has no memory, whatever the shadow stack.
+            let no_shadow_stack = status.error.is_none() && !status.shadow_stack;
+            Naming::believed(
+                cause,
+                starved && (no_shadow_stack || starved_of_files),
+                others,
+            )
         }
         None => Naming::unknown().transient(),
     })
@@ -914,13 +932,16 @@ fn risen(hierarchy: &Hierarchy, before: &Snapshot, after: &Snapshot) -> Option<C
             continue;
         };
         let rise = new_count.saturating_sub(old_count);
-        if rise > 0 {
+        // A counter that also counts what was granted after all, a smaller piece or after a search for pages,
+        // says nothing of a cgroup with room to spare.
+        if rise > 0 && new.is_nearly_full() {
             return Some(Cause::KernelMemory {
                 directory: hierarchy.directory(new),
                 version: hierarchy.version,
                 usage: new.current,
                 limit: new.maximum,
                 failures: Some(rise),
+                unread: None,
             });
         }
     }
