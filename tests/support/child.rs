@@ -598,13 +598,17 @@ impl Running {
     /// Waits until `text` stands in the child's standard output. False if the child ended, or its time is
     /// over, without having said so.
     pub fn wait_for(&mut self, text: &str) -> bool {
-        let said = |running: &Running| String::from_utf8_lossy(&running.stdout.text).contains(text);
-        while !said(self) {
+        while !self.said(text) {
             if !self.pump() {
-                return said(self);
+                return self.said(text);
             }
         }
         true
+    }
+
+    /// Whether `text` stands in what was read of the child's standard output so far.
+    pub fn said(&self, text: &str) -> bool {
+        String::from_utf8_lossy(&self.stdout.text).contains(text)
     }
 
     /// Writes one line to the child's standard input.

@@ -1,0 +1,199 @@
+//! Provokes every cause of a refused thread for real, and shows what pthread_create, std::thread and nptl say.
+//!
+//! ```text
+//! cargo run --release --example reproduce -- [--list] [--only NAME]... [--json] [--rounds N] [--machine-wide]
+//! ```
+//!
+//! Exit code 1: an answer was wrong. 2: a name or an option is unknown.
+
+mod scenarios;
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use serde::Serialize;
+
+use scenarios::{Outcome, Scenario, Verdict};
+
+/// Provoke every cause of a refused thread for real, each in a process of its own, and ask pthread_create,
+/// std::thread and nptl what is wrong.
+#[derive(Parser)]
+struct Arguments {
+    /// Print the scenarios and what each needs, and stop.
+    #[arg(long)]
+    list: bool,
+    /// Only this scenario; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    only: Vec<String>,
+    /// Print everything as JSON.
+    #[arg(long)]
+    json: bool,
+    /// How often nptl is asked under each limit.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    rounds: usize,
+    /// Run also what changes the whole machine for some milliseconds (kernel.threads-max,
+    /// vm.overcommit_memory).
+    #[arg(long)]
+    machine_wide: bool,
+    /// Print nptl's whole report of each refusal.
+    #[arg(long)]
+    report: bool,
+}
+
+#[derive(Serialize)]
+struct Summary<'a> {
+    right: usize,
+    wrong: usize,
+    skipped: usize,
+    scenarios: &'a [Outcome],
+}
+
+fn main() -> ExitCode {
+    if let Some(case) = support::case() {
+        scenarios::play(&case, &support::program);
+        return ExitCode::SUCCESS;
+    }
+    let arguments = Arguments::parse();
+    let chosen = match chosen(&arguments.only) {
+        Ok(chosen) => chosen,
+        Err(why) => {
+            eprintln!("{why}");
+            return ExitCode::from(2);
+        }
+    };
+    if arguments.list {
+        list(&chosen);
+        return ExitCode::SUCCESS;
+    }
+    let mut outcomes = Vec::new();
+    for scenario in chosen {
+        if !arguments.json {
+            println!("{}: {}", scenario.name, scenario.what);
+        }
+        let rounds = arguments.rounds.clamp(1, 5000);
+        let outcome = scenarios::run(scenario, rounds, arguments.machine_wide, &support::program);
+        if !arguments.json {
+            print(&outcome, arguments.report);
+        }
+        outcomes.push(outcome);
+    }
+    let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
+    let summary = Summary {
+        right: count(Verdict::Right),
+        wrong: count(Verdict::Wrong),
+        skipped: count(Verdict::Skipped),
+        scenarios: &outcomes,
+    };
+    if arguments.json {
+        match serde_json::to_string_pretty(&summary) {
+            Ok(text) => println!("{text}"),
+            Err(error) => {
+                eprintln!("{error}");
+                return ExitCode::FAILURE;
+            }
+        }
+    } else {
+        summarise(&summary);
+    }
+    match summary.wrong {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn chosen(only: &[String]) -> Result<Vec<&'static Scenario>, String> {
+    if only.is_empty() {
+        return Ok(scenarios::all().collect());
+    }
+    let named = only.iter().map(|name| {
+        scenarios::by_name(name)
+            .ok_or_else(|| format!("no scenario is named {name:?}; --list prints all names"))
+    });
+    named.collect()
+}
+
+fn list(chosen: &[&Scenario]) {
+    let width = chosen.iter().map(|s| s.name.len()).max().unwrap_or(0);
+    for scenario in chosen {
+        println!(
+            "{:width$}  {}\n{:width$}  needs {}",
+            scenario.name,
+            scenario.what,
+            "",
+            scenario.needs()
+        );
+    }
+}
+
+fn print(outcome: &Outcome, report: bool) {
+    match outcome.verdict {
+        Verdict::Skipped => println!("  skipped: {}\n", outcome.why.join("; ")),
+        verdict => {
+            println!("  pthread_create  {}", outcome.pthread_create);
+            println!("  std::thread     {}", outcome.std_thread);
+            print_nptl(outcome, report);
+            for note in &outcome.notes {
+                println!("  note            {note}");
+            }
+            match verdict {
+                Verdict::Right => println!("  right\n"),
+                _ => println!("  WRONG: {}\n", outcome.why.join("\n    ")),
+            }
+        }
+    }
+}
+
+/// Refusals that say the same are one line, however often they came.
+fn print_nptl(outcome: &Outcome, report: bool) {
+    if outcome.nptl_granted > 0 {
+        println!("  nptl            granted {} times", outcome.nptl_granted);
+    }
+    let mut rest: Vec<_> = outcome.answers.iter().collect();
+    while let Some(&first) = rest.first() {
+        let key = |a: &scenarios::Answer| (a.step.clone(), a.cause.clone(), a.certainty.clone());
+        let (alike, others): (Vec<_>, Vec<_>) =
+            rest.into_iter().partition(|a| key(a) == key(first));
+        rest = others;
+        let mut spent: Vec<_> = alike.iter().map(|a| a.microseconds).collect();
+        spent.sort_by(f64::total_cmp);
+        let median = spent.get(spent.len() / 2).copied().unwrap_or_default();
+        let times = match alike.len() {
+            1 => String::new(),
+            count => format!(" ({count} times)"),
+        };
+        println!(
+            "  nptl            step={} errno={} cause={} certainty={}{}{}, found out in {median:.0} µs{times}",
+            first.step,
+            first.errno,
+            first.cause,
+            first.certainty,
+            if first.transient { " transient" } else { "" },
+            match first.attempts {
+                1 => String::new(),
+                attempts => format!(" attempts={attempts}"),
+            },
+        );
+        println!("                  {}", first.text);
+        if report {
+            for line in first.report.lines() {
+                println!("                  | {line}");
+            }
+        }
+    }
+}
+
+fn summarise(summary: &Summary<'_>) {
+    println!(
+        "{} right, {} wrong, {} skipped",
+        summary.right, summary.wrong, summary.skipped
+    );
+    for outcome in summary.scenarios {
+        match outcome.verdict {
+            Verdict::Right => {}
+            Verdict::Skipped => println!("skipped: {}: {}", outcome.name, outcome.why.join("; ")),
+            Verdict::Wrong => println!("wrong: {}: {}", outcome.name, outcome.why.join("; ")),
+        }
+    }
+}

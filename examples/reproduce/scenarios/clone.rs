@@ -1,0 +1,693 @@
+//! What refuses clone itself.
+
+use std::ffi::CString;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+use nptl::{
+    Builder, Cause, CauseKind, Certainty, CgroupPlace, CloneCall, PidLevel, RetryPolicy,
+    SpawnError, Step,
+};
+
+use super::ask::{
+    Asker, Expected, Right, ask_nptl, ask_pthread, ask_std, other_cause, same, tell_answer,
+    tell_failure, tell_granted, tell_note, tell_pthread, tell_std,
+};
+use super::{Need, Scenario, number_in, plain, privileged};
+use crate::support::{
+    Cgroup, Sleepers, become_unused_user, deny, inherited_cgroup, is_root, set_rlimit,
+};
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "first-spawn",
+        what: "RLIMIT_NPROC is reached before the process's very first spawn",
+        needs: &[],
+        sandbox: plain,
+        provoke: first_spawn,
+    },
+    Scenario {
+        name: "rlimit-nproc",
+        what: "the user has as many tasks as RLIMIT_NPROC allows",
+        needs: &[],
+        sandbox: plain,
+        provoke: rlimit_nproc,
+    },
+    Scenario {
+        name: "seccomp-clone3",
+        what: "a seccomp filter answers clone3 with EAGAIN",
+        needs: &[],
+        sandbox: plain,
+        provoke: seccomp_clone3,
+    },
+    Scenario {
+        name: "seccomp-clone",
+        what: "a seccomp filter answers clone3 with ENOSYS and threads by clone with EAGAIN",
+        needs: &[],
+        sandbox: plain,
+        provoke: seccomp_clone,
+    },
+    Scenario {
+        name: "deadline",
+        what: "the calling thread runs under SCHED_DEADLINE without reset-on-fork",
+        needs: &[Need::Root],
+        sandbox: plain,
+        provoke: deadline,
+    },
+    Scenario {
+        name: "sibling-exec",
+        what: "another thread of the process is inside execve: retried until it is over",
+        needs: &[],
+        sandbox: plain,
+        provoke: sibling_exec,
+    },
+    Scenario {
+        name: "sibling-exec-no-retry",
+        what: "the same with RetryPolicy::never",
+        needs: &[],
+        sandbox: plain,
+        provoke: sibling_exec_no_retry,
+    },
+    Scenario {
+        name: "pid-numbers",
+        what: "kernel.pid_max of the process's own pid namespace is exhausted",
+        needs: &[Need::UserNamespace, Need::Kernel6_14],
+        sandbox: |child| Ok(privileged(child)?.pid_namespace(Some(PID_MAX))),
+        provoke: |ask| pid_numbers(ask, PidLevel::Own),
+    },
+    Scenario {
+        name: "pid-numbers-outer",
+        what: "kernel.pid_max of the pid namespace around the process's own is exhausted",
+        needs: &[Need::UserNamespace, Need::Kernel6_14],
+        sandbox: |child| {
+            let outer = privileged(child)?.pid_namespace(Some(PID_MAX));
+            Ok(outer.pid_namespace(None))
+        },
+        provoke: |ask| pid_numbers(ask, PidLevel::Ancestor),
+    },
+    Scenario {
+        name: "dying-pid-namespace",
+        what: "the init of the process's pid namespace has just ended",
+        needs: &[Need::UserNamespace],
+        sandbox: privileged,
+        provoke: dying_pid_namespace,
+    },
+    Scenario {
+        name: "unshared-pid-namespace",
+        what: "the process has unshared its pid namespace",
+        needs: &[Need::UserNamespace],
+        sandbox: privileged,
+        provoke: unshared_pid_namespace,
+    },
+    Scenario {
+        name: "pids-cgroup",
+        what: "pids.max of the process's own cgroup is reached",
+        needs: &[Need::Root, Need::PidsCgroup],
+        sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?.nested()?)),
+        provoke: |ask| pids_cgroup(ask, CgroupPlace::Own),
+    },
+    Scenario {
+        name: "pids-cgroup-ancestor",
+        what: "pids.max of a cgroup around the process's own is reached",
+        needs: &[Need::Root, Need::PidsCgroup],
+        sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?.nested()?)),
+        provoke: |ask| pids_cgroup(ask, CgroupPlace::Ancestor),
+    },
+    Scenario {
+        name: "join-then-spawn",
+        what: "a thread was joined but the kernel still counts it: retried until it does not",
+        needs: &[],
+        sandbox: plain,
+        provoke: join_then_spawn,
+    },
+    Scenario {
+        name: "join-then-spawn-no-retry",
+        what: "the same with RetryPolicy::never",
+        needs: &[],
+        sandbox: plain,
+        provoke: join_then_spawn_no_retry,
+    },
+];
+
+const PID_MAX: u32 = 400;
+
+const PROVEN: &[Certainty] = &[Certainty::Proven];
+
+const fn refused(kind: CauseKind, certainty: &'static [Certainty]) -> Expected {
+    Expected {
+        step: Step::Clone,
+        errno: Errno::EAGAIN,
+        kind,
+        certainty,
+    }
+}
+
+pub(super) fn is_initial_user_namespace() -> bool {
+    // Fixed by the kernel (PROC_USER_INIT_INO).
+    inode("/proc/self/ns/user") == Some(0xEFFF_FFFD)
+}
+
+fn inode(path: &str) -> Option<u64> {
+    std::fs::metadata(path).ok().map(|file| file.ino())
+}
+
+/// Root is exempt from RLIMIT_NPROC; of anybody else the other processes count, too.
+pub(super) fn become_limited_user() -> Result<u32, String> {
+    match is_root() {
+        true => become_unused_user(),
+        // SAFETY: getuid has no preconditions.
+        false => Ok(unsafe { libc::getuid() }),
+    }
+}
+
+/// The lowest RLIMIT_NPROC that still allows one more task, set. The count it is compared with is shown
+/// nowhere, so that it has to be tried.
+fn leave_room_for_one() -> Result<u64, String> {
+    for limit in 1..100_000 {
+        set_rlimit(libc::RLIMIT_NPROC, limit);
+        if ask_pthread(64 << 10) == 0 {
+            // The kernel counts it until it is reaped.
+            std::thread::sleep(Duration::from_millis(30));
+            return Ok(limit);
+        }
+    }
+    Err("this user has too many tasks".to_owned())
+}
+
+fn user_processes(
+    error: &SpawnError,
+    certainty: &'static [Certainty],
+    user: u32,
+    limit: u64,
+) -> Result<(), String> {
+    refused(CauseKind::UserProcesses, certainty).judge(error, |cause| match *cause {
+        Cause::UserProcesses { uid, soft, .. } => {
+            same("the user", uid, Some(user))?;
+            same("the limit", soft, Some(limit))
+        }
+        ref other => other_cause(other),
+    })
+}
+
+fn first_spawn(ask: &mut Asker<'_>) -> Result<(), String> {
+    let user = become_limited_user()?;
+    set_rlimit(libc::RLIMIT_NPROC, 1);
+    for _ in 0..ask.rounds {
+        ask.ask_nptl();
+    }
+    ask.ask_others();
+    ask.tell(Right::Refused, |error| {
+        user_processes(error, PROVEN, user, 1)?;
+        match error.to_string().contains("calibration thread") {
+            true => Ok(()),
+            false => Err(format!("it does not say that it was the first: {error}")),
+        }
+    });
+    Ok(())
+}
+
+fn rlimit_nproc(ask: &mut Asker<'_>) -> Result<(), String> {
+    let user = become_limited_user()?;
+    ask.calibrate()?;
+    let limit = leave_room_for_one()? - 1;
+    if limit == 0 {
+        return Err("RLIMIT_NPROC does not hold for this user".to_owned());
+    }
+    set_rlimit(libc::RLIMIT_NPROC, limit);
+    ask.ask();
+    ask.tell(Right::Refused, |error| {
+        user_processes(error, PROVEN, user, limit)
+    });
+    Ok(())
+}
+
+fn seccomp(ask: &mut Asker<'_>, by: CloneCall) {
+    ask.ask();
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::Seccomp, PROVEN).judge(error, |cause| match *cause {
+            Cause::Seccomp {
+                call,
+                mode,
+                filters,
+                ..
+            } => {
+                same("the call", call, by)?;
+                same("the mode", mode, Some(2))?;
+                same("the presence of filters", filters > Some(0), true)
+            }
+            ref other => other_cause(other),
+        })
+    });
+}
+
+fn seccomp_clone3(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    deny(libc::SYS_clone3, libc::EAGAIN).install();
+    seccomp(ask, CloneCall::Clone3);
+    Ok(())
+}
+
+fn seccomp_clone(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    deny(libc::SYS_clone3, libc::ENOSYS).install();
+    deny(libc::SYS_clone, libc::EAGAIN)
+        .when_set(0, libc::CLONE_THREAD as u64)
+        .install();
+    seccomp(ask, CloneCall::Clone);
+    Ok(())
+}
+
+fn set_scheduling(policy: u32, nanoseconds: u64) -> io::Result<()> {
+    // SAFETY: all zeroes is a valid structure.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    attributes.size = size_of::<libc::sched_attr>() as u32;
+    attributes.sched_policy = policy;
+    attributes.sched_runtime = nanoseconds;
+    attributes.sched_deadline = nanoseconds * 10;
+    attributes.sched_period = nanoseconds * 10;
+    // SAFETY: a valid structure of the size that it tells; 0 is the calling thread.
+    match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn deadline(ask: &mut Asker<'_>) -> Result<(), String> {
+    const SCHED_DEADLINE: u32 = 6;
+    ask.calibrate()?;
+    set_scheduling(SCHED_DEADLINE, 10_000_000)
+        .map_err(|error| format!("SCHED_DEADLINE is not to be had: {error}"))?;
+    ask.ask();
+    set_scheduling(0, 0).map_err(|error| error.to_string())?;
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::DeadlineScheduling, PROVEN).judge(error, |cause| match *cause {
+            Cause::DeadlineScheduling { policy, flags } => {
+                same("the policy", policy, SCHED_DEADLINE)?;
+                same("the flags", flags, Some(0))
+            }
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+/// A thread that is inside execve most of the time: the file is opened, found executable, and refused only
+/// after the kernel has marked the state that it shares with the other threads.
+fn exec_in_a_loop() -> Result<(), String> {
+    let failed = |_| io::Error::last_os_error().to_string();
+    // SAFETY: the name is NUL-terminated, the buffer as long as said.
+    let file = unsafe {
+        let file = libc::memfd_create(c"no program".as_ptr(), 0);
+        libc::write(file, c"no program".as_ptr().cast(), 10);
+        file
+    };
+    let path = CString::new(format!("/proc/self/fd/{file}")).map_err(|e| e.to_string())?;
+    u32::try_from(file).map_err(failed)?;
+    let work = move || {
+        loop {
+            let nothing = [std::ptr::null()];
+            // SAFETY: NUL-terminated path, lists that end with a null pointer. The file is no program, so that
+            // the call returns.
+            unsafe { libc::execve(path.as_ptr(), nothing.as_ptr(), nothing.as_ptr()) };
+        }
+    };
+    std::thread::Builder::new()
+        .spawn(work)
+        .map_err(|error| error.to_string())?;
+    Ok(())
+}
+
+/// Transient, and never another name. Not being able to tell is honest: it may be over by then.
+fn transient_or_unknown(error: &SpawnError, kind: CauseKind) -> Result<(), String> {
+    let found = error.cause().kind();
+    if found != kind && found != CauseKind::Unknown {
+        return Err(format!("expected {kind:?}, or unknown: {error}"));
+    }
+    match error.is_transient() {
+        true => Ok(()),
+        false => Err(format!("not called transient: {error}")),
+    }
+}
+
+const NEVER_MET: &str = "what comes and goes was never in the way";
+
+/// Asks until every library has met the obstacle, or for long enough.
+fn ask_repeatedly(ask: &mut Asker<'_>, least: usize, most: usize) {
+    for round in 0..most {
+        if round >= least && ask.nptl_refusals() >= ask.rounds {
+            break;
+        }
+        ask.ask_others();
+        ask.ask_nptl();
+    }
+}
+
+fn sibling_exec(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    exec_in_a_loop()?;
+    ask_repeatedly(ask, 300, 300);
+    if ask.refusals() == 0 {
+        return Err(NEVER_MET.to_owned());
+    }
+    ask.tell(Right::Granted, |error| {
+        transient_or_unknown(error, CauseKind::SiblingExec)
+    });
+    Ok(())
+}
+
+fn sibling_exec_no_retry(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    ask.retry(RetryPolicy::never());
+    exec_in_a_loop()?;
+    ask_repeatedly(ask, 20, 3000);
+    if ask.nptl_refusals() == 0 {
+        return Err(NEVER_MET.to_owned());
+    }
+    ask.tell(Right::Either, |error| {
+        transient_or_unknown(error, CauseKind::SiblingExec)
+    });
+    Ok(())
+}
+
+fn pid_numbers(ask: &mut Asker<'_>, truth: PidLevel) -> Result<(), String> {
+    ask.calibrate()?;
+    let own = number_in("/proc/sys/kernel/pid_max")?;
+    let mut sleepers = Sleepers::default();
+    if sleepers.add(2 * PID_MAX as usize).is_ok() {
+        return Err("more processes fit than there are pid numbers".to_owned());
+    }
+    ask.ask();
+    let sleeping = sleepers.len();
+    sleepers.remove(8);
+    tell_note(format_args!(
+        "{sleeping} processes hold the numbers; kernel.pid_max reads {own} here"
+    ));
+    // Inside a user namespace its remembered RLIMIT_NPROC cannot be excluded, except where the process sees
+    // its own namespace's numbers exhausted.
+    let certainty: &[Certainty] = match truth == PidLevel::Own || is_initial_user_namespace() {
+        true => PROVEN,
+        false => &[Certainty::Inferred],
+    };
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::PidNumbers, certainty).judge(error, |cause| match *cause {
+            Cause::PidNumbers {
+                level,
+                pid_max,
+                sampled,
+                free,
+                initial_namespace,
+            } => {
+                same("the level", level, truth)?;
+                same("kernel.pid_max", pid_max, Some(own))?;
+                same("the initial namespace", initial_namespace, Some(false))?;
+                same("having looked at numbers", sampled > 0, true)?;
+                same("no number free", free == 0, truth == PidLevel::Own)
+            }
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+fn unshared_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    let namespace = inode("/proc/self/ns/pid");
+    // SAFETY: changes only where later children of this process live.
+    if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
+        return Err(format!("unshare: {}", io::Error::last_os_error()));
+    }
+    ask.ask();
+    ask.tell(Right::Refused, |error| {
+        let expected = Expected {
+            errno: Errno::EINVAL,
+            ..refused(CauseKind::UnsharedPidNamespace, PROVEN)
+        };
+        expected.judge(error, |cause| match *cause {
+            Cause::UnsharedPidNamespace { own, for_children } => {
+                same("the own namespace", own, namespace)?;
+                same("the empty namespace of children", for_children, None)
+            }
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+fn pids_cgroup(ask: &mut Asker<'_>, truth: CgroupPlace) -> Result<(), String> {
+    ask.calibrate()?;
+    let inner = inherited_cgroup(0);
+    let own = inner.path();
+    let full = match truth {
+        CgroupPlace::Own => own,
+        _ => own.parent().ok_or("a cgroup without a parent")?,
+    };
+    let tasks = inner.tasks();
+    std::fs::write(full.join("pids.max"), tasks.to_string()).map_err(|e| e.to_string())?;
+    ask.ask();
+    std::fs::write(full.join("pids.max"), "max").map_err(|e| e.to_string())?;
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::PidsCgroup, PROVEN).judge(error, |cause| match *cause {
+            Cause::PidsCgroup {
+                directory,
+                place,
+                version,
+                current,
+                maximum,
+                refusals,
+            } => {
+                same("the place", place, truth)?;
+                same("the directory", directory.to_str(), full.to_str())?;
+                same(
+                    "the version",
+                    version,
+                    if inner.is_unified() { 2 } else { 1 },
+                )?;
+                same("pids.current", current, Some(tasks))?;
+                same("pids.max", maximum, Some(tasks))?;
+                same("a counted refusal", refusals > Some(0), true)
+            }
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+/// More than enough for a window that is met once in some hundred joins.
+const JOINS: usize = 3000;
+
+fn join_and_spawn(ask: &mut Asker<'_>, right: Right) -> Result<(), String> {
+    let user = become_limited_user()?;
+    ask.calibrate()?;
+    let limit = leave_room_for_one()?;
+    // One after the other, so that nobody meets a thread of another's that is still counted.
+    for _ in 0..JOINS {
+        ask.ask_pthread();
+    }
+    std::thread::sleep(Duration::from_millis(30));
+    for _ in 0..JOINS {
+        ask.ask_std();
+    }
+    std::thread::sleep(Duration::from_millis(30));
+    for _ in 0..JOINS {
+        ask.ask_nptl();
+    }
+    if ask.refusals() == 0 {
+        return Err(NEVER_MET.to_owned());
+    }
+    const ANY: &[Certainty] = &[Certainty::Proven, Certainty::Inferred];
+    ask.tell(right, |error| {
+        transient_or_unknown(error, CauseKind::UserProcesses)?;
+        match error.cause().kind() {
+            CauseKind::Unknown => Ok(()),
+            _ => user_processes(error, ANY, user, limit),
+        }
+    });
+    Ok(())
+}
+
+fn join_then_spawn(ask: &mut Asker<'_>) -> Result<(), String> {
+    join_and_spawn(ask, Right::Granted)
+}
+
+fn join_then_spawn_no_retry(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.retry(RetryPolicy::never());
+    join_and_spawn(ask, Right::Either)
+}
+
+/// What the processes of a dying namespace tell the one outside.
+#[derive(Default)]
+struct Seen {
+    ready: AtomicU64,
+    nptl: AtomicU64,
+}
+
+/// A page shared with every process forked from here on.
+fn shared_page() -> Result<&'static Seen, String> {
+    // SAFETY: a new anonymous mapping that is never unmapped; zeroes are a valid value.
+    unsafe {
+        let page = libc::mmap(
+            std::ptr::null_mut(),
+            size_of::<Seen>(),
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        match page == libc::MAP_FAILED {
+            true => Err(io::Error::last_os_error().to_string()),
+            false => Ok(&*page.cast::<Seen>()),
+        }
+    }
+}
+
+/// Runs `body` in a forked process and waits for it, if `wait`.
+fn fork(wait: bool, body: impl FnOnce()) -> Result<(), String> {
+    // SAFETY: the child runs `body` alone and ends without returning. What `body` uses (malloc, glibc's and
+    // nptl's threads) is usable in a forked child.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error().to_string()),
+        0 => {
+            body();
+            // SAFETY: no destructor of this copy may run.
+            unsafe { libc::_exit(0) }
+        }
+        pid if wait => {
+            let mut status = 0;
+            // SAFETY: a child of ours, and a valid place for its status.
+            unsafe { libc::waitpid(pid, &raw mut status, 0) };
+            match status {
+                0 => Ok(()),
+                status => Err(format!(
+                    "a forked process ended with wait status {status:#x}"
+                )),
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
+/// When the init of a namespace ends, the kernel first closes the namespace for new tasks, then kills its
+/// members one by one, the lowest number first. The member with the highest number therefore has the time
+/// that it takes to kill all others.
+fn dying_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
+    const MEMBERS: usize = 800;
+    ask.calibrate()?;
+    let seen = shared_page()?;
+    let wanted = ask.rounds as u64;
+    let count = || seen.nptl.load(Ordering::SeqCst);
+    let most = 20 + 4 * ask.rounds;
+    let mut namespaces = 0;
+    while count() < wanted && namespaces < most {
+        namespaces += 1;
+        seen.ready.store(0, Ordering::SeqCst);
+        fork(true, || {
+            // SAFETY: changes only where later children of this process live.
+            if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
+                tell_note(format_args!("unshare: {}", io::Error::last_os_error()));
+                return;
+            }
+            let _ = fork(true, || init_of_dying_namespace(seen, MEMBERS));
+        })?;
+    }
+    if count() == 0 {
+        return Err(format!(
+            "the moment between the end of a namespace and that of its processes was never met in {namespaces} tries"
+        ));
+    }
+    tell_note(format_args!(
+        "{namespaces} namespaces with {MEMBERS} members each had to end for it"
+    ));
+    tell_granted(0);
+    Ok(())
+}
+
+/// The CPUs that the calling thread may use.
+fn allowed_cpus() -> Vec<usize> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+    let all = 0..CpuSet::count();
+    all.filter(|&cpu| allowed.is_set(cpu) == Ok(true)).collect()
+}
+
+/// Keeps the calling thread, and what it starts from now on, on one CPU.
+fn pin(cpu: Option<&usize>) {
+    let mut one = CpuSet::new();
+    if cpu.is_some_and(|&cpu| one.set(cpu).is_ok()) {
+        // Refused or not: the moment is only met less often without.
+        let _ = sched_setaffinity(Pid::from_raw(0), &one);
+    }
+}
+
+fn init_of_dying_namespace(seen: &'static Seen, members: usize) {
+    // The members that are woken to be killed must not push the last one, which asks, off its CPU.
+    let cpus = allowed_cpus();
+    pin(cpus.first());
+    let mut sleepers = Sleepers::default();
+    if sleepers.add(members).is_err() {
+        return;
+    }
+    std::mem::forget(sleepers);
+    let last = || {
+        pin(cpus.last());
+        ask_while_dying(seen);
+    };
+    if fork(false, last).is_err() {
+        return;
+    }
+    while seen.ready.load(Ordering::SeqCst) == 0 {
+        std::thread::yield_now();
+    }
+}
+
+/// A clone into no cgroup: it always fails, EBADF where a pid number was to be had before.
+fn until_cgroup() -> Errno {
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    // SAFETY: all zeroes is a valid structure.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = (libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD) as u64
+        | (libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SYSVSEM) as u64
+        | CLONE_INTO_CGROUP;
+    args.cgroup = i32::MAX as u64;
+    // SAFETY: a valid structure of that size; without a cgroup of that number no task comes to be.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+    debug_assert_eq!(result, -1);
+    Errno::last()
+}
+
+/// Ends by SIGKILL.
+fn ask_while_dying(seen: &'static Seen) {
+    const STACK: usize = 256 << 10;
+    let namespace = inode("/proc/self/ns/pid");
+    let expected = Expected {
+        errno: Errno::ENOMEM,
+        ..refused(CauseKind::DyingPidNamespace, PROVEN)
+    };
+    // A thread created or ended while the others are being killed would wait for the lock that this takes, so
+    // that the moment is waited for with a call that never gets so far.
+    seen.ready.store(1, Ordering::SeqCst);
+    while until_cgroup() != Errno::ENOMEM {}
+    loop {
+        let Err(error) = ask_nptl(Builder::new().stack_size(STACK)) else {
+            tell_failure("a thread was created in a dying namespace");
+            return;
+        };
+        let judgement = expected.judge(&error, |cause| match *cause {
+            Cause::DyingPidNamespace { namespace: found } => {
+                same("the namespace", found, namespace)
+            }
+            ref other => other_cause(other),
+        });
+        tell_answer(&error, judgement);
+        seen.nptl.fetch_add(1, Ordering::SeqCst);
+        for (ask, tell) in [
+            (ask_pthread as fn(usize) -> i32, tell_pthread as fn(i32)),
+            (ask_std, tell_std),
+        ] {
+            tell(ask(STACK));
+        }
+    }
+}

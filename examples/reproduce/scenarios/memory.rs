@@ -1,0 +1,450 @@
+//! What refuses the stack's mapping, or the kernel's own memory for a task.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit};
+use nptl::{Cause, CauseKind, Certainty, SpawnError, Step};
+
+use super::ask::{Asker, Expected, Right, other_cause, same, tell_note};
+use super::clone::become_limited_user;
+use super::{Need, Scenario, number_in, plain, write};
+use crate::support::{Cgroup, inherited_cgroup, set_rlimit};
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "rlimit-as",
+        what: "the stack does not fit into what RLIMIT_AS leaves",
+        needs: &[],
+        sandbox: plain,
+        provoke: rlimit_as,
+    },
+    Scenario {
+        name: "rlimit-data",
+        what: "the stack does not fit into what RLIMIT_DATA leaves",
+        needs: &[],
+        sandbox: plain,
+        provoke: rlimit_data,
+    },
+    Scenario {
+        name: "max-map-count",
+        what: "the process has as many mappings as vm.max_map_count allows",
+        needs: &[],
+        sandbox: plain,
+        provoke: max_map_count,
+    },
+    Scenario {
+        name: "memlock",
+        what: "mlockall(MCL_FUTURE) is in force, and the stack exceeds RLIMIT_MEMLOCK",
+        needs: &[],
+        sandbox: plain,
+        provoke: memlock,
+    },
+    Scenario {
+        name: "overcommit-0",
+        what: "the stack is larger than memory and swap together, in overcommit mode 0",
+        needs: &[],
+        sandbox: plain,
+        provoke: overcommit_0,
+    },
+    Scenario {
+        name: "memory-cgroup",
+        what: "the memory cgroup has no room for a task's kernel memory",
+        needs: &[Need::Root, Need::MemoryCgroupV1],
+        sandbox: |child| {
+            let cgroup = Cgroup::memory()?;
+            if cgroup.is_unified() {
+                return Err(
+                    "under v2 the pages of the process are charged to the same cgroup as its \
+                            kernel memory, and it would be killed instead of refused"
+                        .to_owned(),
+                );
+            }
+            Ok(child.cgroup(&cgroup.nested()?))
+        },
+        provoke: memory_cgroup,
+    },
+];
+
+/// Larger than anything a cache has, and than what else moves in a process.
+const STACK: usize = 64 << 20;
+
+const PROVEN: &[Certainty] = &[Certainty::Proven];
+
+const fn refused(kind: CauseKind) -> Expected {
+    Expected {
+        step: Step::MapStack,
+        errno: Errno::ENOMEM,
+        kind,
+        certainty: PROVEN,
+    }
+}
+
+/// A field of /proc/self/status that is given in kB, in bytes.
+fn status(field: &str) -> Result<u64, String> {
+    kilobytes("/proc/self/status", field)
+}
+
+pub(super) fn kilobytes(file: &str, field: &str) -> Result<u64, String> {
+    let text = std::fs::read_to_string(file).map_err(|e| format!("{file}: {e}"))?;
+    let value = text.lines().find_map(|line| {
+        let rest = line.strip_prefix(field)?.strip_prefix(':')?;
+        rest.split_whitespace().next()?.parse::<u64>().ok()
+    });
+    value
+        .map(|kib| kib * 1024)
+        .ok_or_else(|| format!("{file} has no {field}"))
+}
+
+/// The numbers must explain the refusal, and be those of now.
+fn explains(
+    requested: u64,
+    in_use: Option<u64>,
+    limit: Option<u64>,
+    true_use: u64,
+    true_limit: u64,
+) -> Result<(), String> {
+    const MOVES: u64 = 1 << 20;
+    same("the limit", limit, Some(true_limit))?;
+    let in_use = in_use.ok_or("how much is in use was not read")?;
+    if in_use.abs_diff(true_use) > MOVES {
+        return Err(format!("{true_use} bytes were in use, not {in_use}"));
+    }
+    // Guard, thread-local storage and signal stack come on top, less than this.
+    if !(STACK as u64..STACK as u64 + MOVES).contains(&requested) {
+        return Err(format!("{requested} bytes is not what was asked for"));
+    }
+    match in_use + requested > true_limit {
+        true => Ok(()),
+        false => Err(format!(
+            "{in_use} + {requested} bytes do not exceed {true_limit}"
+        )),
+    }
+}
+
+/// Asks with the soft limit set to `limit`, and puts back what it was.
+fn ask_under(ask: &mut Asker<'_>, resource: Resource, limit: u64) -> Result<(), String> {
+    let (soft, _) = getrlimit(resource).map_err(|e| e.to_string())?;
+    set_rlimit(resource as libc::__rlimit_resource_t, limit);
+    ask.ask();
+    set_rlimit(resource as libc::__rlimit_resource_t, soft);
+    Ok(())
+}
+
+fn rlimit_as(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    ask.stack_size(STACK);
+    let used = status("VmSize")?;
+    let allowed = used + STACK as u64 / 2;
+    ask_under(ask, Resource::RLIMIT_AS, allowed)?;
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::AddressSpace).judge(error, |cause| match *cause {
+            Cause::AddressSpace {
+                requested,
+                in_use,
+                limit,
+            } => explains(requested, in_use, limit, used, allowed),
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+fn rlimit_data(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    ask.stack_size(STACK);
+    let used = status("VmData")?;
+    let allowed = used + STACK as u64 / 2;
+    ask_under(ask, Resource::RLIMIT_DATA, allowed)?;
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::DataSegment).judge(error, |cause| match *cause {
+            Cause::DataSegment {
+                requested,
+                in_use,
+                limit,
+            } => explains(requested, in_use, limit, used, allowed),
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+/// Mappings of a page each, until no more is allowed; unmapped at the end.
+struct Mappings(Vec<usize>);
+
+impl Mappings {
+    fn fill(most: usize) -> Result<Mappings, String> {
+        let mut mappings = Mappings(Vec::with_capacity(most + 1));
+        let mut protection = libc::PROT_READ;
+        while mappings.0.len() <= most {
+            // Neighbours of different protection do not merge.
+            protection ^= libc::PROT_READ;
+            // SAFETY: a new private mapping.
+            let page = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    4096,
+                    protection,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                    -1,
+                    0,
+                )
+            };
+            if page == libc::MAP_FAILED {
+                return Ok(mappings);
+            }
+            mappings.0.push(page as usize);
+        }
+        Err("more mappings than vm.max_map_count are allowed".to_owned())
+    }
+}
+
+impl Drop for Mappings {
+    fn drop(&mut self) {
+        for &page in &self.0 {
+            // SAFETY: mapped by `fill`, and nobody else knows it.
+            unsafe { libc::munmap(page as *mut libc::c_void, 4096) };
+        }
+    }
+}
+
+fn max_map_count(ask: &mut Asker<'_>) -> Result<(), String> {
+    const MOST: u64 = 4 << 20;
+    ask.calibrate()?;
+    let most = number_in("/proc/sys/vm/max_map_count")?;
+    if most > MOST {
+        return Err(format!(
+            "vm.max_map_count is {most}: that many mappings would take too long"
+        ));
+    }
+    let mappings = Mappings::fill(most as usize)?;
+    ask.ask();
+    let count = mappings.0.len();
+    drop(mappings);
+    tell_note(format_args!("{count} mappings of one page were added"));
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::MapCount).judge(error, |cause| match *cause {
+            Cause::MapCount { maximum, split } => {
+                same("vm.max_map_count", maximum, Some(most))?;
+                same("a split", split, false)
+            }
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+fn memlock(ask: &mut Asker<'_>) -> Result<(), String> {
+    become_limited_user()?;
+    ask.calibrate()?;
+    ask.stack_size(STACK);
+    let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).map_err(|e| e.to_string())?;
+    let allowed = hard.min(STACK as u64 / 2);
+    set_rlimit(libc::RLIMIT_MEMLOCK, allowed);
+    // SAFETY: changes how later mappings are locked.
+    if unsafe { libc::mlockall(libc::MCL_FUTURE) } != 0 {
+        return Err(format!("mlockall: {}", std::io::Error::last_os_error()));
+    }
+    let used = status("VmLck")?;
+    ask.ask();
+    // SAFETY: takes nothing but the locks.
+    unsafe { libc::munlockall() };
+    ask.tell(Right::Refused, |error: &SpawnError| {
+        let expected = Expected {
+            errno: Errno::EAGAIN,
+            ..refused(CauseKind::LockedMemory)
+        };
+        expected.judge(error, |cause| match *cause {
+            Cause::LockedMemory {
+                requested,
+                in_use,
+                limit,
+            } => explains(requested, in_use, limit, used, allowed),
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+fn overcommit_0(ask: &mut Asker<'_>) -> Result<(), String> {
+    let mode = number_in("/proc/sys/vm/overcommit_memory")?;
+    if mode != 0 {
+        return Err(format!("vm.overcommit_memory is {mode} here"));
+    }
+    let total = kilobytes("/proc/meminfo", "MemTotal")? + kilobytes("/proc/meminfo", "SwapTotal")?;
+    ask.calibrate()?;
+    ask.stack_size(total as usize + (1 << 30));
+    ask.ask();
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::Overcommit).judge(error, |cause| match *cause {
+            Cause::Overcommit {
+                mode,
+                requested,
+                limit,
+                ..
+            } => {
+                same("the mode", mode, Some(0))?;
+                same("memory and swap", limit, Some(total))?;
+                same("a request beyond them", requested > total, true)
+            }
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}
+
+/// A process's pages are charged to the cgroup of its first thread, a new task's kernel memory to that of the
+/// thread that creates it. So the asking thread alone enters the limited cgroup: there it can be refused, but
+/// never be made to wait for a page.
+fn memory_cgroup(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    let cgroup = inherited_cgroup(0);
+    let inner = cgroup.path();
+    let outer = inner.parent().ok_or("a cgroup without a parent")?;
+    write(outer.join("cgroup.procs"), 0)?;
+    // Refuse instead of killing the thread that asks.
+    write(inner.join("memory.oom_control"), 1)?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| ask_in_memory_cgroup(ask, inner, outer));
+        let ended = thread.join();
+        ended.unwrap_or_else(|_| Err("the asking thread panicked".to_owned()))
+    })
+}
+
+/// Threads of pthread_create that wait for the end of a pipe; dropped, they are joined.
+struct Crowd {
+    threads: Vec<libc::pthread_t>,
+    wait: OwnedFd,
+    /// Held open until they are to end.
+    end: Option<OwnedFd>,
+}
+
+impl Crowd {
+    fn new() -> Result<Crowd, String> {
+        let (wait, end) = nix::unistd::pipe().map_err(|e| e.to_string())?;
+        Ok(Crowd {
+            threads: Vec::with_capacity(1000),
+            wait,
+            end: Some(end),
+        })
+    }
+
+    fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// False: refused.
+    fn grow(&mut self) -> bool {
+        extern "C" fn wait_for_end(fd: *mut libc::c_void) -> *mut libc::c_void {
+            let mut byte = 0_u8;
+            // SAFETY: one byte of room; the descriptor is open until this thread is joined.
+            unsafe { libc::read(fd as i32, (&raw mut byte).cast(), 1) };
+            std::ptr::null_mut()
+        }
+        let mut thread = 0;
+        let fd = self.wait.as_raw_fd() as usize as *mut libc::c_void;
+        // SAFETY: the routine takes a number; the attributes are initialised before they are used.
+        let answer = unsafe {
+            let mut attributes = std::mem::zeroed();
+            libc::pthread_attr_init(&raw mut attributes);
+            libc::pthread_attr_setstacksize(&raw mut attributes, 32 << 10);
+            let answer =
+                libc::pthread_create(&raw mut thread, &raw const attributes, wait_for_end, fd);
+            libc::pthread_attr_destroy(&raw mut attributes);
+            answer
+        };
+        if answer == 0 {
+            self.threads.push(thread);
+        }
+        answer == 0
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        self.end = None;
+        for &thread in &self.threads {
+            // SAFETY: started by `grow` and joined once.
+            unsafe { libc::pthread_join(thread, std::ptr::null_mut()) };
+        }
+    }
+}
+
+fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Result<(), String> {
+    // For the evidence, which needs files opened; a task needs more.
+    const SLACK: u64 = 12 << 10;
+    const MOST: usize = 1000;
+    // Opened before: at the limit even that can be refused.
+    let mut free = File::options()
+        .write(true)
+        .open(outer.join("tasks"))
+        .map_err(|e| e.to_string())?;
+    write(inner.join("tasks"), 0)?;
+    let usage = inner.join("memory.usage_in_bytes");
+    let limit = inner.join("memory.limit_in_bytes");
+    // Once with everything allowed: what these open and touch for the first time is charged now.
+    ask.ask_others();
+    ask.ask_nptl();
+    ask.forget();
+    // Refused or not, this takes back what the CPUs have charged in advance.
+    let _ = write(&limit, 4096);
+    let allowed = number_in(&usage)? + SLACK;
+    write(&limit, allowed)?;
+    // Threads that stay until there is no room for one more; bare ones, because one of std's aborts the
+    // process where it is granted but its signal stack is not.
+    let mut crowd = Crowd::new()?;
+    while crowd.len() < MOST && crowd.grow() {}
+    let full = crowd.len() < MOST;
+    if full {
+        ask.ask();
+    }
+    free.write_all(b"0").map_err(|e| e.to_string())?;
+    write(&limit, -1)?;
+    drop(crowd);
+    if !full {
+        return Err(format!(
+            "{MOST} threads fit into {allowed} bytes of kernel memory"
+        ));
+    }
+    // Either: the usage falls when the kernel has freed what earlier tasks were charged for, which it does
+    // late. A cgroup that is not nearly full when it is looked at is not named; another never is.
+    ask.tell(Right::Either, |error| {
+        let expected = Expected {
+            step: Step::Clone,
+            errno: Errno::ENOMEM,
+            kind: CauseKind::KernelMemory,
+            certainty: PROVEN,
+        };
+        expected.judge(error, |cause| match *cause {
+            // Without memory for a task there is none to open the cgroup's files either.
+            Cause::KernelMemory {
+                unread: Some(errno),
+                ..
+            } => same("why the files were not read", errno, Errno::ENOMEM),
+            Cause::KernelMemory { directory, .. } if directory.to_str().is_none() => Ok(()),
+            Cause::KernelMemory {
+                directory,
+                version,
+                usage,
+                limit,
+                failures,
+                ..
+            } => {
+                same("the directory", directory.to_str(), inner.to_str())?;
+                same("the version", version, 1)?;
+                same("the limit", limit, Some(allowed))?;
+                same("a counted failure", failures > Some(0), true)?;
+                same(
+                    "a usage up to the limit",
+                    usage <= Some(allowed) && usage > Some(0),
+                    true,
+                )
+            }
+            ref other => other_cause(other),
+        })
+    });
+    Ok(())
+}

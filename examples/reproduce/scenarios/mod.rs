@@ -1,0 +1,274 @@
+//! One scenario for each cause: a process in a sandbox that makes the limit real, asks for threads, and judges
+//! the answers by what it knows of the limit.
+//!
+//! Shared by the example `reproduce` and the test of that name: both start themselves again for each process
+//! of a scenario, each in its own way ([`Start`]).
+
+mod ask;
+mod clone;
+mod guardian;
+mod machine;
+mod memory;
+mod virtual_machines;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+pub use ask::{Answer, Tally};
+
+use crate::support::{Child, Output, is_root};
+use ask::{Asker, tell_failure, tell_skip};
+
+/// Starts this program again for the case of that name.
+pub type Start<'a> = dyn Fn(&str) -> Child + Sync + 'a;
+
+/// How often nptl is asked under one limit, for the processes of a scenario.
+const ROUNDS_VARIABLE: &str = "NPTL_REPRODUCE_ROUNDS";
+
+/// What a scenario cannot run without.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Need {
+    Root,
+    /// Root, or a kernel that lets users have user namespaces.
+    UserNamespace,
+    /// `kernel.pid_max` of a pid namespace of its own.
+    Kernel6_14,
+    /// A v1 hierarchy with the memory controller.
+    MemoryCgroupV1,
+    /// A hierarchy with the pids controller, v1 or v2.
+    PidsCgroup,
+    /// The flag: it changes what the whole machine shares.
+    MachineWide,
+    /// Without it, the same with plain threads.
+    KvmIfThere,
+}
+
+impl Need {
+    pub fn text(self) -> &'static str {
+        match self {
+            Need::Root => "root",
+            Need::UserNamespace => "root or user namespaces",
+            Need::Kernel6_14 => "Linux 6.14",
+            Need::MemoryCgroupV1 => "a v1 memory cgroup",
+            Need::PidsCgroup => "a pids cgroup",
+            Need::MachineWide => "--machine-wide",
+            Need::KvmIfThere => "/dev/kvm if it is there",
+        }
+    }
+}
+
+type Sandbox = fn(Child) -> Result<Child, String>;
+type Provoke = fn(&mut Asker<'_>) -> Result<(), String>;
+
+pub struct Scenario {
+    pub name: &'static str,
+    /// What stands in the way.
+    pub what: &'static str,
+    pub needs: &'static [Need],
+    /// Describes the process's surroundings. `Err`: why they cannot be had.
+    sandbox: Sandbox,
+    /// Runs inside. `Err`: why the limit cannot be met here.
+    provoke: Provoke,
+}
+
+impl Scenario {
+    pub fn needs(&self) -> String {
+        match self.needs {
+            [] => "nothing".to_owned(),
+            needs => {
+                let texts: Vec<_> = needs.iter().map(|need| need.text()).collect();
+                texts.join(", ")
+            }
+        }
+    }
+}
+
+/// Every scenario, in the order of the path: clone's checks as the kernel makes them, then memory, then stories.
+pub fn all() -> impl Iterator<Item = &'static Scenario> {
+    [
+        clone::SCENARIOS,
+        memory::SCENARIOS,
+        virtual_machines::SCENARIOS,
+        machine::SCENARIOS,
+    ]
+    .into_iter()
+    .flatten()
+}
+
+pub fn by_name(name: &str) -> Option<&'static Scenario> {
+    all().find(|scenario| scenario.name == name)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    Right,
+    Wrong,
+    Skipped,
+}
+
+/// What came out of a scenario.
+#[derive(Debug, Serialize)]
+pub struct Outcome {
+    pub name: &'static str,
+    pub what: &'static str,
+    pub needs: &'static [Need],
+    pub verdict: Verdict,
+    /// What is wrong, or why it was skipped.
+    pub why: Vec<String>,
+    pub pthread_create: Tally,
+    pub std_thread: Tally,
+    /// Threads that nptl created under the limit.
+    pub nptl_granted: u64,
+    /// Its refusals.
+    pub answers: Vec<Answer>,
+    pub notes: Vec<String>,
+    pub seconds: f64,
+}
+
+impl Outcome {
+    fn of(scenario: &Scenario, verdict: Verdict, why: Vec<String>) -> Outcome {
+        Outcome {
+            name: scenario.name,
+            what: scenario.what,
+            needs: scenario.needs,
+            verdict,
+            why,
+            pthread_create: Tally::default(),
+            std_thread: Tally::default(),
+            nptl_granted: 0,
+            answers: Vec::new(),
+            notes: Vec::new(),
+            seconds: 0.0,
+        }
+    }
+}
+
+/// Runs a scenario to its end. nptl is asked `rounds` times under its limit.
+pub fn run(
+    scenario: &'static Scenario,
+    rounds: usize,
+    machine_wide: bool,
+    start: &Start<'_>,
+) -> Outcome {
+    let began = Instant::now();
+    if scenario.needs.contains(&Need::MachineWide) && !machine_wide {
+        let why = "it changes what the whole machine shares: needs --machine-wide".to_owned();
+        return Outcome::of(scenario, Verdict::Skipped, vec![why]);
+    }
+    let child = start(scenario.name)
+        .env(ROUNDS_VARIABLE, rounds.to_string())
+        .time_limit(Duration::from_secs(120));
+    let output = (scenario.sandbox)(child).and_then(Child::run);
+    let mut outcome = match output {
+        Ok(output) => judge(scenario, &output),
+        Err(why) => Outcome::of(scenario, Verdict::Skipped, vec![with_needs(scenario, &why)]),
+    };
+    outcome.seconds = began.elapsed().as_secs_f64();
+    outcome
+}
+
+fn with_needs(scenario: &Scenario, why: &str) -> String {
+    match scenario.needs {
+        [] => why.to_owned(),
+        _ => format!("{why} (needs {})", scenario.needs()),
+    }
+}
+
+fn judge(scenario: &'static Scenario, output: &Output) -> Outcome {
+    let mut wrong: Vec<String> = Vec::new();
+    let mut outcome = Outcome::of(scenario, Verdict::Right, Vec::new());
+    // Each line was made by `report` in one write, so that processes of one scenario do not mix theirs.
+    let tally = |key: &str, wrong: &mut Vec<String>| {
+        let mut sum = Tally::default();
+        for text in output.all(key) {
+            match serde_json::from_str(text) {
+                Ok(tally) => sum.add(&tally),
+                Err(error) => wrong.push(format!("{key}: {error}: {text}")),
+            }
+        }
+        sum
+    };
+    outcome.pthread_create = tally("pthread_create", &mut wrong);
+    outcome.std_thread = tally("std::thread", &mut wrong);
+    for text in output.all("answer") {
+        match serde_json::from_str::<Answer>(text) {
+            Ok(answer) => {
+                wrong.extend(answer.wrong.clone());
+                outcome.answers.push(answer);
+            }
+            Err(error) => wrong.push(format!("an answer: {error}: {text}")),
+        }
+    }
+    let granted = output.all("granted").into_iter().map(str::parse::<u64>);
+    outcome.nptl_granted = granted.flatten().sum();
+    outcome.notes = output.all("note").into_iter().map(str::to_owned).collect();
+    wrong.extend(output.all("failed").into_iter().map(str::to_owned));
+    let skipped = output.get("skip");
+    // A process that died on the way has proven nothing, whatever it said before.
+    if !output.status.success() || output.timed_out.is_some() || output.get("done").is_none() {
+        wrong.push(format!(
+            "the process of the scenario did not end well: {output}"
+        ));
+    } else if skipped.is_none()
+        && wrong.is_empty()
+        && outcome.nptl_granted == 0
+        && outcome.answers.is_empty()
+    {
+        wrong.push(format!("the scenario asked nothing: {output}"));
+    }
+    if !wrong.is_empty() {
+        outcome.verdict = Verdict::Wrong;
+        outcome.why = wrong;
+    } else if let Some(why) = skipped {
+        outcome.verdict = Verdict::Skipped;
+        outcome.why = vec![with_needs(scenario, why)];
+    }
+    outcome
+}
+
+/// In a process that was started for `case`: does its part.
+pub fn play(case: &str, start: &Start<'_>) {
+    let (name, role) = case.split_once('/').unwrap_or((case, ""));
+    let rounds = std::env::var(ROUNDS_VARIABLE).ok();
+    let rounds = rounds.and_then(|text| text.parse().ok()).unwrap_or(1);
+    match (by_name(name), role) {
+        (Some(scenario), "") => {
+            if let Err(why) = (scenario.provoke)(&mut Asker::new(rounds, start)) {
+                tell_skip(&why);
+            }
+            crate::support::report("done", "yes");
+        }
+        (Some(_), role) => virtual_machines::play(role, rounds),
+        (None, _) => tell_failure(&format!("no scenario is named {name}")),
+    }
+}
+
+/// No sandbox but the process.
+fn plain(child: Child) -> Result<Child, String> {
+    Ok(child)
+}
+
+/// Namespaces as root, or inside a user namespace as anybody.
+fn privileged(child: Child) -> Result<Child, String> {
+    Ok(match is_root() {
+        true => child,
+        false => child.user_namespace(),
+    })
+}
+
+/// A file whose whole content is a number.
+fn number_in(path: impl AsRef<Path>) -> Result<u64, String> {
+    let path = path.as_ref();
+    let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let number = text.trim().parse();
+    number.map_err(|_| format!("{}: {text:?} is no number", path.display()))
+}
+
+fn write(path: impl AsRef<Path>, value: impl ToString) -> Result<(), String> {
+    let path = path.as_ref();
+    std::fs::write(path, value.to_string()).map_err(|e| format!("{}: {e}", path.display()))
+}
