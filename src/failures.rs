@@ -41,13 +41,25 @@ impl Failure {
     };
 }
 
-struct Ring {
+pub(crate) struct Ring {
     /// Refusals so far.
     count: u64,
     entries: [Failure; KEPT],
 }
 
-static FAILURES: Lock<Ring> = Lock::new(Ring {
+impl Ring {
+    /// In a forked child: another thread may have been in the middle of an entry, so none is trusted.
+    pub(crate) fn forget(&mut self) {
+        self.count = 0;
+        for entry in &mut self.entries {
+            entry.number = 0;
+            entry.refusal = None;
+        }
+    }
+}
+
+/// Held across fork, with the crate's other locks (`stack::cache`).
+pub(crate) static FAILURES: Lock<Ring> = Lock::new(Ring {
     count: 0,
     entries: [Failure::EMPTY; KEPT],
 });

@@ -26,7 +26,7 @@ use crate::clone::sys;
 use crate::error::{SpawnError, Step};
 use crate::handle::Running;
 use crate::scope::{Entered, Latch};
-use crate::stack::cache::StackCache;
+use crate::stack::cache::{self, StackCache};
 use crate::stack::fallible::Shared;
 use crate::stack::{self, Life, Stack};
 use crate::tcb::Runtime;
@@ -185,6 +185,8 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     }
     drop(cache);
 
+    // The count that comes next is of this process: the closure can have forked without handlers.
+    cache::notice_fork();
     // SAFETY: the ending thread itself, with application signals open (rule 17).
     unsafe {
         runtime.run_destructors();

@@ -191,6 +191,15 @@ fn the_child_spawns_whoever_forked() {
     }
 }
 
+/// The status of a child whose end was exit(3), which runs what atexit(3) was told; the kernel's end of a
+/// process without threads does not.
+const EXITED: i32 = 7;
+
+extern "C" fn exited() {
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(EXITED) }
+}
+
 /// The forking thread is one of ours and returns from its closure in the child, too: the last thread of a
 /// process exits with 0.
 #[test]
@@ -221,6 +230,8 @@ fn the_last_thread_of_a_child_exits_with_0() {
                     }
                     let pid = fork.fork();
                     if pid == 0 {
+                        // SAFETY: a function of this program; only exit(3) calls it.
+                        unsafe { libc::atexit(exited) };
                         if name == "outlived" {
                             // Ours ends first; a thread that nobody joins is the last.
                             let parent_tid = nix::unistd::gettid().as_raw();
@@ -241,7 +252,11 @@ fn the_last_thread_of_a_child_exits_with_0() {
             if name.ends_with("detached thread") {
                 drop(handle.take());
             }
-            assert_eq!(told.recv().expect("a status"), 0, "{name}");
+            let expected = match name.starts_with("destructor") {
+                true => 0,
+                false => EXITED << 8,
+            };
+            assert_eq!(told.recv().expect("a status"), expected, "{name}");
             if let Some(handle) = handle {
                 handle.join().expect("its end");
             }
@@ -450,3 +465,50 @@ fn a_fork_at_each_call_of_a_held_spawn() {
 }
 
 static STARTED: AtomicBool = AtomicBool::new(false);
+
+/// Refusals are recorded all the time while the process forks: no child finds the ring of failures locked.
+#[test]
+fn a_fork_in_the_middle_of_refusals_leaves_no_lock_held() {
+    if let Some(name) = case() {
+        let fork = if name == "bare" {
+            Fork::Bare
+        } else {
+            Fork::Handlers
+        };
+        let refuse = || {
+            let builder = Builder::new().stack_size(usize::MAX);
+            builder.spawn(|| ()).expect_err("too large").step()
+        };
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..2)
+                .map(|_| {
+                    scope.spawn(|| {
+                        while !stop.load(Ordering::Acquire) {
+                            refuse();
+                        }
+                    })
+                })
+                .collect();
+            for _ in 0..300 {
+                let status = in_child(fork, || {
+                    assert_eq!(refuse(), nptl::Step::Attributes);
+                    let last = nptl::last_failure().expect("a failure");
+                    assert_eq!(last.step(), nptl::Step::Attributes);
+                });
+                assert_eq!(status, 0, "the child hung, or failed");
+            }
+            stop.store(true, Ordering::Release);
+            for thread in threads {
+                thread.join().expect("its end");
+            }
+        });
+        report("good", "yes");
+        return;
+    }
+    for name in ["handlers", "bare"] {
+        let output = child("a_fork_in_the_middle_of_refusals_leaves_no_lock_held", name);
+        let output = or_skip!(output.time_limit(Duration::from_secs(60)).run()).success();
+        assert_eq!(output.get("good"), Some("yes"), "{name}: {output}");
+    }
+}

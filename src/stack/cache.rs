@@ -6,6 +6,7 @@
 use super::caps::Caps;
 use super::ledger::{Budget, Ledger, State, Stats, Victims};
 use super::{Life, Lock, Stack};
+use crate::failures::FAILURES;
 use crate::tcb::Runtime;
 use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
@@ -607,6 +608,8 @@ extern "C" fn before_fork() {
     for instance in instances() {
         instance.ledger.before_fork();
     }
+    // Taken with no other lock held, so anywhere.
+    FAILURES.hold();
     FORKING.store(own, Ordering::Relaxed);
 }
 
@@ -631,6 +634,7 @@ extern "C" fn after_fork_in_parent() {
     }
     // SAFETY: as above.
     unsafe {
+        drop(FAILURES.held());
         drop(super::SPARE.held());
         drop(ADDING.held());
     }
@@ -644,10 +648,18 @@ extern "C" fn after_fork() {
     forget_parent(true);
     // SAFETY: held by before_fork in the thread that this one is a copy of.
     unsafe {
+        drop(FAILURES.held());
         drop(super::SPARE.held());
         drop(ADDING.held());
     }
     Runtime::release_calibration();
+}
+
+/// How many threads this process has, or 1 where /proc does not tell: glibc's own can have been started
+/// in a forked child before this crate was asked for one.
+fn own_threads() -> i32 {
+    let tasks = std::fs::read_dir("/proc/self/task").map(Iterator::count);
+    tasks.ok().and_then(|n| i32::try_from(n).ok()).unwrap_or(1)
 }
 
 /// In a forked child only the calling thread exists: no tid word of another will ever be cleared,
@@ -657,7 +669,7 @@ fn forget_parent(prepared: bool) {
     let own = crate::clone::thread_pointer();
     if !prepared && let Some(runtime) = Runtime::existing() {
         // SAFETY: this is a forked child with one thread, by the caller's evidence.
-        unsafe { runtime.repair_lists() };
+        unsafe { runtime.repair_lists(own_threads()) };
     }
     // glibc's fork resets its single-thread flags, too: the child must be primed anew.
     Runtime::forget_after_fork();
@@ -689,6 +701,7 @@ fn forget_parent(prepared: bool) {
     if !prepared {
         // SAFETY: whoever held these does not exist in this process.
         unsafe {
+            FAILURES.seize().forget();
             drop(super::SPARE.seize());
             drop(ADDING.seize());
             Runtime::seize_calibration();

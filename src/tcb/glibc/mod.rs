@@ -136,11 +136,14 @@ impl Runtime {
     }
 
     /// In a child that glibc's own fork did not prepare: gives its lists of threads the state that
-    /// fork would have, with no thread of the parent's on them, and frees their lock.
+    /// fork would have, with no thread of the parent's on them, and frees their lock. `threads` is the
+    /// number of those that exist, which becomes glibc's count, so that the last one ends the process
+    /// by exit(3) (rule 17).
     ///
     /// # Safety
     /// The process is a forked child with one thread, which is not inside a list operation.
-    pub(crate) unsafe fn repair_lists(&self) {
+    pub(crate) unsafe fn repair_lists(&self, threads: i32) {
+        self.symbols.nthreads().store(threads, Ordering::Release);
         // SAFETY: passed on.
         unsafe {
             self.list
