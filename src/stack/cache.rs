@@ -12,7 +12,8 @@ use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
 
-/// 64 MiB: more than 1,100 default stacks at their upper bound of 56 KiB each.
+/// 64 MiB: a thousand default stacks at their upper bound of 56 to 64 KiB each (the signal stack grows with
+/// the processor's vector registers).
 const DEFAULT_BUDGET: usize = 64 << 20;
 
 /// What an empty closure, a formatted message or a small vector needs, with room to spare.
@@ -65,7 +66,7 @@ impl StackCacheConfig {
 
     /// Bytes of memory that cached stacks may occupy; the coldest are unmapped beyond it. Each
     /// counts with the bytes of [`keep_resident`](Self::keep_resident), its signal stack and the block
-    /// above them, used or not: some 24 KiB more. The rest of its address space does not count.
+    /// above them, used or not: 24 to 32 KiB more. The rest of its address space does not count.
     pub fn resident_budget(self, bytes: usize) -> Self {
         StackCacheConfig {
             resident_budget: bytes,

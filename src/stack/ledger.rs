@@ -615,6 +615,11 @@ impl<E: Entry> Ledger<E> {
         found
     }
 
+    /// Counts a miss of a request that has no class, and for which nothing is cached. O(1).
+    pub(crate) fn miss(&self) {
+        self.lists.lock().stats.misses += 1;
+    }
+
     /// Takes a stack back: from the joiner, from a spawn that failed, or from a detached thread
     /// that still runs on it. O(1); the caller unmaps at most [`EVICT`] stacks.
     pub(crate) fn give(&self, e: &'static E) -> Victims<'_, E> {

@@ -401,6 +401,8 @@ impl Stack {
             // rule 3 asks.
             unsafe { runtime.bury(&self.block) };
             sys::set_signal_mask(old);
+            // SAFETY: nothing runs on the stack any more.
+            unsafe { self.discard() };
             // SAFETY: as above.
             unsafe { self.drop_remains() };
         }
@@ -574,7 +576,8 @@ unsafe impl Entry for Stack {
 
     fn resident(&self) -> usize {
         let size = self.size();
-        let keep = if self.locked.load(Ordering::Relaxed) {
+        // A thread that died has not discarded what it used.
+        let keep = if self.locked.load(Ordering::Relaxed) || self.block.died() {
             size
         } else {
             self.keep.load(Ordering::Relaxed).min(size)
@@ -660,6 +663,9 @@ impl Idle {
                     Errno::EINVAL,
                     0,
                 ))?;
+                if class.is_none() {
+                    cache.ledger().miss();
+                }
                 cache::heed_limits(runtime);
                 (Stack::map(cache, runtime, &layout, class)?, false)
             }

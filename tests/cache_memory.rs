@@ -1,0 +1,283 @@
+//! What trim, clear and a disabled cache give back, and that no heap is lost on the way.
+
+mod support;
+
+use std::hint::black_box;
+
+use nptl::{Builder, StackCache, StackCacheConfig, StackInfo};
+use support::{burst, case, child, is_mapped, malloc_in_use, or_skip, report, resident_pages};
+
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+
+/// Runs `work` in a process of its own: its memory is nobody else's.
+fn alone(test: &str, work: impl FnOnce()) {
+    if case().is_some() {
+        work();
+        report("done", "yes");
+        return;
+    }
+    let output = or_skip!(child(test, "run").run()).success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("done"), Some("yes"), "{output}");
+    }
+}
+
+fn private(config: StackCacheConfig) -> (StackCache, Builder) {
+    let cache = StackCache::new(config);
+    let builder = Builder::new().stack_cache(&cache);
+    (cache, builder)
+}
+
+/// Resident bytes of the process, from its page tables: statm lags behind by a batch for each processor.
+fn resident() -> usize {
+    let smaps = std::fs::read_to_string("/proc/self/smaps_rollup").expect("smaps_rollup");
+    let kib = smaps.lines().find_map(|line| line.strip_prefix("Rss:"));
+    let kib = kib
+        .and_then(|line| line.trim().strip_suffix(" kB"))
+        .expect("Rss");
+    kib.trim().parse::<usize>().expect("a number") * KIB
+}
+
+/// Uses about so many bytes of the stack.
+fn touch(bytes: usize) {
+    let page = [1_u8; 4096];
+    black_box(&page);
+    if bytes > page.len() {
+        touch(bytes - page.len());
+    }
+    black_box(&page);
+}
+
+/// As `burst`, with threads that use so much of their stacks. Joined in the order of their start.
+fn deep_burst(builder: &Builder, count: usize, bytes: usize) -> Vec<StackInfo> {
+    let gate = std::sync::Arc::new(std::sync::Barrier::new(count + 1));
+    let handles: Vec<_> = (0..count)
+        .map(|_| {
+            let gate = std::sync::Arc::clone(&gate);
+            let body = move || {
+                touch(bytes);
+                gate.wait();
+            };
+            builder.clone().spawn(body).expect("a thread")
+        })
+        .collect();
+    gate.wait();
+    let end = |handle: nptl::JoinHandle<()>| {
+        let stack = handle.stack();
+        handle.join().expect("its end");
+        stack
+    };
+    handles.into_iter().map(end).collect()
+}
+
+/// What a VMM does under memory pressure: the bytes come back to the kernel, not only out of the accounts.
+#[test]
+fn trim_gives_memory_back() {
+    alone("trim_gives_memory_back", || {
+        const KEEP: usize = 512 * KIB;
+        let config = StackCacheConfig::default().keep_resident(KEEP);
+        let (cache, builder) = private(config.resident_budget(1 << 30));
+        let builder = builder.stack_size(2 * MIB);
+        // The heap of the test's own threads and buffers.
+        deep_burst(&builder, 64, KEEP);
+        cache.clear();
+        let before = resident();
+
+        deep_burst(&builder, 64, KEEP);
+        let full = resident();
+        let used = full - before;
+        assert!(
+            used > 64 * (KEEP - 16 * KIB),
+            "{used} bytes: nothing was kept"
+        );
+        assert!(
+            used <= cache.stats().cached_resident_bytes + 64 * KIB,
+            "{used}"
+        );
+        assert_eq!(cache.stats().cached_stacks, 64);
+
+        // Half of it.
+        let half = cache.stats().cached_resident_bytes / 2;
+        cache.trim(half);
+        let stats = cache.stats();
+        assert!(stats.cached_resident_bytes <= half);
+        assert_eq!(stats.cached_stacks, 32);
+        let freed = full - resident();
+        assert!(freed > 31 * (KEEP - 16 * KIB), "{freed} bytes are back");
+
+        // All of it.
+        cache.trim(0);
+        assert_eq!(cache.stats().mapped_stacks, 0);
+        assert_eq!(cache.stats().evictions, 128);
+        let left = resident().saturating_sub(before);
+        assert!(left < MIB, "{left} bytes are left of {used}");
+        report(
+            "figures",
+            format_args!("{used} bytes, {left} after trim(0)"),
+        );
+    });
+}
+
+/// What a thread used beyond the remainder goes at its end.
+#[test]
+fn a_cached_stack_keeps_the_remainder_only() {
+    alone("a_cached_stack_keeps_the_remainder_only", || {
+        for keep in [0, 32 * KIB, 256 * KIB] {
+            let (cache, builder) = private(StackCacheConfig::default().keep_resident(keep));
+            let builder = builder.stack_size(2 * MIB);
+            for stack in deep_burst(&builder, 8, MIB) {
+                let pages = resident_pages(stack.base, stack.size).expect("cached");
+                assert!(pages * 4096 <= keep.max(4096), "{pages} pages of {keep}");
+            }
+            assert_eq!(cache.stats().cached_stacks, 8);
+        }
+    });
+}
+
+#[test]
+fn the_coldest_goes_first() {
+    alone("the_coldest_goes_first", || {
+        let (cache, builder) = private(StackCacheConfig::default());
+        // Two classes: age goes across them.
+        let large = burst(&builder.clone().stack_size(256 * KIB), 3);
+        let small = burst(&builder.clone().stack_size(64 * KIB), 3);
+        let warm = burst(&builder.clone().stack_size(256 * KIB), 1);
+        assert_eq!(
+            warm[0].base, large[2].base,
+            "the warmest of its class is reused"
+        );
+        let by_age = [large[0], large[1], small[0], small[1], small[2], warm[0]];
+        let each = cache.stats().cached_resident_bytes / 6;
+        for gone in 0..=6 {
+            cache.trim((6 - gone) * each);
+            let mapped = by_age.map(|stack| is_mapped(stack.base));
+            let expected: [bool; 6] = std::array::from_fn(|at| at >= gone);
+            assert_eq!(mapped, expected, "after {gone}");
+        }
+        // The same by the budget, while stacks come back.
+        cache.set_config(StackCacheConfig::default().resident_budget(4 * each));
+        let stacks = burst(&builder.stack_size(64 * KIB), 10);
+        let mapped: Vec<_> = stacks.iter().map(|stack| is_mapped(stack.base)).collect();
+        assert_eq!(mapped, [[false; 6].as_slice(), &[true; 4]].concat());
+    });
+}
+
+#[test]
+fn a_disabled_cache_keeps_nothing() {
+    alone("a_disabled_cache_keeps_nothing", || {
+        let (cache, builder) = private(StackCacheConfig::disabled());
+        for round in 1..=3 {
+            let stacks = burst(&builder, 20);
+            assert!(!stacks.iter().any(|stack| is_mapped(stack.base)));
+            let stats = cache.stats();
+            let counts = (stats.hits, stats.misses, stats.evictions);
+            assert_eq!(counts, (0, 20 * round, 0));
+            assert_eq!((stats.mapped_stacks, stats.mapped_virtual_bytes), (0, 0));
+        }
+    });
+}
+
+/// Leaves a full heap cache with the block that it lies in.
+fn allocate() {
+    for size in (8..=1032).step_by(64) {
+        black_box([(); 7].map(|()| Vec::<u8>::with_capacity(size)));
+    }
+}
+
+fn allocating_burst(builder: &Builder, count: usize) {
+    let gate = std::sync::Arc::new(std::sync::Barrier::new(count));
+    let handles: Vec<_> = (0..count)
+        .map(|_| {
+            let gate = std::sync::Arc::clone(&gate);
+            let body = move || {
+                allocate();
+                gate.wait();
+            };
+            builder.clone().spawn(body).expect("a thread")
+        })
+        .collect();
+    handles
+        .into_iter()
+        .for_each(|handle| handle.join().expect("its end"));
+}
+
+/// Stacks come and go in every way; the heap caches of their threads are handed on, not lost. One is more
+/// than 10 kB here, and 20,000 threads would lose 200 MB.
+#[test]
+fn no_heap_is_lost_however_stacks_come_and_go() {
+    type Cycle = fn(usize);
+    const BURST: usize = 20;
+    const SIZES: [usize; 4] = [64 * KIB, 128 * KIB, 256 * KIB, MIB];
+    let cycles: [(&str, Cycle); 6] = [
+        ("cleared", |round| {
+            let builder = Builder::new().stack_size(SIZES[round % 4]);
+            allocating_burst(&builder, BURST);
+            StackCache::global().clear();
+        }),
+        ("trimmed by half", |round| {
+            let builder = Builder::new().stack_size(SIZES[round % 4]);
+            allocating_burst(&builder, BURST);
+            let cached = StackCache::global().stats().cached_resident_bytes;
+            StackCache::global().trim(cached / 2);
+        }),
+        ("over budget", |round| {
+            let config = StackCacheConfig::default().resident_budget(400 * KIB);
+            StackCache::global().set_config(config);
+            allocating_burst(&Builder::new().stack_size(SIZES[round % 4]), BURST);
+        }),
+        ("of private caches", |round| {
+            let config = StackCacheConfig::default().zeroed(round % 3 == 0);
+            let (cache, builder) = private(config);
+            allocating_burst(&builder.stack_size(SIZES[round % 4]), BURST);
+            drop(cache);
+        }),
+        ("not cached", |round| {
+            let (_cache, builder) = private(StackCacheConfig::disabled());
+            allocating_burst(&builder.stack_size(SIZES[round % 4]), BURST);
+        }),
+        ("detached", |round| {
+            let (cache, builder) = private(StackCacheConfig::default());
+            for _ in 0..BURST {
+                let builder = builder.clone().stack_size(SIZES[round % 4]);
+                builder.spawn(allocate).expect("a thread").detach();
+            }
+            if round % 2 == 0 {
+                cache.clear();
+            }
+            drop((cache, builder));
+            // Whoever still runs has a handle of the private cache; the last one hands it over. Rounds
+            // that overlap would have more heap caches than one.
+            while std::fs::read_dir("/proc/self/task").expect("tasks").count() > 2 {
+                std::thread::yield_now();
+            }
+            StackCache::global().clear();
+            assert_eq!(StackCache::global().stats().mapped_stacks, 0);
+        }),
+    ];
+    if let Some(name) = case() {
+        let (_, cycle) = cycles.iter().find(|cycle| cycle.0 == name).expect("a case");
+        // More threads at once than later: each record carries one heap cache from then on.
+        allocating_burst(&Builder::new().stack_size(2 * MIB), 3 * BURST);
+        (0..100).for_each(cycle);
+        let before = malloc_in_use();
+        (0..400).for_each(cycle);
+        report("growth", malloc_in_use() - before);
+        return;
+    }
+    for (name, _) in cycles {
+        let output = child("no_heap_is_lost_however_stacks_come_and_go", name).run();
+        let output = or_skip!(output).success();
+        let growth: i64 = output
+            .get("growth")
+            .expect("a number")
+            .parse()
+            .expect("one");
+        println!("{name}: {growth:+} bytes");
+        // 8,000 threads: 8 bytes each would be 64 kB.
+        assert!(
+            growth < 64 << 10,
+            "{name}: malloc has given out {growth} bytes more"
+        );
+    }
+}
