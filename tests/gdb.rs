@@ -133,3 +133,105 @@ fn gdb_lists_named_threads_and_ends_at_the_entry() {
         );
     }
 }
+
+/// A directory that goes with the value.
+struct Scratch(std::path::PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Is refused a thread while others live and stacks are cached, in two caches, and aborts.
+fn abort_after_a_refusal(directory: &str) -> ! {
+    std::env::set_current_dir(directory).expect("the scratch directory");
+    support::set_rlimit(libc::RLIMIT_CORE, u64::MAX);
+    let private = nptl::StackCache::new(nptl::StackCacheConfig::default());
+    let started = Arc::new(Barrier::new(3));
+    for (name, cache) in [("alive-global", None), ("alive-private", Some(&private))] {
+        let started = Arc::clone(&started);
+        let builder = nptl::Builder::new().name(name).stack_size(512 << 10);
+        let builder = match cache {
+            Some(cache) => builder.stack_cache(cache),
+            None => builder,
+        };
+        let body = move || {
+            started.wait();
+            loop {
+                std::thread::park();
+            }
+        };
+        builder.spawn(body).expect("a thread").detach();
+    }
+    started.wait();
+    support::set_rlimit(libc::RLIMIT_AS, 1 << 20);
+    let refused = nptl::Builder::new().name("vcpu7").stack_size(8 << 20);
+    assert!(refused.spawn(|| ()).is_err());
+    // After the refusal, which gives cached stacks back.
+    support::set_rlimit(libc::RLIMIT_AS, u64::MAX);
+    let cached = nptl::Builder::new()
+        .stack_cache(&private)
+        .stack_size(64 << 10);
+    let ended = cached.spawn(|| ()).expect("a thread");
+    ended.join().expect("its end");
+    // SAFETY: never returns.
+    unsafe { libc::abort() }
+}
+
+/// What the engineer with a core dump does: two commands, without our source or debug information.
+#[test]
+fn a_core_file_tells_the_cause_and_the_stacks() {
+    if let Some(directory) = case() {
+        abort_after_a_refusal(&directory);
+    }
+    let pattern = std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
+    let pattern = pattern.trim();
+    if pattern.is_empty() || pattern.starts_with('|') || pattern.contains('/') {
+        skip!("kernel.core_pattern is {pattern:?}: no core file in the working directory");
+    }
+    let name = "a_core_file_tells_the_cause_and_the_stacks";
+    let directory = std::env::temp_dir().join(format!("nptl-core-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a scratch directory");
+    let directory = Scratch(directory);
+    let output = or_skip!(child(name, &directory.0.display().to_string()).run());
+    assert_eq!(output.signal(), Some(libc::SIGABRT), "{output}");
+    let core = std::fs::read_dir(&directory.0)
+        .expect("the scratch directory")
+        .flatten()
+        .map(|entry| entry.path())
+        .next();
+    let Some(core) = core else {
+        skip!("the kernel wrote no core file, although kernel.core_pattern is {pattern:?}");
+    };
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/gdb/nptl.py");
+    let gdb = Command::new("gdb")
+        .args(["-nx", "-batch", "-ex", &format!("source {script}")])
+        .args(["-ex", "nptl-failures", "-ex", "nptl-stacks"])
+        .arg(std::env::current_exe().expect("this program"))
+        .arg(&core)
+        .env_remove("LD_PRELOAD")
+        .stdin(Stdio::null())
+        .output();
+    let Ok(gdb) = gdb else {
+        skip!("gdb is not installed");
+    };
+    let text = String::from_utf8_lossy(&gdb.stdout);
+    let errors = String::from_utf8_lossy(&gdb.stderr);
+    for part in [
+        "step=map stack errno=ENOMEM cause=AddressSpace certainty=proven",
+        "name=\"vcpu7\"",
+        "RLIMIT_AS",
+        "ulimit -v",
+        "\"alive-global\"",
+        "\"alive-private\"",
+        "64 KiB cached",
+        "2 live",
+        "1 cached",
+    ] {
+        assert!(
+            text.contains(part),
+            "{part:?} is not in\n--- gdb's stdout\n{text}\n--- gdb's stderr\n{errors}"
+        );
+    }
+}
