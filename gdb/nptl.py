@@ -1,7 +1,7 @@
 """gdb commands for processes and core files with threads of the crate nptl.
 
 nptl-failures   the last refused spawns, newest first, with their reports
-nptl-stacks     every stack: address, size, state, tid, name of its thread
+nptl-stacks     every stack: address, size, cache, state, tid, name of its thread
 
 Embedded in the binary (.debug_gdb_scripts); gdb loads it where `auto-load safe-path` allows, or with
 `source gdb/nptl.py`. Needs no debug information: the static nptl::debug::DIRECTORY tells where all is.
@@ -28,9 +28,9 @@ def directory():
         address = int(gdb.parse_and_eval("(unsigned long)&'nptl::debug::DIRECTORY'"))
     except gdb.error as error:
         raise gdb.GdbError("no threads of the crate nptl here: %s" % error)
-    found = words(address, 13)
-    if found[0] != 1:
-        raise gdb.GdbError("nptl::debug::DIRECTORY has version %d, this script knows 1" % found[0])
+    found = words(address, 15)
+    if found[0] != 2:
+        raise gdb.GdbError("nptl::debug::DIRECTORY has version %d, this script knows 2" % found[0])
     return found
 
 
@@ -58,14 +58,16 @@ class Failures(gdb.Command):
 
 
 class Stacks(gdb.Command):
-    """Every stack of the crate nptl: address, size, state, tid, name of its thread."""
+    """Every stack of the crate nptl: address, size, cache, state, tid, name of its thread."""
 
     def __init__(self):
         super().__init__("nptl-stacks", gdb.COMMAND_STATUS)
 
     def invoke(self, argument, from_tty):
         found = directory()
-        at, (after, base, guard, size, tid, name, length, state) = found[4], found[5:13]
+        at, global_cache = found[4:6]
+        after, base, guard, size, tid, name, length, state, owner = found[6:15]
+        caches = {global_cache: "global cache"}
         counts = {}
         while at:
             word = lambda offset: words(at + offset, 1)[0]
@@ -73,8 +75,9 @@ class Stacks(gdb.Command):
             counts[what] = counts.get(what, 0) + 1
             if what != "gone":
                 start = word(base) + word(guard)
-                line = "0x%x..0x%x %8d KiB %-9s" % (
-                    start, start + word(size), word(size) // 1024, what)
+                cache = caches.setdefault(word(owner), "private cache %d" % len(caches))
+                line = "0x%x..0x%x %8d KiB %-15s %-9s" % (
+                    start, start + word(size), word(size) // 1024, cache, what)
                 if what in ("live", "ending"):
                     line += " tid %d" % struct.unpack("i", read(word(tid), 4))
                     if word(name):

@@ -4,6 +4,7 @@
 
 use crate::failures;
 use crate::stack::Stack;
+use crate::stack::cache::StackCache;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 /// Words in the order that `gdb/nptl.py` knows; a change of the order changes `VERSION`.
@@ -15,10 +16,12 @@ pub(crate) struct Directory {
     failure_size: AtomicUsize,
     /// The record of a stack that was made last.
     records: AtomicPtr<Stack>,
-    offsets: [usize; 8],
+    /// The ledger of the global cache; every other is a private one's.
+    global: AtomicUsize,
+    offsets: [usize; 9],
 }
 
-const VERSION: usize = 1;
+const VERSION: usize = 2;
 
 /// Kept by the linker because the functions below use it; found by its symbol.
 static DIRECTORY: Directory = Directory {
@@ -27,6 +30,7 @@ static DIRECTORY: Directory = Directory {
     failure_count: AtomicUsize::new(0),
     failure_size: AtomicUsize::new(0),
     records: AtomicPtr::new(std::ptr::null_mut()),
+    global: AtomicUsize::new(0),
     offsets: Stack::OFFSETS,
 };
 
@@ -39,6 +43,10 @@ pub(crate) fn publish_failures(ring: &failures::Directory) {
 
 /// A record was made; records are never freed, so the list only grows.
 pub(crate) fn publish_record(stack: &'static Stack) {
+    let global = StackCache::global().ledger();
+    DIRECTORY
+        .global
+        .store(std::ptr::from_ref(global).addr(), Ordering::Relaxed);
     let new = std::ptr::from_ref(stack).cast_mut();
     let mut last = DIRECTORY.records.load(Ordering::Relaxed);
     loop {

@@ -225,7 +225,9 @@ fn a_core_file_tells_the_cause_and_the_stacks() {
         "ulimit -v",
         "\"alive-global\"",
         "\"alive-private\"",
-        "64 KiB cached",
+        "64 KiB private cache 1 cached",
+        "512 KiB private cache 1 live",
+        "512 KiB global cache    live",
         "2 live",
         "1 cached",
     ] {

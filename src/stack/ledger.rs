@@ -221,6 +221,9 @@ impl<E> Links<E> {
     pub(crate) const STATE_OFFSET: usize =
         mem::offset_of!(Self, facts) + Guarded::<Facts>::VALUE + mem::offset_of!(Facts, state);
 
+    /// Where it reads the address of the ledger that the entry is in, one word.
+    pub(crate) const OWNER_OFFSET: usize = mem::offset_of!(Self, owner);
+
     pub(crate) const fn new() -> Self {
         Links {
             owner: AtomicUsize::new(NOBODY),

@@ -124,7 +124,7 @@ impl Stack {
     }
 
     /// Offsets for a debugger, in the order that `gdb/nptl.py` knows.
-    pub(crate) const OFFSETS: [usize; 8] = [
+    pub(crate) const OFFSETS: [usize; 9] = [
         std::mem::offset_of!(Stack, next_record),
         std::mem::offset_of!(Stack, base),
         std::mem::offset_of!(Stack, guard),
@@ -133,6 +133,7 @@ impl Stack {
         std::mem::offset_of!(Stack, name),
         std::mem::offset_of!(Stack, name_length),
         std::mem::offset_of!(Stack, links) + Links::<Stack>::STATE_OFFSET,
+        std::mem::offset_of!(Stack, links) + Links::<Stack>::OWNER_OFFSET,
     ];
 
     /// Where a debugger goes from here.
