@@ -88,8 +88,7 @@ impl StackCacheConfig {
     /// Whether a reused stack is as good as a new one: nothing of the thread before it can be read there.
     ///
     /// `false`, the default: the next thread finds what the last one left in the bytes of
-    /// [`keep_resident`](Self::keep_resident), and on the signal stack if a handler ran there; a thread that
-    /// died without its last frames (a bare exit(2), a seccomp filter) leaves all of its stack.
+    /// [`keep_resident`](Self::keep_resident), and on the signal stack if a handler ran there.
     ///
     /// `true`: the stack, the signal stack and the block above them (struct pthread and thread-locals) are
     /// given back with `MADV_DONTNEED`, or overwritten where they are locked, when the stack is taken again.

@@ -252,10 +252,11 @@ impl Stack {
         if uses.is_multiple_of(caps::EVERY) {
             cache::heed_limits(runtime);
         }
-        // The cache's configuration can have changed, and with it the bytes that are accounted for.
+        // The cache's configuration can have changed, and with it the bytes that are accounted for; a
+        // thread that died, and that nobody has joined, has left all of its stack.
         let (before, keep) = (self.keep.load(Ordering::Relaxed), cache.keep_resident());
         self.keep.store(keep, Ordering::Relaxed);
-        if before > keep {
+        if before > keep || self.block.died() {
             // SAFETY: nothing runs on an idle stack.
             unsafe { self.discard() };
         }
