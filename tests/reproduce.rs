@@ -1,12 +1,21 @@
 //! Every scenario of the example `reproduce`, fifty times under each limit: the right cause, with its
-//! certainty, and never a wrong name.
+//! certainty, and never a wrong name. Then two limits close together, and limits that flicker because other
+//! processes come and go.
 
 mod support;
 
 #[path = "../examples/reproduce/scenarios/mod.rs"]
 mod scenarios;
 
+use std::time::{Duration, Instant};
+
+use nptl::{Builder, Cause, CauseKind, Certainty, RetryPolicy, SpawnError};
 use scenarios::Verdict;
+use scenarios::guardian::Guarded;
+use support::{
+    Cgroup, Child, Sleepers, become_unused_user, case, child, inherited_cgroup, or_skip, report,
+    set_rlimit,
+};
 
 /// How often nptl is asked under each limit.
 const ROUNDS: usize = 50;
@@ -76,4 +85,290 @@ scenarios! {
     virtual_machines "virtual-machines"
     threads_max "threads-max"
     overcommit_2 "overcommit-2"
+}
+
+/// Spawns until nptl has been refused `ROUNDS` times, or for long enough, and reports what it said.
+fn collect(policy: RetryPolicy, judge: impl Fn(&SpawnError) -> Result<(), String>) {
+    let began = Instant::now();
+    let mut refusals = Vec::with_capacity(ROUNDS);
+    let mut granted = 0;
+    while refusals.len() < ROUNDS && began.elapsed() < Duration::from_secs(6) {
+        match Builder::new()
+            .stack_size(64 << 10)
+            .retry(policy)
+            .spawn(|| ())
+        {
+            Ok(thread) => {
+                granted += 1;
+                thread.join().expect("its end");
+            }
+            Err(error) => refusals.push(error),
+        }
+    }
+    report("granted", granted);
+    report("refusals", refusals.len());
+    for error in &refusals {
+        let proven = error.certainty() == Certainty::Proven;
+        let what = format!("{:?} {}", error.cause().kind(), error.certainty());
+        report(if proven { "proven" } else { "not proven" }, what);
+        if let Err(why) = judge(error) {
+            report("wrong", format_args!("{why}: {error}"));
+        }
+    }
+}
+
+/// The thread that is asked for is the first that meets the limit: nptl has prepared itself before.
+fn prepare() {
+    let thread = nptl::spawn(|| ()).expect("a thread without limits");
+    thread.join().expect("its end");
+    std::thread::sleep(Duration::from_millis(30));
+}
+
+fn named(error: &SpawnError, kinds: &[CauseKind]) -> Result<(), String> {
+    match kinds.contains(&error.cause().kind()) {
+        true => Ok(()),
+        false => Err(format!("only {kinds:?} can be right")),
+    }
+}
+
+/// The directory of a cgroup, where one is named, and the limit.
+fn cgroup_named(error: &SpawnError, path: &std::path::Path, most: u64) -> Result<(), String> {
+    match *error.cause() {
+        Cause::PidsCgroup {
+            directory, maximum, ..
+        } if directory.to_str() != path.to_str() || maximum != Some(most) => {
+            Err("another cgroup, or another limit".to_owned())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn run_case(test: &str, name: &str, sandbox: impl FnOnce(Child) -> Result<Child, String>) {
+    let output = or_skip!(sandbox(child(test, name)).and_then(Child::run)).success();
+    if output.skipped().is_some() {
+        return;
+    }
+    assert_eq!(output.all("wrong"), Vec::<&str>::new(), "{name}");
+    let refusals: usize = output
+        .get("refusals")
+        .expect("a count")
+        .parse()
+        .expect("a number");
+    let mut others = output.all("not proven");
+    others.sort_unstable();
+    others.dedup();
+    println!(
+        "{name}: {} granted, {refusals} refusals, {} of them proven, else {others:?}",
+        output.get("granted").unwrap_or_default(),
+        output.all("proven").len(),
+    );
+    // The default policy can wait until noise leaves room, every time; then it was asked in vain.
+    let patient = name.ends_with(", default");
+    let granted = output.get("granted").is_some_and(|count| count != "0");
+    assert!(refusals > 0 || patient && granted, "{name}: never refused");
+}
+
+/// One limit is full and another leaves room for exactly one more task, both ways.
+#[test]
+fn of_two_limits_close_together_the_one_that_refused_is_named() {
+    let test = "of_two_limits_close_together_the_one_that_refused_is_named";
+    if let Some(name) = case() {
+        return meet_two_limits(&name);
+    }
+    for name in ["cgroup full, user nearly", "user full, cgroup nearly"] {
+        run_case(test, name, |child| Ok(child.cgroup(&Cgroup::pids()?)));
+    }
+    for name in ["cgroup full, numbers nearly", "numbers full, cgroup nearly"] {
+        run_case(test, name, |child| {
+            Ok(child.pid_namespace(Some(400)).cgroup(&Cgroup::pids()?))
+        });
+    }
+}
+
+fn meet_two_limits(name: &str) {
+    prepare();
+    let cgroup = inherited_cgroup(0);
+    let (full, nearly) = name.split_once(", ").expect("two words");
+    let full = full.strip_suffix(" full").expect("full");
+    let nearly = nearly.strip_suffix(" nearly").expect("nearly");
+    let room = |limit: &str| u64::from(limit != full);
+    let mut sleepers = Sleepers::default();
+    if [full, nearly].contains(&"numbers") {
+        sleepers.add(500).expect_err("no number left");
+        sleepers.remove(room("numbers") as usize);
+    }
+    let most = cgroup.tasks() + room("cgroup");
+    if [full, nearly].contains(&"user") {
+        // Opened by root; the limit of an unused user counts this process's tasks only, as the cgroup does.
+        let tasks = cgroup.tasks();
+        cgroup.set("pids.max", most);
+        or_skip!(become_unused_user());
+        set_rlimit(libc::RLIMIT_NPROC, tasks + room("user"));
+    } else {
+        cgroup.set("pids.max", most);
+    }
+    let kind = match full {
+        "cgroup" => CauseKind::PidsCgroup,
+        "user" => CauseKind::UserProcesses,
+        _ => CauseKind::PidNumbers,
+    };
+    collect(RetryPolicy::default(), |error| {
+        named(error, &[kind])?;
+        match error.certainty() {
+            Certainty::Proven => cgroup_named(error, cgroup.path(), most),
+            _ => Err("not proven".to_owned()),
+        }
+    });
+}
+
+/// Processes that fork and let the child end, all the time; each of the first `count` counts itself.
+fn make_noise(count: usize) {
+    // SAFETY: getpid has no preconditions.
+    let parent = unsafe { libc::getpid() };
+    for _ in 0..count {
+        // SAFETY: the child runs alone, makes only system calls, and never returns.
+        let pid = unsafe { libc::fork() };
+        assert_ne!(pid, -1, "{}", std::io::Error::last_os_error());
+        if pid == 0 {
+            // SAFETY: as above.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                while libc::getppid() == parent {
+                    // Long enough for a thread to get through now and then.
+                    libc::usleep(100);
+                    match libc::fork() {
+                        0 => libc::_exit(0),
+                        -1 => {}
+                        pid => {
+                            libc::waitpid(pid, std::ptr::null_mut(), 0);
+                        }
+                    }
+                }
+                libc::_exit(0)
+            }
+        }
+    }
+}
+
+/// The answer may be inferred or unknown then, but never wrong.
+#[test]
+fn noise_makes_no_answer_wrong() {
+    let test = "noise_makes_no_answer_wrong";
+    if let Some(name) = case() {
+        return meet_noise(&name);
+    }
+    for policy in ["default", "never"] {
+        run_case(test, &format!("cgroup, {policy}"), |child| {
+            Ok(child.cgroup(&Cgroup::pids()?))
+        });
+        run_case(test, &format!("user, {policy}"), Ok);
+        run_case(test, &format!("numbers, {policy}"), |child| {
+            Ok(child.pid_namespace(Some(400)))
+        });
+    }
+}
+
+fn meet_noise(name: &str) {
+    const NOISE: usize = 2;
+    prepare();
+    let (limit, policy) = name.split_once(", ").expect("two words");
+    let policy = match policy {
+        "never" => RetryPolicy::never(),
+        _ => RetryPolicy::default(),
+    };
+    // Each of the noisy ones has a child at times: with both, nothing is left for a thread.
+    let room = NOISE as u64;
+    match limit {
+        "cgroup" => {
+            let cgroup = inherited_cgroup(0);
+            make_noise(NOISE);
+            let most = cgroup.tasks().min(2 + NOISE as u64) + room - 1;
+            cgroup.set("pids.max", most);
+            collect(policy, |error| {
+                named(error, &[CauseKind::PidsCgroup, CauseKind::Unknown])?;
+                cgroup_named(error, cgroup.path(), most)
+            });
+        }
+        "user" => {
+            or_skip!(become_unused_user());
+            let tasks = support::Snapshot::take().kernel_threads;
+            make_noise(NOISE);
+            set_rlimit(libc::RLIMIT_NPROC, tasks + NOISE as u64 + room - 1);
+            collect(policy, |error| {
+                named(error, &[CauseKind::UserProcesses, CauseKind::Unknown])
+            });
+        }
+        _ => {
+            let mut sleepers = Sleepers::default();
+            sleepers.add(500).expect_err("no number left");
+            sleepers.remove(2 * NOISE - 1);
+            make_noise(NOISE);
+            collect(policy, |error| {
+                named(error, &[CauseKind::PidNumbers, CauseKind::Unknown])
+            });
+        }
+    }
+}
+
+/// What `--machine-wide` relies on, tried with a value that is shared by no one: `kernel.pid_max` of a pid
+/// namespace.
+#[test]
+fn a_guarded_value_comes_back_however_its_process_ends() {
+    const PATH: &str = "/proc/sys/kernel/pid_max";
+    let test = "a_guarded_value_comes_back_however_its_process_ends";
+    let value = || {
+        std::fs::read_to_string(PATH)
+            .expect("pid_max")
+            .trim()
+            .to_owned()
+    };
+    let longest = |name: &str| match name {
+        "too long" => Duration::from_millis(100),
+        _ => Duration::from_secs(60),
+    };
+    match case().as_deref() {
+        None => {
+            let outside = value();
+            let inside = child(test, "inside").pid_namespace(Some(400));
+            or_skip!(inside.run()).success();
+            assert_eq!(value(), outside);
+        }
+        Some("inside") => {
+            for name in [
+                "drop", "panic", "exit", "SIGKILL", "SIGTERM", "SIGINT", "too long",
+            ] {
+                let mut worker = child(test, name).spawn().expect("a worker");
+                assert!(worker.wait_for("CHANGED 500"), "{name}");
+                let signal = match name {
+                    "SIGKILL" => libc::SIGKILL,
+                    "SIGTERM" => libc::SIGTERM,
+                    "SIGINT" => libc::SIGINT,
+                    _ => 0,
+                };
+                // SAFETY: the group that our own child leads; a terminal would signal all of it, too.
+                unsafe { libc::kill(-worker.pid(), signal) };
+                if name != "too long" {
+                    worker.send("end");
+                }
+                let deadline = Instant::now() + Duration::from_secs(10);
+                while value() != "400" {
+                    assert!(Instant::now() < deadline, "{name}: not put back");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                worker.send("end");
+                let output = worker.finish();
+                println!("{name}: {}", output.status);
+            }
+        }
+        Some(name) => {
+            let guarded = Guarded::change(PATH.as_ref(), "500", longest(name)).expect("a change");
+            println!("CHANGED {}", value());
+            let _ = std::io::stdin().read_line(&mut String::new());
+            match name {
+                "exit" => std::process::exit(3),
+                "panic" => panic!("on purpose"),
+                _ => drop(guarded),
+            }
+        }
+    }
 }

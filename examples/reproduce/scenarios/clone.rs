@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -15,7 +15,7 @@ use nptl::{
 };
 
 use super::ask::{
-    Asker, Expected, Right, ask_nptl, ask_pthread, ask_std, other_cause, same, tell_answer,
+    Asker, Expected, Join, Right, ask_nptl, ask_pthread, ask_std, other_cause, same, tell_answer,
     tell_failure, tell_granted, tell_note, tell_pthread, tell_std,
 };
 use super::{Need, Scenario, number_in, plain, privileged};
@@ -170,7 +170,7 @@ pub(super) fn become_limited_user() -> Result<u32, String> {
 fn leave_room_for_one() -> Result<u64, String> {
     for limit in 1..100_000 {
         set_rlimit(libc::RLIMIT_NPROC, limit);
-        if ask_pthread(64 << 10) == 0 {
+        if ask_pthread(64 << 10, Join::Patient) == 0 {
             // The kernel counts it until it is reaped.
             std::thread::sleep(Duration::from_millis(30));
             return Ok(limit);
@@ -298,7 +298,9 @@ fn deadline(ask: &mut Asker<'_>) -> Result<(), String> {
 
 /// A thread that is inside execve most of the time: the file is opened, found executable, and refused only
 /// after the kernel has marked the state that it shares with the other threads.
-fn exec_in_a_loop() -> Result<(), String> {
+///
+/// `burst` times without a pause: endlessly, hardly anybody would get in between.
+fn exec_in_a_loop(burst: usize) -> Result<(), String> {
     let failed = |_| io::Error::last_os_error().to_string();
     // SAFETY: the name is NUL-terminated, the buffer as long as said.
     let file = unsafe {
@@ -309,11 +311,14 @@ fn exec_in_a_loop() -> Result<(), String> {
     let path = CString::new(format!("/proc/self/fd/{file}")).map_err(|e| e.to_string())?;
     u32::try_from(file).map_err(failed)?;
     let work = move || {
+        let nothing = [std::ptr::null()];
         loop {
-            let nothing = [std::ptr::null()];
-            // SAFETY: NUL-terminated path, lists that end with a null pointer. The file is no program, so that
-            // the call returns.
-            unsafe { libc::execve(path.as_ptr(), nothing.as_ptr(), nothing.as_ptr()) };
+            for _ in 0..burst {
+                // SAFETY: NUL-terminated path, lists that end with a null pointer. The file is no program, so
+                // that the call returns.
+                unsafe { libc::execve(path.as_ptr(), nothing.as_ptr(), nothing.as_ptr()) };
+            }
+            std::thread::sleep(Duration::from_micros(100));
         }
     };
     std::thread::Builder::new()
@@ -349,7 +354,7 @@ fn ask_repeatedly(ask: &mut Asker<'_>, least: usize, most: usize) {
 
 fn sibling_exec(ask: &mut Asker<'_>) -> Result<(), String> {
     ask.calibrate()?;
-    exec_in_a_loop()?;
+    exec_in_a_loop(20)?;
     ask_repeatedly(ask, 300, 300);
     if ask.refusals() == 0 {
         return Err(NEVER_MET.to_owned());
@@ -363,7 +368,7 @@ fn sibling_exec(ask: &mut Asker<'_>) -> Result<(), String> {
 fn sibling_exec_no_retry(ask: &mut Asker<'_>) -> Result<(), String> {
     ask.calibrate()?;
     ask.retry(RetryPolicy::never());
-    exec_in_a_loop()?;
+    exec_in_a_loop(usize::MAX)?;
     ask_repeatedly(ask, 20, 3000);
     if ask.nptl_refusals() == 0 {
         return Err(NEVER_MET.to_owned());
@@ -477,26 +482,41 @@ fn pids_cgroup(ask: &mut Asker<'_>, truth: CgroupPlace) -> Result<(), String> {
     Ok(())
 }
 
-/// More than enough for a window that is met once in some hundred joins.
-const JOINS: usize = 3000;
+/// Asks by `one` until it has met the window often enough, or for long enough.
+fn join_often(ask: &mut Asker<'_>, one: impl Fn(&mut Asker<'_>)) {
+    const JOINS: usize = 3000;
+    let wanted = ask.rounds.max(20);
+    let (began, before) = (Instant::now(), ask.refusals());
+    for _ in 0..JOINS {
+        let so_far = ask.refusals();
+        one(ask);
+        if ask.refusals() > so_far {
+            // Let it end.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if ask.refusals() - before >= wanted || began.elapsed() > Duration::from_secs(1) {
+            break;
+        }
+    }
+    // So that the next one does not meet a thread of this one's.
+    std::thread::sleep(Duration::from_millis(30));
+}
 
 fn join_and_spawn(ask: &mut Asker<'_>, right: Right) -> Result<(), String> {
     let user = become_limited_user()?;
     ask.calibrate()?;
     let limit = leave_room_for_one()?;
-    // One after the other, so that nobody meets a thread of another's that is still counted.
-    for _ in 0..JOINS {
+    ask.join(Join::Eager);
+    join_often(ask, |ask| {
         ask.ask_pthread();
-    }
-    std::thread::sleep(Duration::from_millis(30));
-    for _ in 0..JOINS {
+    });
+    join_often(ask, |ask| {
         ask.ask_std();
-    }
-    std::thread::sleep(Duration::from_millis(30));
-    for _ in 0..JOINS {
+    });
+    join_often(ask, |ask| {
         ask.ask_nptl();
-    }
-    if ask.refusals() == 0 {
+    });
+    if ask.refusals() == 0 || right == Right::Either && ask.nptl_refusals() == 0 {
         return Err(NEVER_MET.to_owned());
     }
     const ANY: &[Certainty] = &[Certainty::Proven, Certainty::Inferred];
@@ -671,7 +691,7 @@ fn ask_while_dying(seen: &'static Seen) {
     seen.ready.store(1, Ordering::SeqCst);
     while until_cgroup() != Errno::ENOMEM {}
     loop {
-        let Err(error) = ask_nptl(Builder::new().stack_size(STACK)) else {
+        let Err(error) = ask_nptl(Builder::new().stack_size(STACK), Join::Patient) else {
             tell_failure("a thread was created in a dying namespace");
             return;
         };
@@ -684,10 +704,13 @@ fn ask_while_dying(seen: &'static Seen) {
         tell_answer(&error, judgement);
         seen.nptl.fetch_add(1, Ordering::SeqCst);
         for (ask, tell) in [
-            (ask_pthread as fn(usize) -> i32, tell_pthread as fn(i32)),
+            (
+                ask_pthread as fn(usize, Join) -> i32,
+                tell_pthread as fn(i32),
+            ),
             (ask_std, tell_std),
         ] {
-            tell(ask(STACK));
+            tell(ask(STACK, Join::Patient));
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -56,7 +57,8 @@ impl Guarded {
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        let written = (&self.file).write_all(self.old.as_bytes());
+        // At the start: further on the kernel takes it for a part of what was written before, and ignores it.
+        let written = self.file.write_all_at(self.old.as_bytes(), 0);
         // And the guardian once more: it may have been the one to be right, if the write has failed.
         drop(self.alive.take());
         let ended = nix::sys::wait::waitpid(self.guardian, None);

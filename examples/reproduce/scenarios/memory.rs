@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
@@ -378,10 +379,9 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
     const SLACK: u64 = 12 << 10;
     const MOST: usize = 1000;
     // Opened before: at the limit even that can be refused.
-    let mut free = File::options()
-        .write(true)
-        .open(outer.join("tasks"))
-        .map_err(|e| e.to_string())?;
+    let open = |path| File::options().write(true).open(path);
+    let mut free = open(outer.join("tasks")).map_err(|e| e.to_string())?;
+    let mut set_limit = open(inner.join("memory.limit_in_bytes")).map_err(|e| e.to_string())?;
     write(inner.join("tasks"), 0)?;
     let usage = inner.join("memory.usage_in_bytes");
     let limit = inner.join("memory.limit_in_bytes");
@@ -389,15 +389,26 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
     ask.ask_others();
     ask.ask_nptl();
     ask.forget();
+    // The kernel frees ended tasks late.
+    std::thread::sleep(Duration::from_millis(50));
     // Refused or not, this takes back what the CPUs have charged in advance.
     let _ = write(&limit, 4096);
-    let allowed = number_in(&usage)? + SLACK;
+    let mut allowed = number_in(&usage)? + SLACK;
     write(&limit, allowed)?;
     // Threads that stay until there is no room for one more; bare ones, because one of std's aborts the
     // process where it is granted but its signal stack is not.
     let mut crowd = Crowd::new()?;
     while crowd.len() < MOST && crowd.grow() {}
-    let full = crowd.len() < MOST;
+    // Less than a task is left, and more than some files need.
+    let mut full = false;
+    while crowd.len() < MOST && !full {
+        allowed += SLACK;
+        // Written by a descriptor that is there: opening one may be refused by now.
+        set_limit
+            .write_all(allowed.to_string().as_bytes())
+            .map_err(|error| error.to_string())?;
+        full = !crowd.grow();
+    }
     if full {
         ask.ask();
     }
@@ -409,6 +420,9 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
             "{MOST} threads fit into {allowed} bytes of kernel memory"
         ));
     }
+    if ask.nptl_refusals() == 0 {
+        return Err("other tasks ended meanwhile, and left room".to_owned());
+    }
     // Either: the usage falls when the kernel has freed what earlier tasks were charged for, which it does
     // late. A cgroup that is not nearly full when it is looked at is not named; another never is.
     ask.tell(Right::Either, |error| {
@@ -416,7 +430,8 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
             step: Step::Clone,
             errno: Errno::ENOMEM,
             kind: CauseKind::KernelMemory,
-            certainty: PROVEN,
+            // What a refused task gives back can let a question pass while the call itself is refused again.
+            certainty: &[Certainty::Proven, Certainty::Inferred],
         };
         expected.judge(error, |cause| match *cause {
             // Without memory for a task there is none to open the cgroup's files either.

@@ -6,7 +6,7 @@
 
 mod ask;
 mod clone;
-mod guardian;
+pub mod guardian;
 mod machine;
 mod memory;
 mod virtual_machines;
