@@ -141,16 +141,25 @@ fn run(cache: &StackCache, time: Duration) {
 fn no_stack_is_in_two_hands_and_nothing_is_left() {
     if case().is_some() {
         let cache = StackCache::new(StackCacheConfig::default());
+        let count = || {
+            let now = Snapshot::take();
+            (now.kernel_threads, now.glibc_threads)
+        };
+        // Those of the scopes end a little after their scope: from the kernel, and from glibc's list.
+        let threads = count();
+        let settle = || {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while count() != threads {
+                assert!(Instant::now() < deadline, "threads that never end");
+                std::thread::yield_now();
+            }
+        };
         // malloc's arenas, and the records of as many stacks as there will be.
         run(&cache, Duration::from_secs(1));
-        let threads = Snapshot::take().kernel_threads;
+        settle();
         let before = Snapshot::take();
         run(&cache, TIME);
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while Snapshot::take().kernel_threads > threads {
-            assert!(Instant::now() < deadline, "threads that never end");
-            std::thread::yield_now();
-        }
+        settle();
         let stats = cache.stats();
         assert_eq!(
             (stats.mapped_stacks, stats.mapped_virtual_bytes),

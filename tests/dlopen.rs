@@ -69,9 +69,15 @@ struct Library {
 
 impl Library {
     fn open(path: &Path, initial: i32) -> Library {
+        Library::open_in(path, initial, libc::LM_ID_BASE)
+    }
+
+    /// In a link namespace of its own, or in the program's.
+    fn open_in(path: &Path, initial: i32, namespace: libc::Lmid_t) -> Library {
         let name = CString::new(path.as_os_str().as_bytes()).expect("a path");
+        let flags = libc::RTLD_NOW | libc::RTLD_LOCAL;
         // SAFETY: a library of this test, without constructors.
-        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        let handle = unsafe { libc::dlmopen(namespace, name.as_ptr(), flags) };
         // SAFETY: dlerror's text is valid until its next call in this thread.
         assert!(!handle.is_null(), "{:?}", unsafe {
             std::ffi::CStr::from_ptr(libc::dlerror())
@@ -445,6 +451,34 @@ fn dynamic_tls_does_not_reach_the_next_thread() {
     }
     let output = or_skip!(child("dynamic_tls_does_not_reach_the_next_thread", "run").run());
     let output = output.success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("good"), Some("yes"), "{output}");
+    }
+}
+
+/// A library in a link namespace of its own (dlmopen, as auditors and some plugins are loaded), which
+/// dl_iterate_phdr does not show.
+#[test]
+fn images_of_another_namespace_are_fresh_in_every_thread() {
+    if case().is_some() {
+        let built = or_skip!(Built::new(1));
+        let cache = StackCache::new(StackCacheConfig::default());
+        let run = |body: Box<dyn FnOnce() + Send>| {
+            let handle = Builder::new().stack_cache(&cache).spawn(body);
+            handle.expect("a thread").join().expect("fresh images");
+        };
+        run(Box::new(|| ()));
+        let (path, initial) = &built.libraries[0];
+        let functions = Library::open_in(path, *initial, libc::LM_ID_NEWLM).functions;
+        for mark in 0..10 {
+            run(Box::new(move || functions.check_fresh(mark)));
+        }
+        assert_eq!(cache.stats().misses, 1, "not the same block");
+        report("good", "yes");
+        return;
+    }
+    let test = "images_of_another_namespace_are_fresh_in_every_thread";
+    let output = or_skip!(child(test, "run").run()).success();
     if output.skipped().is_none() {
         assert_eq!(output.get("good"), Some("yes"), "{output}");
     }

@@ -397,7 +397,8 @@ impl Enlisted<'_> {
         let (runtime, block) = (self.runtime, self.block);
         let table = runtime.symbols.modules.as_ref();
         // Asked for after the list's lock was held: see `image`.
-        let now = table.map_or(image::NONE, symbols::ModuleTable::generation);
+        let now = table.and_then(symbols::ModuleTable::generation);
+        let now = now.unwrap_or(image::NONE);
         if self.otherwise.get() == BlockState::Ended {
             if now != image::NONE && block.generation.load(Ordering::Relaxed) == now {
                 return true;
@@ -413,7 +414,7 @@ impl Enlisted<'_> {
             if (runtime.symbols.allocate_tls)(tp as *mut libc::c_void).is_null() {
                 return false;
             }
-            if let Some(table) = table {
+            if let Some(table) = table.filter(|_| now != image::NONE) {
                 let generation = runtime.learn(table, now, tp);
                 block.generation.store(generation, Ordering::Relaxed);
             }

@@ -16,7 +16,9 @@
 //! the new number, because it takes that lock before it asks (rule 6). dlclose gives the slot a new
 //! number as well. The one change without a new number, a module whose dynamic TLS becomes static when
 //! a later one asks for it, is excluded: with any module of dynamic TLS loaded, nothing is learnt. So
-//! a thread that has allocated dynamic TLS is always of an older generation, too.
+//! a thread that has allocated dynamic TLS is always of an older generation, too. (From 2.42 on a module
+//! that is given the slot of an unloaded one sets its generation to 0 until it is entered: the number
+//! then falls back to one from before the unloaded module, when every other that is loaded was there.)
 //!
 //! A DTV that stays with its block is what every living thread has across a dlopen: `__tls_get_addr`
 //! compares its generation, and brings it up to date.
@@ -88,15 +90,17 @@ pub(super) unsafe fn learn(
     if generation == IMAGE.generation.load(Ordering::Relaxed) {
         return generation;
     }
-    if !table.watch_used() {
-        return NONE;
-    }
     // SAFETY: passed on.
     let segments = unsafe { segments(tp, dtv, lowest) };
-    // The modules changed meanwhile, or they are too many to be quick about.
-    let Some(segments) = segments.filter(|_| table.generation() == generation) else {
+    // `dl_iterate_phdr` shows one link namespace, the table has the modules of all (dlmopen, auditors):
+    // what was not seen can be neither restored nor known to be static.
+    let Some(segments) = segments.filter(|segments| segments.count == table.modules()) else {
         return NONE;
     };
+    // The modules have not changed meanwhile.
+    if table.generation() != Some(generation) {
+        return NONE;
+    }
     // SAFETY: the segments lie in the block.
     if unsafe { IMAGE.write(&segments, generation, tp, &kept) } {
         generation

@@ -252,8 +252,6 @@ pub(super) struct ModuleTable {
     slot_size: usize,
     generation: usize,
     module: usize,
-    /// Slots that can be in use, and one more for the next module: those that `generation` looks at.
-    watched: AtomicUsize,
 }
 
 impl ModuleTable {
@@ -274,32 +272,34 @@ impl ModuleTable {
             slot_size: slots.bits as usize / 8,
             generation: word(c"_thread_db_dtv_slotinfo_gen")?,
             module: word(c"_thread_db_dtv_slotinfo_map")?,
-            watched: AtomicUsize::new(usize::MAX),
         };
         dtv_is_known.then_some(table)
     }
 
-    /// A number that every dlopen and dlclose of a module with TLS makes larger: the sum of the slots'
-    /// generations, each of which only grows. Never 0.
-    pub(super) fn generation(&self) -> usize {
-        let watched = self.watched.load(Ordering::Relaxed);
-        1 + (0..watched.min(self.capacity()))
-            .map(|index| self.slot(index).0)
-            .sum::<usize>()
+    /// A number that tells the last dlopen or dlclose of a module with TLS: the largest generation of
+    /// any slot, because each of them writes the next one. Never 0. `None`: there are more modules than
+    /// one array holds.
+    ///
+    /// All slots are looked at, also those that nothing has used yet: a module has its slot from the
+    /// time it is mapped, and enters itself later, so that modules need not come in the slots' order.
+    pub(super) fn generation(&self) -> Option<usize> {
+        let slots = (0..self.capacity()).map(|index| self.word(index, self.generation));
+        self.is_all()
+            .then(|| 1 + slots.fold(0, |largest, slot| largest.max(slot.load(Ordering::Relaxed))))
     }
 
-    /// Looks at no more slots than can be in use from now on: the next module takes a free one among
-    /// them, or the one after the last. False: there are more than one array holds.
-    pub(super) fn watch_used(&self) -> bool {
-        let capacity = self.capacity();
-        let used = (0..capacity)
-            .rev()
-            .find(|&index| self.slot(index) != (0, 0))
-            .map_or(0, |last| last + 1);
-        self.watched.store(used + 1, Ordering::Relaxed);
-        // SAFETY: as in `capacity`.
-        let next = unsafe { ((self.first() + self.next) as *const usize).read_volatile() };
-        used < capacity && next == 0
+    /// Number of modules with TLS, whatever their link namespace. Slot 0 is not for modules.
+    pub(super) fn modules(&self) -> usize {
+        (1..self.capacity())
+            .filter(|&index| self.word(index, self.module).load(Ordering::Relaxed) != 0)
+            .count()
+    }
+
+    /// There is no other array of slots behind the first.
+    fn is_all(&self) -> bool {
+        // SAFETY: as in `capacity`; glibc writes the link atomically.
+        let next = unsafe { &*((self.first() + self.next) as *const AtomicUsize) };
+        next.load(Ordering::Acquire) == 0
     }
 
     fn first(&self) -> usize {
@@ -312,18 +312,11 @@ impl ModuleTable {
         unsafe { ((self.first() + self.length) as *const usize).read() }
     }
 
-    /// Generation and module of a slot. glibc writes both atomically, and so they are read.
-    fn slot(&self, index: usize) -> (usize, usize) {
+    /// One word of a slot. glibc writes both of them atomically.
+    fn word(&self, index: usize, offset: usize) -> &AtomicUsize {
         let slot = self.first() + self.slots + index * self.slot_size;
-        // SAFETY: both words of a slot within the array.
-        unsafe {
-            let generation = &*((slot + self.generation) as *const AtomicUsize);
-            let module = &*((slot + self.module) as *const AtomicUsize);
-            (
-                generation.load(Ordering::Relaxed),
-                module.load(Ordering::Relaxed),
-            )
-        }
+        // SAFETY: a word of a slot within the array, which is never freed.
+        unsafe { &*((slot + offset) as *const AtomicUsize) }
     }
 }
 
