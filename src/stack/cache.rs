@@ -658,8 +658,9 @@ extern "C" fn after_fork() {
 /// How many threads this process has, or 1 where /proc does not tell: glibc's own can have been started
 /// in a forked child before this crate was asked for one.
 fn own_threads() -> i32 {
-    let tasks = std::fs::read_dir("/proc/self/task").map(Iterator::count);
-    tasks.ok().and_then(|n| i32::try_from(n).ok()).unwrap_or(1)
+    // Not by std::fs: nothing keeps malloc whole in a child without handlers.
+    let threads = crate::diagnose::own_threads();
+    threads.and_then(|n| i32::try_from(n).ok()).unwrap_or(1)
 }
 
 /// In a forked child only the calling thread exists: no tid word of another will ever be cleared,

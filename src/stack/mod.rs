@@ -516,12 +516,24 @@ impl Stack {
     /// The caller is the idle stack's only owner.
     unsafe fn drop_remains(&self) {
         // SAFETY: passed on. The name goes with the message that it is borrowed from.
-        unsafe {
-            if (*self.start.get()).is_some() {
-                self.set_name(None);
-                drop(self.take_start());
+        let remains = unsafe {
+            if !self.has_remains() {
+                return;
             }
-        }
+            self.set_name(None);
+            self.take_start()
+        };
+        // A closure that never ran is among them, with destructors of the program's: whoever buries the
+        // thread has nothing to do with their panics, which the panic hook has reported.
+        let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(remains)));
+        std::mem::forget(dropped);
+    }
+
+    /// # Safety
+    /// As for [`Stack::drop_remains`].
+    unsafe fn has_remains(&self) -> bool {
+        // SAFETY: passed on.
+        unsafe { (*self.start.get()).is_some() }
     }
 
     /// Where signals are handled that say SA_ONSTACK: lowest address and length.
@@ -747,6 +759,8 @@ impl Idle {
         let stack = self.stack;
         stack.life.store(Life::Attached as u8, Ordering::Relaxed);
         stack.exiting.store(false, Ordering::Relaxed);
+        // Nobody has a handle of the last thread here; but somebody can have died with the lock.
+        stack.signal_lock.store(0, Ordering::Relaxed);
         // SAFETY: no thread runs on this stack, so the slot is the creator's.
         unsafe { *stack.start.get() = Some(start) };
         let bottom = stack.bottom();

@@ -410,6 +410,7 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
     }
 
     let offsets = conclude(&symbols, (base, length), &ours, &ended, &glibcs)?;
+    symbols::keep_loaded();
     Ok(Runtime {
         symbols,
         offsets,

@@ -320,6 +320,22 @@ impl ModuleTable {
     }
 }
 
+/// Keeps the shared object that this crate is part of loaded, if it is one (rule 21): a thread can still
+/// be in its last instructions when a plugin is closed. For the program itself there is nothing to keep.
+pub(super) fn keep_loaded() {
+    // SAFETY: dladdr fills the structure for an address of ours; its file name lives as long as the
+    // object. Nothing is loaded that is not, and the handle is kept for good.
+    unsafe {
+        let mut info: libc::Dl_info = std::mem::zeroed();
+        if libc::dladdr(keep_loaded as *const () as *const c_void, &raw mut info) != 0 {
+            let flags = libc::RTLD_LAZY | libc::RTLD_NOLOAD | libc::RTLD_NODELETE;
+            libc::dlopen(info.dli_fname, flags);
+        }
+        // A program has no object of that name, and that is not an error to be found by anybody.
+        libc::dlerror();
+    }
+}
+
 /// The calling thread's address of libc's TLS variable `__resp`.
 pub(super) fn resp_address() -> Result<usize, RuntimeError> {
     address(c"__resp")
