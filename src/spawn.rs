@@ -241,6 +241,14 @@ fn enter(
 ) -> Result<libc::pid_t, (Step, Errno, CloneCall)> {
     // 6. TLS: on glibc's list first, so that a dlopen from here on initialises this thread, too.
     let signals = Signals::block_all_but_setxid();
+    // A handler of the application that ran before this line can have forked and returned in the child,
+    // where glibc is to be primed anew.
+    if let Err(error) = Runtime::get() {
+        return Err(match error {
+            RuntimeError::Unsupported(_) => (Step::Runtime, Errno::ENOSYS, CloneCall::Clone3),
+            RuntimeError::Refused { step, errno, .. } => (step, errno, CloneCall::Clone3),
+        });
+    }
     let enlisted = idle.enlist(&signals);
     if !enlisted.allocate_tls() {
         // _dl_allocate_tls says null and no more; memory is the one thing it asks for.

@@ -275,6 +275,17 @@ impl Runtime {
                 }
                 (self.symbols.call_tls_dtors)();
             }
+            self.release_libc_state();
+        }
+    }
+
+    /// What hangs off libc's own state, and must not reach the next thread on this block.
+    ///
+    /// # Safety
+    /// As [`Runtime::run_destructors`].
+    unsafe fn release_libc_state(&self) {
+        // SAFETY: the calling thread's own state.
+        unsafe {
             // Formats a pending message, then frees it: dlerror's state is in the segment that the
             // next thread inherits.
             if !libc::dlerror().is_null() {
@@ -303,6 +314,7 @@ impl Runtime {
         unsafe {
             (self.symbols.call_tls_dtors)();
             self.clear_keys(false);
+            self.release_libc_state();
             self.reset(block);
         }
     }
