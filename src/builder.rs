@@ -184,10 +184,22 @@ impl Builder {
     {
         let request = self.request();
         let packet = Packet::new(f, Some(Arc::clone(scope.latch())));
-        let packet = Shared::try_new(packet)
-            .map_err(|_| crate::spawn::refused_memory(&request, size_of::<Packet<F, T>>()))?;
-        let running = start::spawn_scoped(&request, packet.clone().into_body(), scope.latch())?;
-        Ok(ScopedJoinHandle::new(running, packet))
+        // A refused closure is dropped here, in its caller's hands: a panic of it goes on from here.
+        let packet = match Shared::try_new(packet) {
+            Ok(packet) => packet,
+            Err(packet) => {
+                let error = crate::spawn::refused_memory(&request, size_of::<Packet<F, T>>());
+                drop(packet.into_work());
+                return Err(error);
+            }
+        };
+        match start::spawn_scoped(&request, packet.clone().into_body(), scope.latch()) {
+            Ok(running) => Ok(ScopedJoinHandle::new(running, packet)),
+            Err(error) => {
+                drop(packet.take_work());
+                Err(error)
+            }
+        }
     }
 
     fn request(self) -> Request {

@@ -73,14 +73,21 @@ impl<F, T> Drop for Packet<F, T> {
         if let (Some(Err(_)), Some(scope)) = (&result, &self.scope) {
             scope.note_panic();
         }
-        // A result whose destructor panics must not take a thread down on its way out; the panic
-        // hook has reported it.
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(result)))
-            && let Err(worse) = catch_unwind(AssertUnwindSafe(|| drop(payload)))
-        {
-            // A payload whose own destructor panics could go on like this for ever.
-            std::mem::forget(worse);
-        }
+        // The closure of a thread that died before it ran.
+        let work = self.work.get_mut().take();
+        // A destructor that panics must not take a thread down on its way out, or whoever buries
+        // another; the panic hook has reported it.
+        drop_quietly(work);
+        drop_quietly(result);
+    }
+}
+
+fn drop_quietly<T>(value: T) {
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(value)))
+        && let Err(worse) = catch_unwind(AssertUnwindSafe(|| drop(payload)))
+    {
+        // A payload whose own destructor panics could go on like this for ever.
+        std::mem::forget(worse);
     }
 }
 

@@ -8,31 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nix::errno::Errno;
 use nptl::{Builder, StackCache, StackCacheConfig, StackFate, StackOrigin, StackOutcome, Step};
 use support::{
-    become_unused_user, burst, case, child, deny, is_mapped, or_skip, report, resident_pages,
+    alone, become_unused_user, burst, deny, is_mapped, or_skip, private, resident_pages,
     set_rlimit, supervised,
 };
 
 const MADV_GUARD_INSTALL: u64 = 102;
 const MIB: usize = 1 << 20;
-
-/// Runs `work` in a process of its own, which only has this limit to itself.
-fn alone(test: &str, work: impl FnOnce()) {
-    if case().is_some() {
-        work();
-        report("done", "yes");
-        return;
-    }
-    let output = or_skip!(child(test, "run").run()).success();
-    if output.skipped().is_none() {
-        assert_eq!(output.get("done"), Some("yes"), "{output}");
-    }
-}
-
-fn private(config: StackCacheConfig) -> (StackCache, Builder) {
-    let cache = StackCache::new(config);
-    let builder = Builder::new().stack_cache(&cache);
-    (cache, builder)
-}
 
 /// A field of /proc/self/status, in bytes.
 fn status(field: &str) -> u64 {

@@ -5,29 +5,12 @@ mod support;
 use std::hint::black_box;
 
 use nptl::{Builder, StackCache, StackCacheConfig, StackInfo};
-use support::{burst, case, child, is_mapped, malloc_in_use, or_skip, report, resident_pages};
+use support::{
+    alone, burst, case, child, is_mapped, malloc_in_use, or_skip, private, report, resident_pages,
+};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
-
-/// Runs `work` in a process of its own: its memory is nobody else's.
-fn alone(test: &str, work: impl FnOnce()) {
-    if case().is_some() {
-        work();
-        report("done", "yes");
-        return;
-    }
-    let output = or_skip!(child(test, "run").run()).success();
-    if output.skipped().is_none() {
-        assert_eq!(output.get("done"), Some("yes"), "{output}");
-    }
-}
-
-fn private(config: StackCacheConfig) -> (StackCache, Builder) {
-    let cache = StackCache::new(config);
-    let builder = Builder::new().stack_cache(&cache);
-    (cache, builder)
-}
 
 /// Resident bytes of the process, from its page tables: statm lags behind by a batch for each processor.
 fn resident() -> usize {

@@ -518,3 +518,67 @@ fn a_panic_behind_firecrackers_filter_is_delivered() {
     let output = or_skip!(child(test, "run").time_limit(Duration::from_secs(60)).run());
     assert_eq!(output.success().get("payload"), Some("17"));
 }
+
+/// Dropped, it counts and panics.
+struct Bomb;
+
+static BOMBS: AtomicUsize = AtomicUsize::new(0);
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        BOMBS.fetch_add(1, Ordering::Relaxed);
+        panic!("a destructor's own");
+    }
+}
+
+/// A filter kills a thread before its closure ran. Nothing that it held outlives its burial: neither the closure
+/// (whose panicking destructor is nobody else's business), nor its scope, nor its private cache.
+#[test]
+fn what_a_dead_thread_held_goes_with_it() {
+    if let Some(name) = case() {
+        nptl::spawn(|| ())
+            .expect("a thread")
+            .join()
+            .expect("its end");
+        let cache = StackCache::new(StackCacheConfig::default());
+        let builder = Builder::new().stack_cache(&cache).name("short-lived");
+        // Every new thread's first call; this one never makes it.
+        kill_thread_on(libc::SYS_set_robust_list);
+        let bomb = Bomb;
+        let body = move || {
+            std::hint::black_box(&bomb);
+        };
+        let base = match &*name {
+            "joined" => {
+                let thread = builder.clone().spawn(body).expect("a thread");
+                let base = thread.stack().base;
+                assert!(thread.join().is_err());
+                base
+            }
+            "scoped" => nptl::scope(|scope| {
+                let thread = builder.clone().spawn_scoped(scope, body).expect("a thread");
+                let base = thread.stack().base;
+                assert!(thread.join().is_err());
+                base
+            }),
+            _ => {
+                let thread = builder.clone().spawn(body).expect("a thread");
+                let (base, tid) = (thread.stack().base, thread.tid().as_raw());
+                thread.detach();
+                wait_until_gone(tid);
+                cache.trim(0);
+                base
+            }
+        };
+        report("bombs", BOMBS.load(Ordering::Relaxed));
+        drop((builder, cache));
+        report("mapped", support::is_mapped(base));
+        return;
+    }
+    for name in ["joined", "scoped", "detached"] {
+        let output = child("what_a_dead_thread_held_goes_with_it", name);
+        let output = or_skip!(output.time_limit(Duration::from_secs(60)).run()).success();
+        assert_eq!(output.get("bombs"), Some("1"), "{name}: {output}");
+        assert_eq!(output.get("mapped"), Some("false"), "{name}: {output}");
+    }
+}

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use nptl::{Builder, StackCache, StackCacheConfig, Step};
-use support::{case, child, deny, report};
+use support::{case, child, deny, is_mapped, report};
 
 /// A spawn owns a stack from the moment it leaves the cache. `trim` looks for stacks whose detached threads
 /// died without giving them back; one that an earlier detached thread gave back properly is none of those.
@@ -69,12 +69,6 @@ fn a_cache_that_keeps_nothing_resident_keeps_the_last_frames() {
         let thread = Builder::new().stack_cache(&cache).spawn(move || round);
         assert_eq!(thread.unwrap().join().unwrap(), round);
     }
-}
-
-fn is_mapped(address: usize) -> bool {
-    let mut residency = 0;
-    // SAFETY: asks about one page, and the answer fits.
-    unsafe { libc::mincore(address as *mut libc::c_void, 1, &raw mut residency) == 0 }
 }
 
 /// A private cache ends with its last handle, and a refused spawn holds none.

@@ -1,7 +1,5 @@
 //! Real refusals, in forked children with limits of their own.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // scratch system calls of tests
-
 use std::arch::asm;
 use std::fs;
 use std::io::Write as _;
@@ -22,6 +20,7 @@ fn real_clone(call: CloneCall, wait: bool) -> Result<(), Errno> {
     TID_WORD.store(1, Ordering::SeqCst);
     let word = TID_WORD.as_ptr() as usize;
     let stack = &raw mut STACK as usize;
+    // SAFETY: all-zero is a valid clone_args.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = THREAD_FLAGS;
     args.stack = stack as u64;
@@ -32,6 +31,8 @@ fn real_clone(call: CloneCall, wait: bool) -> Result<(), Errno> {
         CloneCall::Clone3 => (libc::SYS_clone3, &raw const args as usize, 88),
         CloneCall::Clone => (libc::SYS_clone, THREAD_FLAGS as usize, stack + 16384),
     };
+    // SAFETY: the thread has this static stack to itself (the tests' lock serialises its users) and only exits; the
+    // creator goes on behind label 2 with its own stack pointer.
     unsafe {
         asm!(
             "mov {keep}, rsp", "syscall", "cmp rsp, {keep}", "je 2f",
@@ -108,6 +109,8 @@ fn in_child(name: &str, body: impl FnOnce(&mut Report)) -> Option<Report> {
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
     let bytes = size_of::<Report>();
+    // SAFETY: a new shared mapping of the report's size, written by the child and read once it has ended; the child
+    // never returns from here.
     unsafe {
         let shared = libc::mmap(
             std::ptr::null_mut(),
@@ -245,6 +248,7 @@ fn never_wrong(report: Option<Report>, kinds: &[CauseKind]) {
 }
 
 fn become_nobody() {
+    // SAFETY: plain numbers; the caller is in a child process of its own.
     unsafe {
         libc::syscall(libc::SYS_setgroups, 0, 0);
         libc::syscall(libc::SYS_setresgid, 65534, 65534, 65534);
@@ -253,6 +257,7 @@ fn become_nobody() {
 }
 
 fn become_user(uid: u32) {
+    // SAFETY: as in `become_nobody`.
     unsafe {
         libc::syscall(libc::SYS_setgroups, 0, 0);
         libc::syscall(libc::SYS_setresuid, uid, uid, uid);
@@ -264,16 +269,19 @@ fn set_limit(resource: libc::__rlimit_resource_t, soft: u64) {
         rlim_cur: soft,
         rlim_max: soft,
     };
+    // SAFETY: a valid rlimit.
     unsafe { libc::setrlimit(resource, &limit) };
 }
 
 fn is_root() -> bool {
+    // SAFETY: geteuid has no preconditions.
     unsafe { libc::geteuid() == 0 }
 }
 
 /// A descriptor that says when this process has ended, for a child that asked too late to be killed with it. The
 /// parent's number would not do: in a namespace of its own the child cannot see it.
 fn own_pidfd() -> i32 {
+    // SAFETY: plain numbers.
     unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) as i32 }
 }
 
@@ -283,6 +291,7 @@ fn die_with_parent(parent: i32) {
         events: libc::POLLIN,
         revents: 0,
     };
+    // SAFETY: one valid pollfd; _exit ends this child alone.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         if libc::poll(&mut ended, 1, 0) == 1 {
@@ -294,14 +303,17 @@ fn die_with_parent(parent: i32) {
 /// A child that sleeps until its parent is gone.
 fn sleeper() -> Result<libc::pid_t, Errno> {
     let parent = own_pidfd();
+    // SAFETY: the child makes only system calls and never returns.
     let child = unsafe { libc::fork() };
     if child == 0 {
         die_with_parent(parent);
         loop {
+            // SAFETY: pause has no preconditions.
             unsafe { libc::pause() };
         }
     }
     let result = Errno::result(child);
+    // SAFETY: the descriptor was opened above and is closed once.
     unsafe { libc::close(parent) };
     result
 }
@@ -346,6 +358,7 @@ fn nproc_by_legacy_clone() {
 
 #[test]
 fn nproc_in_a_user_namespace() {
+    // SAFETY: a valid rlimit, plain numbers, in a child process of its own.
     let report = in_child("nproc remembered by the user namespace", |report| unsafe {
         // The namespace remembers the limit of its creation; the process raises its own afterwards.
         become_user(54321);
@@ -370,6 +383,8 @@ fn nproc_in_a_user_namespace() {
 
 /// Runs `body` as init of a new pid namespace with /proc of its own.
 fn in_pid_namespace(report: &mut Report, pid_max: Option<u32>, body: impl FnOnce(&mut Report)) {
+    // SAFETY: namespaces of a child process of its own; what forks in it either never returns or runs `body` and
+    // exits; paths are NUL-terminated.
     unsafe {
         if libc::unshare(libc::CLONE_NEWPID | libc::CLONE_NEWNS) != 0 {
             report.skipped = Some("no pid namespace");
@@ -535,6 +550,7 @@ fn hidden_pids_cgroup() {
     };
     let inner = Cgroup::under(&outer).expect("inner");
     outer.set("pids.max", "1");
+    // SAFETY: NUL-terminated paths, in mount and cgroup namespaces of a child process of its own.
     let report = in_child("pids cgroup, hidden ancestor", |report| unsafe {
         inner.enter();
         assert_eq!(libc::unshare(libc::CLONE_NEWCGROUP | libc::CLONE_NEWNS), 0);
@@ -654,6 +670,7 @@ fn a_filter_does_not_hide_other_causes() {
 
 #[test]
 fn deadline_scheduling() {
+    // SAFETY: all-zero is a valid sched_attr, and it is as large as it says.
     let report = in_child("deadline", |report| unsafe {
         let mut attributes: libc::sched_attr = std::mem::zeroed();
         attributes.size = size_of::<libc::sched_attr>() as u32;
@@ -673,6 +690,7 @@ fn deadline_scheduling() {
 fn exec_in_a_loop() {
     // Opened and found executable, so that execve gets past the point where it marks the shared
     // fs_struct, and refused (ENOEXEC) after it.
+    // SAFETY: NUL-terminated names and seven bytes to write.
     let path = unsafe {
         let file = libc::memfd_create(c"garbage".as_ptr(), 0);
         assert_eq!(libc::write(file, c"garbage".as_ptr().cast(), 7), 7);
@@ -681,6 +699,7 @@ fn exec_in_a_loop() {
     std::thread::spawn(move || {
         loop {
             let none = [std::ptr::null()];
+            // SAFETY: NUL-terminated path, lists that end with a null pointer.
             unsafe { libc::execve(path.as_ptr(), none.as_ptr(), none.as_ptr()) };
         }
     });
@@ -710,6 +729,7 @@ fn sibling_exec() {
 fn unshared_pid_namespace() {
     for populated in [false, true] {
         for filtered in [false, true] {
+            // SAFETY: plain numbers, in a child process of its own.
             let report = in_child("unshared pid namespace", |report| unsafe {
                 if libc::unshare(libc::CLONE_NEWPID) != 0 {
                     report.skipped = Some("no pid namespace");
@@ -747,6 +767,7 @@ fn mappings(
 }
 
 fn map_stack(bytes: usize) -> Result<usize, Errno> {
+    // SAFETY: a new mapping, which nobody else knows.
     let start = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -799,6 +820,7 @@ fn locked_memory() {
     let report = in_child("MCL_FUTURE", |report| {
         set_limit(libc::RLIMIT_MEMLOCK, 32 << 20);
         become_nobody();
+        // SAFETY: concerns mappings of this child process that are still to come.
         assert_eq!(unsafe { libc::mlockall(libc::MCL_FUTURE) }, 0);
         mappings(report, Step::MapStack, STACK_BYTES, || {
             map_stack(STACK_BYTES).map(drop)
@@ -810,6 +832,7 @@ fn locked_memory() {
         become_nobody();
         let start = map_stack(STACK_BYTES).unwrap();
         mappings(report, Step::PrepareStack, STACK_BYTES, || {
+            // SAFETY: a range of this process's own.
             Errno::result(unsafe { libc::mlock(start as *const _, STACK_BYTES) }).map(drop)
         });
     });
@@ -843,6 +866,7 @@ fn fill_mappings(until_split: bool) {
     let mut access = libc::PROT_NONE;
     loop {
         access ^= libc::PROT_READ;
+        // SAFETY: a new mapping of one page, which is kept.
         let start = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -884,6 +908,7 @@ fn map_count() {
                 return;
             };
             let guard = || {
+                // SAFETY: a page that was mapped here and that nobody uses.
                 Errno::result(unsafe { libc::mprotect(start as *mut _, 4096, libc::PROT_NONE) })
                     .map(drop)
             };
@@ -970,10 +995,12 @@ fn at_the_limit_of_memory(report: &mut Report, cgroup: &Cgroup) {
 /// A thread in pause(2) that needs no stack of its own.
 fn sleeping_thread() -> Result<(), Errno> {
     let result: isize;
+    // SAFETY: all-zero is a valid clone_args.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = THREAD_FLAGS & !(libc::CLONE_PARENT_SETTID | libc::CLONE_CHILD_CLEARTID) as u64;
     args.stack = &raw mut STACK as u64;
     args.stack_size = 16384;
+    // SAFETY: the thread has this static stack to itself and only pauses; the creator goes on behind label 2.
     unsafe {
         asm!(
             "mov {keep}, rsp", "syscall", "cmp rsp, {keep}", "je 2f",
@@ -1015,6 +1042,7 @@ fn dying_pid_namespace() {
 
 /// A member of a namespace clones while its init ends; what it sees before SIGKILL is in shared memory.
 fn in_pid_namespace_member(report: &mut Report) {
+    // SAFETY: forks that make only system calls on shared memory mapped here, and never return.
     unsafe {
         let keeper = libc::fork();
         if keeper == 0 {
@@ -1061,6 +1089,7 @@ fn in_pid_namespace_member(report: &mut Report) {
 fn noise(count: usize) {
     let parent = own_pidfd();
     for _ in 0..count {
+        // SAFETY: the child makes only system calls, forks that exit at once, and never returns.
         unsafe {
             // Earlier noise takes part in the limit, too.
             let forked = loop {
@@ -1151,6 +1180,7 @@ fn noise_at_pid_numbers() {
 
 #[test]
 fn unreadable() {
+    // SAFETY: NUL-terminated path; the child process's own root.
     let report = in_child("nproc, no /proc", |report| unsafe {
         set_limit(libc::RLIMIT_NPROC, 1);
         let empty = std::env::temp_dir().join(format!("nptl-empty-{}", std::process::id()));

@@ -516,24 +516,13 @@ impl Stack {
     /// The caller is the idle stack's only owner.
     unsafe fn drop_remains(&self) {
         // SAFETY: passed on. The name goes with the message that it is borrowed from.
-        let remains = unsafe {
-            if !self.has_remains() {
-                return;
+        // A closure that never ran may be among them: its packet keeps a panic of it to itself.
+        unsafe {
+            if (*self.start.get()).is_some() {
+                self.set_name(None);
+                drop(self.take_start());
             }
-            self.set_name(None);
-            self.take_start()
-        };
-        // A closure that never ran is among them, with destructors of the program's: whoever buries the
-        // thread has nothing to do with their panics, which the panic hook has reported.
-        let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(remains)));
-        std::mem::forget(dropped);
-    }
-
-    /// # Safety
-    /// As for [`Stack::drop_remains`].
-    unsafe fn has_remains(&self) -> bool {
-        // SAFETY: passed on.
-        unsafe { (*self.start.get()).is_some() }
+        }
     }
 
     /// Where signals are handled that say SA_ONSTACK: lowest address and length.

@@ -68,6 +68,24 @@ pub fn report(key: &str, value: impl std::fmt::Display) {
     }
 }
 
+/// Runs `work`, of the test of that full name, in a process of its own, which has its limits and its memory to
+/// itself.
+#[track_caller]
+pub fn alone(test: &str, work: impl FnOnce()) {
+    if case().is_some() {
+        work();
+        report("done", "yes");
+        return;
+    }
+    let output = match child(test, "run").run() {
+        Ok(output) => output.success(),
+        Err(why) => return super::announce_skip(&why),
+    };
+    if output.skipped().is_none() {
+        assert_eq!(output.get("done"), Some("yes"), "{output}");
+    }
+}
+
 /// Whether the running kernel is `major.minor` or later.
 pub fn kernel_at_least(major: u32, minor: u32) -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();

@@ -38,12 +38,12 @@ mod snapshot;
 mod threads;
 
 pub use cgroup::{Cgroup, CgroupDir, inherited_cgroup};
-pub use child::{Child, Output, Running, case, child, kernel_at_least, program, report};
+pub use child::{Child, Output, Running, alone, case, child, kernel_at_least, program, report};
 pub use limits::{Sleepers, become_unused_user, is_root, set_rlimit, unused_uid};
 pub use notify::{Call, Listener, listen, supervised};
 pub use seccomp::{Allow, Deny, allow, allow_only, deny, firecracker_vcpu_filter};
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
-pub use threads::{burst, is_mapped, listed_threads, resident_pages};
+pub use threads::{burst, is_mapped, listed_threads, private, resident_pages};
 
 /// Prints `skipped: why` and returns from the test.
 ///

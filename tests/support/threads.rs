@@ -75,3 +75,10 @@ pub fn resident_pages(start: usize, length: usize) -> Option<usize> {
     let answer = unsafe { libc::mincore(start as *mut libc::c_void, length, pages.as_mut_ptr()) };
     (answer == 0).then(|| pages.iter().filter(|&page| page & 1 != 0).count())
 }
+
+/// A cache that no other test takes stacks from, and a builder that uses it.
+pub fn private(config: nptl::StackCacheConfig) -> (nptl::StackCache, nptl::Builder) {
+    let cache = nptl::StackCache::new(config);
+    let builder = nptl::Builder::new().stack_cache(&cache);
+    (cache, builder)
+}
