@@ -196,7 +196,9 @@ macro_rules! shared_methods {
         }
 
         /// Sends `signal` to this thread and to no other, however often its tid was given away
-        /// since: tgkill(2) under a lock that the thread takes before it ends. `None` probes.
+        /// since: tgkill(2) under a lock that the thread takes before it ends. `None` probes. (A thread
+        /// that dies without its last frames, by a bare exit(2) or a filter, takes no lock: its end
+        /// in the very moment of the call is not excluded.)
         ///
         /// Errors: ESRCH if the thread has ended; else those of tgkill(2).
         pub fn kill(&self, signal: impl Into<Option<Signal>>) -> nix::Result<()> {

@@ -425,8 +425,8 @@ impl Stack {
         self.with_tid(|| sys::pidfd_open_thread(tid))
     }
 
-    /// Calls `f` while the thread cannot end, or says ESRCH if it has. Signals are blocked
-    /// meanwhile: a handler that came here would wait for the thread that it interrupted.
+    /// Calls `f` while the thread cannot end in the normal way, or says ESRCH if it has. Signals are
+    /// blocked meanwhile: a handler that came here would wait for the thread that it interrupted.
     fn with_tid<T>(&self, f: impl FnOnce() -> nix::Result<T>) -> nix::Result<T> {
         let old = sys::set_signal_mask(sys::APPLICATION);
         sys::lll_lock(&self.signal_lock);
