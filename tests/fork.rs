@@ -242,6 +242,9 @@ fn the_last_thread_of_a_child_exits_with_0() {
                             };
                             nptl::spawn(work).expect("a thread").detach();
                         }
+                        // The receiver's thread can have held the channel's lock, or malloc's, in the
+                        // moment of the fork: nobody here would ever release it.
+                        std::mem::forget((tell, name));
                         return;
                     }
                     tell.send(wait(pid)).expect("a receiver");
