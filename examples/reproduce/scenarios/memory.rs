@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
@@ -301,6 +301,7 @@ fn overcommit_0(ask: &mut Asker<'_>) -> Result<(), String> {
 /// thread that creates it. So the asking thread alone enters the limited cgroup: there it can be refused, but
 /// never be made to wait for a page.
 fn memory_cgroup(ask: &mut Asker<'_>) -> Result<(), String> {
+    const PATIENCE: Duration = Duration::from_secs(10);
     ask.calibrate()?;
     let cgroup = inherited_cgroup(0);
     let inner = cgroup.path();
@@ -310,6 +311,15 @@ fn memory_cgroup(ask: &mut Asker<'_>) -> Result<(), String> {
     write(inner.join("memory.oom_control"), 1)?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| ask_in_memory_cgroup(ask, inner, outer));
+        // A thread that is granted at the limit can fault where a page table is to be had, and then waits
+        // for memory, because nobody is to be killed for it; and with it whoever joins it.
+        let began = Instant::now();
+        while !thread.is_finished() {
+            if began.elapsed() > PATIENCE {
+                write(inner.join("memory.limit_in_bytes"), -1)?;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let ended = thread.join();
         ended.unwrap_or_else(|_| Err("the asking thread panicked".to_owned()))
     })
