@@ -120,6 +120,72 @@ pub(crate) fn thread_pointer() -> usize {
     pointer
 }
 
+/// Where a signal handler of [`super::dispatch`] returns to: rt_sigreturn(2), from an address that is known.
+///
+/// # Safety
+/// Returned to by a signal handler, never called.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn signal_return() {
+    naked_asm!(
+        "mov eax, 15", // __NR_rt_sigreturn: the frame is where rsp points
+        "syscall",
+        "ud2",
+    )
+}
+
+/// Bytes from [`signal_return`] on that hold its system call, and nobody else's.
+pub(crate) const SIGNAL_RETURN_LENGTH: usize = 9;
+
+/// What a signal handler is told of a system call that was not made.
+pub(crate) struct Trapped<'a>(&'a mut libc::ucontext_t);
+
+impl Trapped<'_> {
+    /// # Safety
+    /// `context` is the third argument of a signal handler with `SA_SIGINFO`, which runs as long as this
+    /// is used.
+    pub(crate) unsafe fn new<'a>(context: *mut c_void) -> Trapped<'a> {
+        // SAFETY: the kernel's frame, laid out as glibc's `ucontext_t` says.
+        Trapped(unsafe { &mut *context.cast() })
+    }
+
+    fn register(&mut self, index: libc::c_int) -> &mut i64 {
+        &mut self.0.uc_mcontext.gregs[index as usize]
+    }
+
+    pub(crate) fn number(&mut self) -> libc::c_long {
+        *self.register(libc::REG_RAX)
+    }
+
+    pub(crate) fn args(&mut self) -> [usize; 6] {
+        let order = [
+            libc::REG_RDI,
+            libc::REG_RSI,
+            libc::REG_RDX,
+            libc::REG_R10,
+            libc::REG_R8,
+            libc::REG_R9,
+        ];
+        order.map(|index| *self.register(index) as usize)
+    }
+
+    /// What the call seems to have returned.
+    pub(crate) fn answer(&mut self, value: isize) {
+        *self.register(libc::REG_RAX) = value as i64;
+    }
+
+    /// Makes the call again after the handler.
+    pub(crate) fn repeat(&mut self) {
+        const SYSCALL_LENGTH: i64 = 2;
+        *self.register(libc::REG_RIP) -= SYSCALL_LENGTH;
+    }
+
+    /// The signal mask that the handler's return restores.
+    pub(crate) fn mask(&mut self) -> &mut super::sys::KernelSigSet {
+        // SAFETY: the kernel's set is the first word of glibc's larger one.
+        unsafe { &mut *(&raw mut self.0.uc_sigmask).cast() }
+    }
+}
+
 /// Fills the ABI part of a descriptor (`tcbhead_t`) whose memory is otherwise prepared: the self
 /// pointers, and what a thread inherits from its creator: stack guard, pointer guard, and the
 /// shadow-stack features, without which longjmp breaks under CET.

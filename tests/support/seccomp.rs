@@ -55,6 +55,12 @@ impl Deny {
         let errno = SeccompAction::Errno(self.errno.cast_unsigned());
         install(rules, SeccompAction::Allow, errno);
     }
+
+    /// The same, but with SIGSYS instead of an errno.
+    pub fn install_trap(self) {
+        let rules = rules([(self.syscall, self.conditions)]);
+        install(rules, SeccompAction::Allow, SeccompAction::Trap);
+    }
 }
 
 /// One entry of an [allow list](allow_only): `syscall` with any arguments, or only those named.
