@@ -3,11 +3,16 @@
 use crate::builder::Builder;
 use crate::error::SpawnError;
 use crate::handle::ScopedJoinHandle;
-use parking_lot::{Condvar, Mutex};
+use crate::stack::cache::StackCache;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const SHORTEST: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_secs(5);
 
 /// Counts the closures that may still use what the scope borrows.
 #[derive(Default)]
@@ -37,10 +42,16 @@ impl Latch {
         self.panicked.store(true, Ordering::Relaxed);
     }
 
+    /// A thread whose handle is gone, and that dies of a bare exit(2) or a filter, says nothing to the
+    /// latch: its remains do, once somebody looks. Seldom, because that looks at every stack.
     fn wait(&self) {
+        let mut patience = SHORTEST;
         let mut running = self.running.lock();
         while *running > 0 {
-            self.empty.wait(&mut running);
+            if self.empty.wait_for(&mut running, patience).timed_out() {
+                MutexGuard::unlocked(&mut running, StackCache::bury_dead);
+                patience = (patience * 2).min(LONGEST);
+            }
         }
     }
 }
@@ -88,7 +99,9 @@ impl std::fmt::Debug for Scope<'_, '_> {
     }
 }
 
-/// Runs `f` with a [`Scope`] whose threads are all joined before this returns, also when `f` panics.
+/// Runs `f` with a [`Scope`] whose threads are all joined before this returns, also when `f` panics. A thread
+/// that dies without returning (a bare exit(2), a seccomp filter) does not hold it up for ever, as it does in
+/// std, but for up to 5 seconds if its handle is gone.
 ///
 /// # Panics
 /// As `std::thread::scope`: with `f`'s own panic, or if a thread panicked and was not joined.

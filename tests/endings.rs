@@ -582,3 +582,25 @@ fn what_a_dead_thread_held_goes_with_it() {
         assert_eq!(output.get("mapped"), Some("false"), "{name}: {output}");
     }
 }
+
+/// A scope waits for what its threads borrow. One that died, with nobody to join it, borrows nothing.
+#[test]
+fn a_scope_outlives_threads_that_died() {
+    let name = "a_scope_outlives_threads_that_died";
+    if case().is_some() {
+        let number = 7;
+        for how in [Death::Exit, Death::Filter] {
+            let living = nptl::scope(|scope| {
+                let die = scope.spawn(move || die(how)).expect("a thread");
+                drop::<nptl::ScopedJoinHandle<'_, ()>>(die);
+                let living = scope.spawn(|| number).expect("a thread");
+                living.join().expect("its end")
+            });
+            assert_eq!(living, number);
+        }
+        change_user();
+        return;
+    }
+    let output = child(name, "run").time_limit(Duration::from_secs(60));
+    or_skip!(output.run()).success();
+}

@@ -576,14 +576,20 @@ impl Pair {
                 }
             }
             Step::Sweep(fails) => {
-                let mut found = Vec::new();
-                let victims = ledger.sweep(|stack| {
+                let (mut found, mut buried) = (Vec::new(), Vec::new());
+                let orphaned = |stack: &Stack| {
                     let orphan = stack.detached.swap(false, SeqCst);
                     if orphan {
                         found.push(stack.id);
                     }
                     orphan
+                };
+                let victims = ledger.sweep(orphaned, |stack| {
+                    // Without the lock, and before anybody can take it.
+                    assert_eq!(ledger.stats().unmapping.stacks, 0);
+                    buried.push(stack.id);
                 });
+                assert_eq!(buried, found);
                 for &id in &found {
                     assert_eq!(model.state[id], State::Live);
                     model.shelve(id, true);

@@ -440,12 +440,12 @@ fn sweep() {
             unmap(ledger.give(stacks[1]));
             stacks[1].clear_tid();
         });
-        unmap(ledger.sweep(orphaned));
+        unmap(ledger.sweep(orphaned, |_| ()));
         spawn_and_join(ledger);
-        unmap(ledger.sweep(orphaned));
+        unmap(ledger.sweep(orphaned, |_| ()));
         killed.join().expect("did not panic");
         leaving.join().expect("did not panic");
-        unmap(ledger.sweep(orphaned));
+        unmap(ledger.sweep(orphaned, |_| ()));
         assert_eq!(ledger.stats().live.stacks, 0, "an orphan is left");
         add_up(ledger, &stacks);
     });

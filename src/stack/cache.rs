@@ -214,6 +214,24 @@ impl Instance {
         };
         drop(self.ledger.set_budget(budget));
     }
+
+    /// Always there, so its handles are not counted: no shared counter on every spawn.
+    fn is_global(&self) -> bool {
+        std::ptr::eq(self, &raw const GLOBAL_INSTANCE)
+    }
+
+    /// A handle for somebody who has none, unless the last one is gone: while it exists, nobody hands the
+    /// stacks over.
+    fn handle(&'static self) -> Option<StackCache> {
+        if self.is_global() {
+            return Some(StackCache(self));
+        }
+        let add = |handles| (handles > 0).then_some(handles + 1);
+        let added = self
+            .handles
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, add);
+        added.ok().map(|_| StackCache(self))
+    }
 }
 
 static GLOBAL: StackCache = StackCache(&GLOBAL_INSTANCE);
@@ -367,8 +385,18 @@ impl StackCache {
     /// Takes back the stacks of detached threads that died without their last frame: by a bare
     /// exit(2), or killed by a seccomp filter. Nobody else would ever look at them.
     fn sweep(&self) {
-        let orphans = self.0.ledger.sweep(Stack::claim_orphan);
-        self.unmap(orphans);
+        self.unmap(self.find_dead());
+    }
+
+    fn find_dead(&self) -> Victims<'static, Stack> {
+        self.0.ledger.sweep(Stack::claim_orphan, Stack::bury)
+    }
+
+    /// The same in every cache.
+    pub(crate) fn bury_dead() {
+        for cache in instances().filter_map(Instance::handle) {
+            cache.sweep();
+        }
     }
 
     fn unmap(&self, victims: Victims<'_, Stack>) -> Round {
@@ -403,10 +431,10 @@ impl StackCache {
             round
         };
         let mut count = 0;
-        for instance in instances() {
-            count += unmap(instance.ledger.sweep(Stack::claim_orphan)).unmapped;
+        for cache in instances().filter_map(Instance::handle) {
+            count += unmap(cache.find_dead()).unmapped;
             loop {
-                let round = unmap(instance.ledger.clear());
+                let round = unmap(cache.0.ledger.clear());
                 count += round.unmapped;
                 if !round.is_worth_another() {
                     break;
@@ -435,7 +463,7 @@ impl StackCache {
 
 impl Clone for StackCache {
     fn clone(&self) -> StackCache {
-        if !std::ptr::eq(self.0, &raw const GLOBAL_INSTANCE) {
+        if !self.0.is_global() {
             self.0.handles.fetch_add(1, Ordering::Relaxed);
         }
         StackCache(self.0)
@@ -444,11 +472,7 @@ impl Clone for StackCache {
 
 impl Drop for StackCache {
     fn drop(&mut self) {
-        // The global cache is never dropped, so its handles need not be counted: no shared counter
-        // on every spawn.
-        if std::ptr::eq(self.0, &raw const GLOBAL_INSTANCE)
-            || self.0.handles.fetch_sub(1, Ordering::AcqRel) != 1
-        {
+        if self.0.is_global() || self.0.handles.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
         self.clear();

@@ -692,22 +692,32 @@ impl<E: Entry> Ledger<E> {
     /// `orphaned` is asked only about live stacks that the kernel has let go. It answers true
     /// **once**, by an atomic change from "the thread itself will give its stack back" to anything
     /// else: nobody can give it later, because that thread is gone, and it must not be found again
-    /// in its next life, before the next thread has started.
-    pub(crate) fn sweep(&self, mut orphaned: impl FnMut(&E) -> bool) -> Victims<'_, E> {
+    /// in its next life, before the next thread has started. `bury` gets each such stack before it
+    /// can be taken, as its only owner and without the lock.
+    pub(crate) fn sweep(
+        &self,
+        mut orphaned: impl FnMut(&E) -> bool,
+        mut bury: impl FnMut(&'static E),
+    ) -> Victims<'_, E> {
         let mut victims = Victims::none(self);
         let mut unseen = self.stats().live.stacks;
         while unseen > 0 {
-            let mut guard = self.lists.lock();
-            let lists = &mut *guard;
-            for _ in 0..unseen.min(TURN) {
+            let mut found = [None; TURN];
+            let mut lists = self.lists.lock();
+            for slot in found.iter_mut().take(unseen) {
                 let Some(e) = lists.live.tail else { break };
+                let Lists { live, key, .. } = &mut *lists;
+                live.remove(key, e);
+                live.push(key, e, End::Front);
                 if e.released() && orphaned(e) {
-                    lists.shelve(e, End::Front);
-                    victims.left += 1;
-                } else {
-                    lists.live.remove(&mut lists.key, e);
-                    lists.live.push(&mut lists.key, e, End::Front);
+                    *slot = Some(e);
                 }
+            }
+            drop(lists);
+            for e in found.into_iter().flatten() {
+                bury(e);
+                self.lists.lock().shelve(e, End::Front);
+                victims.left += 1;
             }
             unseen -= unseen.min(TURN);
         }
