@@ -1,0 +1,101 @@
+//! The crate inside a shared object that a program opens and closes: rule 21.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::ffi::{CStr, CString, c_void};
+use std::process::Command;
+
+use support::{case, child, or_skip};
+
+/// Builds the plugin beside this test and says where it is: `cargo test --test NAME` builds no examples.
+fn plugin() -> String {
+    let build = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--example", "shared_object_plugin"])
+        .args(["--message-format", "json"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo");
+    let stdout = String::from_utf8_lossy(&build.stdout);
+    let stderr = String::from_utf8_lossy(&build.stderr);
+    assert!(build.status.success(), "{stderr}");
+    let messages = stdout
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let files = messages.flat_map(|message| {
+        let names = message["filenames"].as_array().cloned().unwrap_or_default();
+        names
+            .into_iter()
+            .filter_map(|name| name.as_str().map(str::to_owned))
+    });
+    files
+        .filter(|file| file.ends_with("libshared_object_plugin.so"))
+        .last()
+        .expect("the plugin's file")
+}
+
+/// A function without arguments of the object.
+///
+/// # Safety
+/// It is of the type `F`, and called only while the object is loaded.
+unsafe fn function<F: Copy>(object: *mut c_void, name: &CStr) -> F {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let address = libc::dlsym(object, name.as_ptr());
+        assert!(!address.is_null(), "{name:?}");
+        assert_eq!(size_of::<F>(), size_of_val(&address));
+        std::mem::transmute_copy(&address)
+    }
+}
+
+fn is_loaded(path: &CStr) -> bool {
+    // SAFETY: asks for what is loaded; a handle more does not matter here.
+    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+    !handle.is_null()
+}
+
+#[test]
+fn a_closed_object_stays_under_its_threads() {
+    let name = "a_closed_object_stays_under_its_threads";
+    let Some(path) = case() else {
+        or_skip!(child(name, &plugin()).run()).success();
+        return;
+    };
+    let path = CString::new(path).expect("a path");
+    // SAFETY: the plugin's own functions, with their types; its constructors are Rust's.
+    unsafe {
+        let object = libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+        assert!(!object.is_null());
+        let start: extern "C" fn() -> i32 = function(object, c"plugin_start");
+        let release: extern "C" fn() = function(object, c"plugin_release");
+        let answer: extern "C" fn() -> i32 = function(object, c"plugin_answer");
+        assert_eq!(answer(), 42);
+        let tid = start();
+        assert!(tid > 0);
+
+        assert_eq!(libc::dlclose(object), 0);
+        // Its thread runs, its fork handlers are registered, and its overflow handler has SIGSEGV.
+        assert!(is_loaded(&path));
+        release();
+        while libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, 0) == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(answer(), 42);
+        match libc::fork() {
+            0 => libc::_exit(i32::from(answer() != 42)),
+            forked => {
+                let mut status = 0;
+                assert_eq!(libc::waitpid(forked, &raw mut status, 0), forked);
+                assert_eq!(status, 0);
+            }
+        }
+        // Two copies of the crate in one process: the test's own, and the plugin's.
+        assert_eq!(
+            nptl::spawn(|| 7)
+                .expect("a thread")
+                .join()
+                .expect("its end"),
+            7
+        );
+    }
+}
