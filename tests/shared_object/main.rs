@@ -22,15 +22,14 @@ fn plugin() -> String {
     let messages = stdout
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let files = messages.flat_map(|message| {
+    let mut files = messages.flat_map(|message| {
         let names = message["filenames"].as_array().cloned().unwrap_or_default();
         names
             .into_iter()
             .filter_map(|name| name.as_str().map(str::to_owned))
     });
     files
-        .filter(|file| file.ends_with("libshared_object_plugin.so"))
-        .last()
+        .find(|file| file.ends_with("libshared_object_plugin.so"))
         .expect("the plugin's file")
 }
 
