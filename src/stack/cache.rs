@@ -26,7 +26,7 @@ const DEFAULT_KEEP: usize = 32 << 10;
 /// keep at most an eighth of it. Where guards are mappings of their own (before Linux 6.13, or in memory
 /// locked by mlockall(2)), all caches together keep at most so many stacks that these and their guards are
 /// a quarter of `vm.max_map_count`. Each cache gets an equal part of it. Both limits are asked again where a
-/// stack is mapped, and at every 16th reuse of one.
+/// cache that keeps anything maps a stack, and at every 16th reuse of one.
 ///
 /// ```
 /// use nptl::{StackCache, StackCacheConfig};
@@ -409,6 +409,11 @@ impl StackCache {
 
     pub(crate) fn keep_resident(&self) -> usize {
         self.0.keep_resident.load(Ordering::Relaxed)
+    }
+
+    /// Whether it keeps anything at all.
+    pub(crate) fn is_enabled(&self) -> bool {
+        self.0.enabled.load(Ordering::Relaxed)
     }
 
     pub(crate) fn is_zeroed(&self) -> bool {

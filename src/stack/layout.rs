@@ -62,7 +62,15 @@ pub(crate) fn page_size() -> usize {
 /// and for the overflow report. Untouched, and so without cost, until an overflow happens.
 fn signal_stack_size(page: usize) -> usize {
     const HANDLER: usize = 12 * 1024;
-    // SAFETY: getauxval only reads the auxiliary vector.
-    let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
-    (frame.max(2048) + HANDLER).next_multiple_of(page)
+    static SIZE: AtomicUsize = AtomicUsize::new(0);
+    match SIZE.load(Ordering::Relaxed) {
+        0 => {
+            // SAFETY: getauxval only reads the auxiliary vector.
+            let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+            let size = (frame.max(2048) + HANDLER).next_multiple_of(page);
+            SIZE.store(size, Ordering::Relaxed);
+            size
+        }
+        size => size,
+    }
 }

@@ -669,7 +669,9 @@ impl Idle {
                 if class.is_none() {
                     cache.ledger().miss();
                 }
-                cache::heed_limits(runtime);
+                if cache.is_enabled() {
+                    cache::heed_limits(runtime);
+                }
                 (Stack::map(cache, runtime, &layout, class)?, false)
             }
         };
