@@ -515,3 +515,79 @@ fn a_fork_in_the_middle_of_refusals_leaves_no_lock_held() {
         assert_eq!(output.get("good"), Some("yes"), "{name}: {output}");
     }
 }
+
+unsafe extern "C" {
+    /// glibc's word on whether it takes locks (2.32).
+    static __libc_single_threaded: libc::c_char;
+}
+
+static FORK_IN_HANDLER: std::sync::Mutex<Option<Fork>> = std::sync::Mutex::new(None);
+static FORKED: std::sync::atomic::AtomicI32 = std::sync::atomic::AtomicI32::new(-1);
+
+extern "C" fn fork_in_handler(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // Only once: the filter is the child's, too.
+    if let Some(fork) = FORK_IN_HANDLER.lock().expect("a lock").take() {
+        FORKED.store(fork.fork(), Ordering::SeqCst);
+    }
+    // The trapped call fails with EINVAL.
+    let context = context.cast::<libc::ucontext_t>();
+    // SAFETY: the kernel passes the frame that it will restore.
+    unsafe { (*context).uc_mcontext.gregs[libc::REG_RAX as usize] = -i64::from(libc::EINVAL) };
+}
+
+/// A signal handler forks in the middle of a spawn, and the spawn goes on in the child, where glibc
+/// believes to be single-threaded again.
+#[test]
+fn a_handler_forks_in_mid_spawn() {
+    if let Some(name) = case() {
+        const MADV_GUARD_INSTALL: u64 = 102;
+        let builder = || {
+            let cache = StackCache::new(nptl::StackCacheConfig::disabled());
+            Builder::new().stack_cache(&cache).stack_size(64 << 10)
+        };
+        builder()
+            .spawn(|| ())
+            .expect("a thread")
+            .join()
+            .expect("its end");
+        let action = nix::sys::signal::SigAction::new(
+            nix::sys::signal::SigHandler::SigAction(fork_in_handler),
+            nix::sys::signal::SaFlags::empty(),
+            nix::sys::signal::SigSet::empty(),
+        );
+        // SAFETY: the handler is only entered from a spawn's own madvise.
+        unsafe { nix::sys::signal::sigaction(nix::sys::signal::Signal::SIGSYS, &action) }
+            .expect("sigaction");
+        let fork = if name == "bare" {
+            Fork::Bare
+        } else {
+            Fork::Handlers
+        };
+        *FORK_IN_HANDLER.lock().expect("a lock") = Some(fork);
+        support::deny(libc::SYS_madvise, libc::EINVAL)
+            .when(2, MADV_GUARD_INSTALL)
+            .install_trap();
+
+        let answer = builder().spawn(|| 6).expect("a thread").join();
+        let forked = FORKED.load(Ordering::SeqCst);
+        if forked == 0 {
+            let answer = answer.expect("its end");
+            let good = std::panic::catch_unwind(|| {
+                assert_eq!(answer, 6);
+                // SAFETY: a byte of libc's.
+                assert_eq!(unsafe { __libc_single_threaded }, 0);
+                spawn_and_join();
+            });
+            // SAFETY: no destructor of this copy may run.
+            unsafe { libc::_exit(i32::from(good.is_err())) };
+        }
+        assert_eq!(answer.expect("its end"), 6);
+        assert!(forked > 0, "no guard was asked for");
+        assert_eq!(wait(forked), 0);
+        return;
+    }
+    for name in ["handlers", "bare"] {
+        let output = child("a_handler_forks_in_mid_spawn", name);
+        or_skip!(output.time_limit(Duration::from_secs(60)).run()).success();
+    }
+}
