@@ -242,7 +242,9 @@ fn enter(
     // 6. TLS: on glibc's list first, so that a dlopen from here on initialises this thread, too.
     let signals = Signals::block_all_but_setxid();
     // A handler of the application that ran before this line can have forked and returned in the child,
-    // where glibc is to be primed anew.
+    // where glibc is to be primed anew; and nobody may notice the fork after the clone, when the new thread
+    // would be taken for one of the parent's.
+    cache::notice_fork();
     if let Err(error) = Runtime::get() {
         return Err(match error {
             RuntimeError::Unsupported(_) => (Step::Runtime, Errno::ENOSYS, CloneCall::Clone3),
