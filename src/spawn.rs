@@ -241,16 +241,9 @@ fn enter(
 ) -> Result<libc::pid_t, (Step, Errno, CloneCall)> {
     // 6. TLS: on glibc's list first, so that a dlopen from here on initialises this thread, too.
     let signals = Signals::block_all_but_setxid();
-    // A handler of the application that ran before this line can have forked and returned in the child,
-    // where glibc is to be primed anew; and nobody may notice the fork after the clone, when the new thread
-    // would be taken for one of the parent's.
+    // A handler of the application that ran before this line can have called _Fork and returned in the child.
+    // Noticed after the clone, the new thread would be taken for one of the parent's.
     cache::notice_fork();
-    if let Err(error) = Runtime::get() {
-        return Err(match error {
-            RuntimeError::Unsupported(_) => (Step::Runtime, Errno::ENOSYS, CloneCall::Clone3),
-            RuntimeError::Refused { step, errno, .. } => (step, errno, CloneCall::Clone3),
-        });
-    }
     let enlisted = idle.enlist(&signals);
     if !enlisted.allocate_tls() {
         // _dl_allocate_tls says null and no more; memory is the one thing it asks for.

@@ -400,7 +400,7 @@ impl StackCache {
     }
 
     fn unmap(&self, victims: Victims<'_, Stack>) -> Round {
-        unmap_victims(victims, Runtime::known(), std::ptr::null())
+        unmap_victims(victims, Runtime::existing(), std::ptr::null())
     }
 
     pub(crate) fn ledger(&self) -> &'static Ledger<Stack> {
@@ -701,8 +701,7 @@ fn forget_parent(prepared: bool) {
         // SAFETY: this is a forked child with one thread, by the caller's evidence.
         unsafe { runtime.repair_lists(own_threads()) };
     }
-    // glibc's fork resets its single-thread flags, too: the child must be primed anew.
-    Runtime::forget_after_fork();
+    Runtime::after_fork();
     for instance in instances() {
         let in_use = |stack: &Stack, state: State| {
             if stack.block.thread_pointer() == own {

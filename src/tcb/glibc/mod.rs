@@ -55,9 +55,6 @@ unsafe impl Sync for Runtime {}
 /// Null until the calibration succeeded; the value is leaked, so readers need no lock.
 static RUNTIME: AtomicPtr<Runtime> = AtomicPtr::new(std::ptr::null_mut());
 
-/// The last one, which a forked child still has when it must prime glibc again.
-static KNOWN: AtomicPtr<Runtime> = AtomicPtr::new(std::ptr::null_mut());
-
 /// Serialises calibrations. Taken around fork (see `crate::stack::cache`), so that a child never
 /// finds it held by a thread that no longer exists.
 static CALIBRATION: Lock<()> = Lock::new(());
@@ -77,13 +74,6 @@ impl Runtime {
         unsafe { RUNTIME.load(Ordering::Acquire).as_ref() }
     }
 
-    /// As [`Runtime::existing`], also in a forked child that has not spawned yet: what a block holds is
-    /// known there, and its stacks can be given back.
-    pub(crate) fn known() -> Option<&'static Runtime> {
-        // SAFETY: as above.
-        unsafe { KNOWN.load(Ordering::Acquire).as_ref() }
-    }
-
     #[cold]
     fn calibrate() -> Result<&'static Runtime, RuntimeError> {
         // The calibration threads inherit this mask: no handler of the application ever runs on
@@ -97,9 +87,7 @@ impl Runtime {
                     let runtime = try_box(runtime)
                         .map_err(|_| RuntimeError::no_memory(size_of::<Runtime>()))?;
                     let runtime: &'static Runtime = Box::leak(runtime);
-                    let pointer = std::ptr::from_ref(runtime).cast_mut();
-                    KNOWN.store(pointer, Ordering::Release);
-                    RUNTIME.store(pointer, Ordering::Release);
+                    RUNTIME.store(std::ptr::from_ref(runtime).cast_mut(), Ordering::Release);
                     Ok(runtime)
                 }),
             }
@@ -128,10 +116,9 @@ impl Runtime {
         drop(unsafe { CALIBRATION.seize() });
     }
 
-    /// In a forked child glibc believes to be single-threaded again, and only a real
-    /// `pthread_create` turns the single-thread fast paths off: the next spawn must prime again.
-    pub(crate) fn forget_after_fork() {
-        RUNTIME.store(std::ptr::null_mut(), Ordering::Release);
+    /// In a forked child. What calibration has found out, and what it has set in motion, holds there as
+    /// well: glibc's fork resets neither its single-thread flags nor the set-id handler (2.34 to 2.43).
+    pub(crate) fn after_fork() {
         image::forget_after_fork();
     }
 
