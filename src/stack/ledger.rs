@@ -211,9 +211,9 @@ pub(crate) struct Links<E: 'static> {
     owner: AtomicUsize,
     facts: Guarded<Facts>,
     /// Neighbours in the list of the entry's state; for a cached entry, in the list of its class.
-    home: Guarded<Pair<E>>,
+    home: Pair<E>,
     /// Neighbours by age, for cached entries only.
-    age: Guarded<Pair<E>>,
+    age: Pair<E>,
 }
 
 impl<E> Links<E> {
@@ -235,8 +235,8 @@ impl<E> Links<E> {
                 bytes: 0,
                 resident: 0,
             }),
-            home: Guarded::new(Pair::NONE),
-            age: Guarded::new(Pair::NONE),
+            home: Pair::new(),
+            age: Pair::new(),
         }
     }
 }
@@ -256,25 +256,20 @@ struct Facts {
     resident: usize,
 }
 
+/// Neighbours in a list; stale while the entry is in none. Two cells, because each is mostly set alone.
 struct Pair<E: 'static> {
-    prev: Option<&'static E>,
-    next: Option<&'static E>,
+    prev: Guarded<Option<&'static E>>,
+    next: Guarded<Option<&'static E>>,
 }
 
 impl<E> Pair<E> {
-    const NONE: Self = Pair {
-        prev: None,
-        next: None,
-    };
-}
-
-impl<E> Clone for Pair<E> {
-    fn clone(&self) -> Self {
-        *self
+    const fn new() -> Self {
+        Pair {
+            prev: Guarded::new(None),
+            next: Guarded::new(None),
+        }
     }
 }
-
-impl<E> Copy for Pair<E> {}
 
 /// Proof that the ledger's lock is held: the only one lies inside.
 struct Key(());
@@ -291,16 +286,28 @@ impl<E: Entry> Links<E> {
         unsafe { self.facts.set(facts) }
     }
 
-    fn pair<const BY_AGE: bool>(&self, _key: &Key) -> Pair<E> {
-        let cell = if BY_AGE { &self.age } else { &self.home };
-        // SAFETY: as in `facts`.
-        unsafe { cell.get() }
+    fn pair<const BY_AGE: bool>(&self) -> &Pair<E> {
+        if BY_AGE { &self.age } else { &self.home }
     }
 
-    fn set_pair<const BY_AGE: bool>(&self, _key: &mut Key, pair: Pair<E>) {
-        let cell = if BY_AGE { &self.age } else { &self.home };
+    fn prev<const BY_AGE: bool>(&self, _key: &Key) -> Option<&'static E> {
         // SAFETY: as in `facts`.
-        unsafe { cell.set(pair) }
+        unsafe { self.pair::<BY_AGE>().prev.get() }
+    }
+
+    fn next<const BY_AGE: bool>(&self, _key: &Key) -> Option<&'static E> {
+        // SAFETY: as in `facts`.
+        unsafe { self.pair::<BY_AGE>().next.get() }
+    }
+
+    fn set_prev<const BY_AGE: bool>(&self, _key: &mut Key, prev: Option<&'static E>) {
+        // SAFETY: as in `facts`.
+        unsafe { self.pair::<BY_AGE>().prev.set(prev) }
+    }
+
+    fn set_next<const BY_AGE: bool>(&self, _key: &mut Key, next: Option<&'static E>) {
+        // SAFETY: as in `facts`.
+        unsafe { self.pair::<BY_AGE>().next.set(next) }
     }
 }
 
@@ -323,41 +330,30 @@ impl<E: Entry, const BY_AGE: bool> List<E, BY_AGE> {
     };
 
     fn push(&mut self, key: &mut Key, e: &'static E, end: End) {
-        let pair = match end {
-            End::Front => Pair {
-                prev: None,
-                next: self.head,
-            },
-            End::Back => Pair {
-                prev: self.tail,
-                next: None,
-            },
+        let (prev, next) = match end {
+            End::Front => (None, self.head),
+            End::Back => (self.tail, None),
         };
-        self.join(key, pair.prev, Some(e));
-        self.join(key, Some(e), pair.next);
-        e.links().set_pair::<BY_AGE>(key, pair);
+        e.links().set_prev::<BY_AGE>(key, prev);
+        e.links().set_next::<BY_AGE>(key, next);
+        self.join(key, prev, Some(e));
+        self.join(key, Some(e), next);
     }
 
     fn remove(&mut self, key: &mut Key, e: &'static E) {
-        let Pair { prev, next } = e.links().pair::<BY_AGE>(key);
+        let prev = e.links().prev::<BY_AGE>(key);
+        let next = e.links().next::<BY_AGE>(key);
         self.join(key, prev, next);
-        e.links().set_pair::<BY_AGE>(key, Pair::NONE);
     }
 
     /// Makes `next` follow `prev`; `None` stands for the list's ends.
     fn join(&mut self, key: &mut Key, prev: Option<&'static E>, next: Option<&'static E>) {
         match prev {
-            Some(e) => {
-                let pair = e.links().pair::<BY_AGE>(key);
-                e.links().set_pair::<BY_AGE>(key, Pair { next, ..pair });
-            }
+            Some(e) => e.links().set_next::<BY_AGE>(key, next),
             None => self.head = next,
         }
         match next {
-            Some(e) => {
-                let pair = e.links().pair::<BY_AGE>(key);
-                e.links().set_pair::<BY_AGE>(key, Pair { prev, ..pair });
-            }
+            Some(e) => e.links().set_prev::<BY_AGE>(key, prev),
             None => self.tail = prev,
         }
     }
@@ -365,7 +361,7 @@ impl<E: Entry, const BY_AGE: bool> List<E, BY_AGE> {
     fn for_each(&self, key: &Key, mut f: impl FnMut(&'static E)) {
         let mut at = self.head;
         while let Some(e) = at {
-            at = e.links().pair::<BY_AGE>(key).next;
+            at = e.links().next::<BY_AGE>(key);
             f(e);
         }
     }
@@ -429,6 +425,7 @@ impl<E: Entry> Lists<E> {
 
     /// Moves `e` to the list of `state`. A cached entry goes to the given end of its class; by age
     /// it is the youngest.
+    #[inline(always)]
     fn put(&mut self, e: &'static E, state: State, resident: usize, end: End) {
         let old = self.facts(e);
         let new = Facts {
@@ -438,42 +435,47 @@ impl<E: Entry> Lists<E> {
             resident,
             ..old
         };
-        for (facts, entering) in [(old, false), (new, true)] {
-            let (list, tally) = match facts.state {
-                State::Gone => (None, None),
-                State::Live => (Some(&mut self.live), Some(&mut self.stats.live)),
-                State::Pending => (Some(&mut self.pending), Some(&mut self.stats.pending)),
-                State::Doomed => (Some(&mut self.doomed), Some(&mut self.stats.doomed)),
-                State::Unmapping => (Some(&mut self.unmapping), Some(&mut self.stats.unmapping)),
-                State::Cached => {
-                    if entering {
-                        self.age.push(&mut self.key, e, End::Front);
-                    } else {
-                        self.age.remove(&mut self.key, e);
-                    }
-                    let class = facts
-                        .class
-                        .and_then(|class| self.classes.get_mut(class.index()));
-                    (class, Some(&mut self.stats.cached))
-                }
-            };
-            if let Some(list) = list {
+        self.count(e, old, false, end);
+        self.count(e, new, true, end);
+        e.links().set_facts(&mut self.key, new);
+    }
+
+    /// `e` joins or leaves the list and the account of its state.
+    #[inline(always)]
+    fn count(&mut self, e: &'static E, facts: Facts, entering: bool, end: End) {
+        let (list, tally) = match facts.state {
+            State::Gone => (None, None),
+            State::Live => (Some(&mut self.live), Some(&mut self.stats.live)),
+            State::Pending => (Some(&mut self.pending), Some(&mut self.stats.pending)),
+            State::Doomed => (Some(&mut self.doomed), Some(&mut self.stats.doomed)),
+            State::Unmapping => (Some(&mut self.unmapping), Some(&mut self.stats.unmapping)),
+            State::Cached => {
                 if entering {
-                    list.push(&mut self.key, e, end);
+                    self.age.push(&mut self.key, e, End::Front);
                 } else {
-                    list.remove(&mut self.key, e);
+                    self.age.remove(&mut self.key, e);
                 }
+                let class = facts
+                    .class
+                    .and_then(|class| self.classes.get_mut(class.index()));
+                (class, Some(&mut self.stats.cached))
             }
-            if let Some(tally) = tally {
-                let one = Tally::of(facts);
-                *tally = if entering {
-                    tally.plus(one)
-                } else {
-                    tally.minus(one)
-                };
+        };
+        if let Some(list) = list {
+            if entering {
+                list.push(&mut self.key, e, end);
+            } else {
+                list.remove(&mut self.key, e);
             }
         }
-        e.links().set_facts(&mut self.key, new);
+        if let Some(tally) = tally {
+            let one = Tally::of(facts);
+            *tally = if entering {
+                tally.plus(one)
+            } else {
+                tally.minus(one)
+            };
+        }
     }
 
     /// Enters a stack that the ledger does not know, or no longer.

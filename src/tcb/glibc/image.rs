@@ -119,7 +119,7 @@ pub(super) unsafe fn restore(generation: usize, tp: usize) -> bool {
     if generation == NONE || !sequence.is_multiple_of(2) || !IMAGE.is_of(generation) {
         return false;
     }
-    let mut words = IMAGE.words.iter();
+    let mut rest = IMAGE.words.as_slice();
     for range in &IMAGE.ranges {
         let count = range.words.load(Ordering::Relaxed);
         if count == 0 {
@@ -131,7 +131,11 @@ pub(super) unsafe fn restore(generation: usize, tp: usize) -> bool {
         if IMAGE.sequence.load(Ordering::Relaxed) != sequence {
             return false;
         }
-        for (index, word) in words.by_ref().take(count).enumerate() {
+        let Some((words, others)) = rest.split_at_checked(count) else {
+            return false;
+        };
+        rest = others;
+        for (index, word) in words.iter().enumerate() {
             // SAFETY: a segment of static TLS of the calling thread. Offsets of modules that are loaded
             // never change, and if this one no longer is, its place is nobody's.
             unsafe {
