@@ -97,18 +97,47 @@ impl Row {
             _ => 1,
         }
     }
+
+    /// Threads that a subject starts in one round, those included that the time does not count.
+    pub fn threads_per_round(&self) -> u64 {
+        let counted = self.iterations * self.threads_per_iteration() as u64;
+        match self.workload {
+            Workload::Live => self.threads as u64 + warm_up(self.iterations) + counted,
+            _ => counted,
+        }
+    }
 }
 
-/// All rows, in the order of the performance table, then those of the plot.
-pub fn rows() -> Vec<Row> {
-    let row = |workload, threads, stack_bytes, iterations, rounds| Row {
+fn row(
+    workload: Workload,
+    threads: usize,
+    stack_bytes: usize,
+    iterations: u64,
+    rounds: usize,
+) -> Row {
+    Row {
         workload,
         threads,
         stack_bytes,
         target: None,
         iterations,
         rounds,
+    }
+}
+
+/// The row beside so many live threads.
+pub fn live_row(threads: usize) -> Row {
+    let rounds = match threads {
+        0..=100 => 40,
+        101..=1_000 => 15,
+        1_001..=3_000 => 7,
+        _ => 5,
     };
+    row(Workload::Live, threads, 64 * KIB, 200, rounds)
+}
+
+/// All rows, in the order of the performance table, then those of the plot.
+pub fn rows() -> Vec<Row> {
     let against = |against, ratio, row| Row {
         target: Some(Target { against, ratio }),
         ..row
@@ -153,10 +182,13 @@ pub fn rows() -> Vec<Row> {
             row(Workload::Contended, threads, 256 * KIB, iterations, 200),
         ));
     }
-    for (threads, rounds) in [(10, 40), (100, 40), (1_000, 15), (3_000, 7), (10_000, 5)] {
-        rows.push(row(Workload::Live, threads, 64 * KIB, 200, rounds));
-    }
+    rows.extend([10, 100, 1_000, 3_000, 10_000].map(live_row));
     rows
+}
+
+/// Uncounted iterations beside a crowd: the first may still meet its last threads on their way to the gate.
+fn warm_up(iterations: u64) -> u64 {
+    iterations / 4
 }
 
 /// Runs `iterations` of the row's workload and returns the time that counts.
@@ -256,9 +288,7 @@ fn live<S: Subject>(subject: &S, threads: usize, iterations: u64) -> io::Result<
     let started = start_all(subject, threads, &GATE, &mut handles);
     let result = started.and_then(|()| {
         GATE.await_arrivals(threads);
-        // The first spawns beside the crowd may still meet its last threads on their way to the
-        // gate.
-        one_at_a_time(subject, Body::Empty, iterations / 4)?;
+        one_at_a_time(subject, Body::Empty, warm_up(iterations))?;
         one_at_a_time(subject, Body::Empty, iterations)
     });
     GATE.open();
