@@ -13,11 +13,14 @@
 mod measure;
 
 use std::error::Error;
+use std::fmt::Display;
 use std::io;
-use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 use clap::Parser;
+use clap::builder::RangedU64ValueParser;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
 use measure::floor::Floor;
@@ -30,11 +33,16 @@ use measure::{Body, Subject};
 /// Start N live threads and say what they cost, or what stopped them.
 #[derive(Parser)]
 struct Arguments {
-    /// Number of threads.
-    #[arg(value_name = "N")]
+    /// Number of threads; no Linux has more than 4194304 pid numbers.
+    #[arg(value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 22))]
     threads: usize,
-    /// Usable bytes of each stack.
-    #[arg(long, value_name = "BYTES", default_value_t = 64 * 1024)]
+    /// Usable bytes of each stack; pthread_create takes no fewer than 16384.
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 64 * 1024,
+        value_parser = RangedU64ValueParser::<usize>::new().range(16 * 1024..1 << 46)
+    )]
     stack_size: usize,
     /// Print the reports as JSON.
     #[arg(long)]
@@ -46,6 +54,10 @@ struct Arguments {
 
 /// Bytes; less than glibc's malloc would map on their own.
 const BALLAST: usize = 100 * 1024;
+
+/// Bytes that thread-local storage and a signal stack add to a stack, or more: a stack that is asked for
+/// again, to learn why it was refused, must not be smaller than it was.
+const BESIDES: usize = 64 * 1024;
 
 #[derive(Serialize, Deserialize)]
 struct Report {
@@ -68,7 +80,11 @@ struct Refusal {
     evidence: Vec<String>,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    measure::exit_code(run())
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
     let (threads, stack_bytes) = (arguments.threads, arguments.stack_size);
     if let Some(subject) = &arguments.child {
@@ -82,6 +98,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     let mut reports = Vec::new();
+    let obstacles = obstacles(threads, stack_bytes);
+    if !obstacles.is_empty() {
+        eprintln!("the limits do not allow {threads} threads:");
+        obstacles.iter().for_each(|line| eprintln!("  {line}"));
+    }
     for subject in [rust::NPTL, pthread::NAME] {
         eprintln!("{threads} threads with {subject} ...");
         reports.push(run_child(subject, &arguments)?);
@@ -93,6 +114,30 @@ fn main() -> Result<(), Box<dyn Error>> {
         print(&reports);
     }
     Ok(())
+}
+
+/// The limits that have no room for so many threads, ours, which need no mapping each; the least room
+/// first.
+fn obstacles(threads: usize, stack_bytes: usize) -> Vec<String> {
+    let headroom = nptl::headroom();
+    let left = |limit| headroom.threads_left(limit, stack_bytes);
+    let mut short: Vec<_> = headroom
+        .limits()
+        .iter()
+        .filter_map(|limit| Some((left(limit)?, limit)))
+        .filter(|(left, _)| *left < threads as u64)
+        .collect();
+    short.sort_by_key(|(left, _)| *left);
+    let line = |(left, limit): (u64, &nptl::HeadroomLimit)| {
+        format!(
+            "{}: room for {left} more, {} of {} in use ({})",
+            limit.cause,
+            shown(limit.in_use),
+            shown(limit.maximum),
+            limit.source
+        )
+    };
+    short.into_iter().map(line).collect()
 }
 
 /// One process a crowd: neither the mappings nor the heap of one may change what the other costs.
@@ -120,29 +165,39 @@ fn run_child(subject: &str, arguments: &Arguments) -> Result<Report, Box<dyn Err
 fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Result<Report> {
     static GATE: Gate = Gate::new();
     // What the first thread costs once (calibration, heap arenas) is not a price of each.
-    subject.join(subject.start(Body::Empty)?);
+    let first = subject.start(Body::Empty);
+    let mut refused = first.map(|handle| subject.join(handle)).err();
     let floor = Floor::new();
-    if measure::floor::AVAILABLE {
-        floor.join(floor.start(Body::Empty)?);
+    if let Ok(child) = floor.start(Body::Empty) {
+        floor.join(child);
     }
-    let mut handles = Vec::with_capacity(wanted);
+    let mut handles = Vec::new();
+    handles
+        .try_reserve_exact(wanted)
+        .map_err(|_| io::ErrorKind::OutOfMemory)?;
     // Under RLIMIT_AS the heap is used up as well when a stack is refused; the report needs some.
     let ballast: Vec<u8> = Vec::with_capacity(BALLAST);
     let resident_before = proc::resident_bytes();
 
     let begin = Instant::now();
-    let mut refused = None;
+    let mut spent = Duration::ZERO;
     while handles.len() < wanted && refused.is_none() {
+        // Without the one that is refused, which may have been tried again for a while.
+        spent = begin.elapsed();
         match subject.start(Body::Park(&GATE)) {
             Ok(handle) => handles.push(handle),
             Err(error) => refused = Some(error),
         }
     }
+    if refused.is_none() {
+        spent = begin.elapsed();
+    }
     // Now, while the crowd stands: the evidence goes away with it.
     drop(ballast);
     let refusal = refused.map(|error| explain(&error, &floor, stack_bytes));
+    let begin = Instant::now();
     GATE.await_arrivals(handles.len());
-    let start = begin.elapsed();
+    let start = spent + begin.elapsed();
 
     let started = handles.len();
     let maps_lines = proc::mappings();
@@ -169,6 +224,7 @@ fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Resu
 /// Asks the kernel the two halves of a thread's creation again, apart from each other: memory for a
 /// stack, and a task.
 fn explain(error: &io::Error, floor: &Floor, stack_bytes: usize) -> Refusal {
+    let stack_bytes = stack_bytes + BESIDES;
     let stack = map_stack(stack_bytes);
     let task = match measure::floor::AVAILABLE {
         true => floor.start(Body::Empty).map(|child| floor.join(child)),
@@ -177,14 +233,58 @@ fn explain(error: &io::Error, floor: &Floor, stack_bytes: usize) -> Refusal {
     let (in_allocation, after_allocation) = (probe_set_tid(), probe_cgroup());
     let mappings = proc::mappings();
     let max_map_count = proc::number::<usize>("/proc/sys/vm/max_map_count");
+    let address_space = proc::status("VmSize").map(|kib| kib * 1024);
+    let address_limit = rlimit(Resource::RLIMIT_AS);
+    let cgroups = proc::pids_cgroups();
+    let pid_max = proc::number::<usize>("/proc/sys/kernel/pid_max");
+    let threads_max = proc::number::<usize>("/proc/sys/kernel/threads-max");
+    let tasks = proc::tasks();
+    let nproc = limit(rlimit(Resource::RLIMIT_NPROC));
 
     // A mapping and its guard need at most two lines more.
-    let map_full = max_map_count.is_some_and(|max| mappings + 2 >= max);
+    let map_full = max_map_count.filter(|max| mappings + 2 >= *max);
+    let address_full = address_space
+        .zip(address_limit)
+        .filter(|(used, max)| (used + stack_bytes) as u64 > *max);
     let verdict = match (&stack, &task) {
-        (Err(_), _) if map_full => "vm.max_map_count".to_owned(),
-        (Err(error), _) => format!("memory for a stack, but not vm.max_map_count: {error}"),
+        (Err(_), _) if let Some(max) = map_full => {
+            format!("vm.max_map_count = {max}: {mappings} mappings are in use")
+        }
+        (Err(_), _) if let Some((used, max)) = address_full => {
+            format!("RLIMIT_AS = {max}: {used} bytes are in use")
+        }
+        (Err(error), _) => {
+            format!("memory for a stack, neither vm.max_map_count nor RLIMIT_AS: {error}")
+        }
         (Ok(()), Err(error)) if error.raw_os_error() == Some(libc::EAGAIN) => {
-            refused_task(in_allocation, after_allocation).to_owned()
+            // How far a clone gets now tells which of the kernel's checks refused it.
+            match (in_allocation, after_allocation) {
+                (libc::EAGAIN, _) if tasks.zip(threads_max).is_some_and(|(is, max)| is >= max) => {
+                    format!(
+                        "kernel.threads-max = {}: {} tasks",
+                        shown(threads_max),
+                        shown(tasks)
+                    )
+                }
+                // What else is checked before is an execve in a sibling, and there is none here.
+                (libc::EAGAIN, _) => format!(
+                    "RLIMIT_NPROC = {nproc}, or what a user namespace remembers of it; \
+                     kernel.threads-max has room"
+                ),
+                (libc::EINVAL, libc::EAGAIN) => format!(
+                    "pid numbers: kernel.pid_max = {} here (300 of them reserved once the \
+                     numbers have wrapped), unless an outer pid namespace has fewer",
+                    shown(pid_max)
+                ),
+                (libc::EINVAL, libc::EBADF) => {
+                    let full = cgroups.iter().filter(|(_, current, max)| current >= max);
+                    let full: Vec<_> = full
+                        .map(|(file, current, max)| format!(": {file} = {max}, {current} tasks"))
+                        .collect();
+                    format!("pids.max of a cgroup{}", full.concat())
+                }
+                _ => "unknown: the probes do not tell".to_owned(),
+            }
         }
         (Ok(()), Err(error)) => format!("the task itself: {error}"),
         (Ok(()), Ok(())) => "unknown: both halves work again, so it was transient".to_owned(),
@@ -196,8 +296,6 @@ fn explain(error: &io::Error, floor: &Floor, stack_bytes: usize) -> Refusal {
             .err()
             .map_or("works".to_owned(), io::Error::to_string)
     };
-    let maximum = |max: Option<usize>| max.map_or("?".to_owned(), |max| max.to_string());
-    let sysctl = |name: &str| maximum(proc::number(format!("/proc/sys/{name}")));
     let mut evidence = vec![
         format!(
             "a stack alone (mmap, mprotect of its guard): {}",
@@ -211,32 +309,25 @@ fn explain(error: &io::Error, floor: &Floor, stack_bytes: usize) -> Refusal {
         ),
         format!(
             "mappings: {mappings} of vm.max_map_count {}",
-            maximum(max_map_count)
+            shown(max_map_count)
         ),
         format!(
             "threads of this process: {}",
-            maximum(proc::status("Threads"))
+            shown(proc::status("Threads"))
         ),
-        format!(
-            "kernel.pid_max of this pid namespace: {}",
-            sysctl("kernel/pid_max")
-        ),
+        format!("kernel.pid_max of this pid namespace: {}", shown(pid_max)),
         format!(
             "tasks on the machine: {} of kernel.threads-max {}",
-            maximum(proc::tasks()),
-            sysctl("kernel/threads-max")
+            shown(tasks),
+            shown(threads_max)
         ),
+        format!("RLIMIT_NPROC: {nproc} (CAP_SYS_RESOURCE and root are exempt)"),
         format!(
-            "RLIMIT_NPROC: {} (CAP_SYS_RESOURCE and root are exempt)",
-            rlimit(libc::RLIMIT_NPROC)
-        ),
-        format!(
-            "VmSize: {} kB of RLIMIT_AS {} bytes",
-            maximum(proc::status("VmSize")),
-            rlimit(libc::RLIMIT_AS)
+            "address space: {} of RLIMIT_AS {} bytes",
+            shown(address_space),
+            limit(address_limit)
         ),
     ];
-    let cgroups = proc::pids_cgroups();
     evidence.extend(
         cgroups
             .iter()
@@ -250,20 +341,6 @@ fn explain(error: &io::Error, floor: &Floor, stack_bytes: usize) -> Refusal {
         errno: error.raw_os_error(),
         verdict,
         evidence,
-    }
-}
-
-/// How far a clone gets now tells which of the kernel's checks refused it; see the two probes.
-fn refused_task(in_allocation: i32, after_allocation: i32) -> &'static str {
-    match (in_allocation, after_allocation) {
-        (libc::EAGAIN, _) => {
-            "kernel.threads-max, RLIMIT_NPROC or a sibling in execve: refused before pid allocation"
-        }
-        (libc::EINVAL, libc::EAGAIN) => {
-            "pid numbers (kernel.pid_max, here or in an outer pid namespace)"
-        }
-        (libc::EINVAL, libc::EBADF) => "pids.max of a cgroup",
-        _ => "unknown: the probes do not tell",
     }
 }
 
@@ -334,35 +411,44 @@ fn probe(arguments: &libc::clone_args) -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
-fn rlimit(resource: libc::__rlimit_resource_t) -> String {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: writes the limit to the structure given.
-    match unsafe { libc::getrlimit(resource, &mut limit) } {
-        0 if limit.rlim_cur == libc::RLIM_INFINITY => "unlimited".to_owned(),
-        0 => limit.rlim_cur.to_string(),
-        _ => "?".to_owned(),
-    }
+/// The soft limit; `None`: unlimited.
+fn rlimit(resource: Resource) -> Option<u64> {
+    let (soft, _) = getrlimit(resource).ok()?;
+    (soft != RLIM_INFINITY).then_some(soft)
+}
+
+fn limit(soft: Option<u64>) -> String {
+    soft.map_or("unlimited".to_owned(), |soft| soft.to_string())
+}
+
+/// A number that was read, or not.
+fn shown<N: Display>(number: Option<N>) -> String {
+    number.map_or("?".to_owned(), |number| number.to_string())
 }
 
 fn print(reports: &[Report]) {
     type Line = (&'static str, fn(&Report) -> String);
+    // A crowd of none has no price.
+    fn each(report: &Report, value: String) -> String {
+        match report.started {
+            0 => "–".to_owned(),
+            _ => value,
+        }
+    }
     let lines: [Line; 6] = [
         ("", |report| report.subject.clone()),
         ("live threads", |report| report.started.to_string()),
         ("start, µs a thread", |report| {
-            format!("{:.1}", report.start_ns_per_thread / 1e3)
+            each(report, format!("{:.1}", report.start_ns_per_thread / 1e3))
         }),
         ("join, µs a thread", |report| {
-            format!("{:.1}", report.join_ns_per_thread / 1e3)
+            each(report, format!("{:.1}", report.join_ns_per_thread / 1e3))
         }),
         ("lines of /proc/self/maps", |report| {
             report.maps_lines.to_string()
         }),
         ("resident bytes a thread", |report| {
-            format!("{:.0}", report.resident_bytes_per_thread)
+            each(report, format!("{:.0}", report.resident_bytes_per_thread))
         }),
     ];
     for (label, value) in lines {
