@@ -138,52 +138,26 @@ pub fn live_row(threads: usize) -> Row {
 
 /// All rows, in the order of the performance table, then those of the plot.
 pub fn rows() -> Vec<Row> {
-    let against = |against, ratio, row| Row {
+    use Workload::{Burst, Cold, Contended, HeapWarm, Hot, SpawnCall};
+    let (floor, pthread) = (floor::NAME, pthread::NAME);
+    let table = [
+        (row(Hot, 1, 256 * KIB, 50, 400), floor, 1.05),
+        (row(Burst, 64, 8 * MIB, 1, 200), pthread, 0.50),
+        (row(Burst, 1000, 8 * MIB, 1, 30), pthread, 0.45),
+        (row(Burst, 64, 256 * KIB, 1, 300), pthread, 0.95),
+        (row(Cold, 1, 256 * KIB, 50, 400), pthread, 0.90),
+        (row(HeapWarm, 1, 256 * KIB, 50, 400), pthread, 0.90),
+        (row(SpawnCall, 1, 256 * KIB, 50, 400), floor, 1.15),
+        (row(Contended, 2, 256 * KIB, 60, 200), pthread, 1.00),
+        (row(Contended, 4, 256 * KIB, 30, 200), pthread, 1.00),
+        (row(Contended, 16, 256 * KIB, 10, 200), pthread, 1.00),
+    ];
+    let with_target = table.map(|(row, against, ratio)| Row {
         target: Some(Target { against, ratio }),
         ..row
-    };
-    let mut rows = vec![
-        against(floor::NAME, 1.05, row(Workload::Hot, 1, 256 * KIB, 50, 400)),
-        against(
-            pthread::NAME,
-            0.50,
-            row(Workload::Burst, 64, 8 * MIB, 1, 200),
-        ),
-        against(
-            pthread::NAME,
-            0.45,
-            row(Workload::Burst, 1000, 8 * MIB, 1, 30),
-        ),
-        against(
-            pthread::NAME,
-            0.95,
-            row(Workload::Burst, 64, 256 * KIB, 1, 300),
-        ),
-        against(
-            pthread::NAME,
-            0.90,
-            row(Workload::Cold, 1, 256 * KIB, 50, 400),
-        ),
-        against(
-            pthread::NAME,
-            0.90,
-            row(Workload::HeapWarm, 1, 256 * KIB, 50, 400),
-        ),
-        against(
-            floor::NAME,
-            1.15,
-            row(Workload::SpawnCall, 1, 256 * KIB, 50, 400),
-        ),
-    ];
-    for (threads, iterations) in [(2, 60), (4, 30), (16, 10)] {
-        rows.push(against(
-            pthread::NAME,
-            1.00,
-            row(Workload::Contended, threads, 256 * KIB, iterations, 200),
-        ));
-    }
-    rows.extend([10, 100, 1_000, 3_000, 10_000].map(live_row));
-    rows
+    });
+    let plotted = [10, 100, 1_000, 3_000, 10_000].map(live_row);
+    with_target.into_iter().chain(plotted).collect()
 }
 
 /// Uncounted iterations beside a crowd: the first may still meet its last threads on their way to the gate.
