@@ -64,7 +64,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    measure::exit_code(run())
+    measure::exit_code(run)
 }
 
 fn run() -> Result<(), Box<dyn Error>> {

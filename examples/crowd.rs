@@ -81,7 +81,7 @@ struct Refusal {
 }
 
 fn main() -> ExitCode {
-    measure::exit_code(run())
+    measure::exit_code(run)
 }
 
 fn run() -> Result<(), Box<dyn Error>> {

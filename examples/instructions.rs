@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use measure::workload::{self, Workload};
 
 fn main() -> ExitCode {
-    measure::exit_code(run())
+    measure::exit_code(run)
 }
 
 fn run() -> Result<(), Box<dyn Error>> {

@@ -87,9 +87,12 @@ pub fn subjects(row: &Row) -> io::Result<Vec<Box<dyn Runner>>> {
     Ok(subjects)
 }
 
-/// What `main` returns: an error is a sentence for whoever typed the command, not its `Debug`.
-pub fn exit_code(result: Result<(), Box<dyn Error>>) -> ExitCode {
-    match result {
+/// The frame of an example's `main`: an error is a sentence for whoever typed the command, not its `Debug`,
+/// and a reader that has seen enough (`| head`) ends the program, not a panic.
+pub fn exit_code(run: fn() -> Result<(), Box<dyn Error>>) -> ExitCode {
+    // SAFETY: the default action is no handler.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
