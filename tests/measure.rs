@@ -1,16 +1,25 @@
-//! What the benches and the example `compare` stand on: the rows, what a round runs, and the figures.
+//! What the benches and the examples `compare` and `crowd` stand on: the rows, what a round runs, the figures,
+//! and which limit a crowd is said to have met.
 
 #[path = "../examples/measure/mod.rs"]
 mod measure;
+#[path = "../examples/measure/refusal.rs"]
+mod refusal;
 mod support;
 
 use std::collections::HashSet;
 
+use measure::floor::Floor;
+use measure::gate::Gate;
+use measure::pthread::Pthread;
 use measure::summary::Figure;
 use measure::workload::{COLD_TUNABLE, Row, Workload, rows};
-use measure::{SUBJECTS, proc, pthread, subjects};
+use measure::{Body, SUBJECTS, Subject, proc, pthread, subjects};
 use serde_json::Value;
-use support::{case, child, or_skip, report};
+use support::{
+    Cgroup, Mappings, become_unused_user, case, child, deny_guard_marks, inherited_cgroup, or_skip,
+    report, set_rlimit,
+};
 
 /// A row as shared/design/performance.md has it: workload, threads, stack in KiB, and what ours must reach.
 type Promised = (Workload, usize, usize, &'static str, f64);
@@ -129,4 +138,82 @@ fn the_cold_rows_tunable_turns_glibcs_cache_off() {
     let (name, value) = COLD_TUNABLE;
     let cold = or_skip!(kept(child(NAME, "cold").env(name, value)));
     assert_eq!(cold.as_deref(), Some("false"));
+}
+
+/// A crowd of pthread_create, which says EAGAIN whatever it met.
+#[test]
+fn the_limit_that_stops_a_crowd_is_named() {
+    const NAME: &str = "the_limit_that_stops_a_crowd_is_named";
+    const STACK: usize = 64 << 10;
+    if let Some(name) = case() {
+        static GATE: Gate = Gate::new();
+        let (floor, pthread) = (Floor::new(), Pthread::new(STACK).expect("attributes"));
+        floor.join(floor.start(Body::Empty).expect("a task"));
+        pthread.join(pthread.start(Body::Empty).expect("a thread"));
+        let mut threads = Vec::with_capacity(1000);
+        let mut ballast = None;
+        match name.as_str() {
+            "pids cgroup" => inherited_cgroup(0).set("pids.max", 60),
+            "processes" => {
+                or_skip!(become_unused_user());
+                set_rlimit(libc::RLIMIT_NPROC, 50);
+            }
+            "address space" => {
+                let used = proc::status("VmSize").expect("a number") * 1024;
+                set_rlimit(libc::RLIMIT_AS, used as u64 + (1 << 20));
+            }
+            "mappings" => {
+                // From glibc 2.42 on a guard is a mapping only where it cannot be marked.
+                deny_guard_marks(libc::EINVAL);
+                ballast = Some(Mappings::fill_but(20));
+            }
+            _ => {}
+        }
+        let error = (0..1000).find_map(|_| match pthread.start(Body::Park(&GATE)) {
+            Ok(thread) => {
+                threads.push(thread);
+                None
+            }
+            Err(error) => Some(error),
+        });
+        let error = error.expect("a limit below a thousand threads");
+        let refusal = refusal::explain(&error, &floor, STACK);
+        drop(ballast);
+        GATE.open();
+        threads.into_iter().for_each(|thread| pthread.join(thread));
+        report("errno", error.raw_os_error().unwrap_or(0));
+        report("verdict", refusal.verdict);
+        return;
+    }
+    let cgroup = Cgroup::pids();
+    for (name, verdict) in [
+        ("pid numbers", "pid numbers: kernel.pid_max = 400 here"),
+        ("pids cgroup", "pids.max of a cgroup: /"),
+        ("processes", "RLIMIT_NPROC = 50, "),
+        ("address space", "RLIMIT_AS = "),
+        ("mappings", "vm.max_map_count = "),
+    ] {
+        let child = child(NAME, name);
+        let child = match (name, &cgroup) {
+            ("pid numbers", _) => child.pid_namespace(Some(400)),
+            ("pids cgroup", Ok(cgroup)) => child.cgroup(cgroup),
+            ("pids cgroup", Err(why)) => {
+                support::announce_skip(why);
+                continue;
+            }
+            _ => child,
+        };
+        let output = match child.run() {
+            Ok(output) => output.success(),
+            Err(why) => {
+                support::announce_skip(&why);
+                continue;
+            }
+        };
+        if output.skipped().is_none() {
+            let said = output.get("verdict").unwrap_or_default();
+            assert!(said.starts_with(verdict), "{name}: {output}");
+            assert_eq!(output.get("errno"), Some("11"), "{name}: {output}");
+        }
+    }
 }
