@@ -286,9 +286,9 @@ fn instances() -> impl Iterator<Item = &'static Instance> {
 /// A cached stack serves every request of its class, so each is mapped as large as its class:
 /// [`StackInfo`](crate::StackInfo) tells the size.
 ///
-/// - Up to 8 pages, and from there on at 5, 6, 7 and 8 quarters of each power of two, which all
-///   powers of two are, a stack has just the size asked for. Any other gets the next of these sizes:
-///   less than a quarter more.
+/// - A stack of up to 8 pages, or of a power of two, has just the size asked for. Between two powers of
+///   two there are three sizes more, at equal distances, and a stack gets the next of them: less than a
+///   quarter more than asked for.
 /// - A guard of no page or one (the default) is exact; one of 2 to 16 pages gets 16.
 /// - A stack over 2<sup>18</sup> pages (1 GiB with pages of 4 KiB) or a guard over 16 is mapped as asked
 ///   for, and unmapped when its thread has ended.
