@@ -3,24 +3,37 @@
 //! a failure: machines are noisy.
 //!
 //! ```text
-//! cargo run --release --example compare -- [--quick] [--only ROW]... [--json FILE] [--svg DIR]
+//! cargo run --release --example compare -- [--quick] [--only ROW]... [--live N]... [--json FILE] [--svg DIR]
 //! ```
+//!
+//! The JSON is a list of objects, one for each row and subject:
+//!
+//! | field | |
+//! | --- | --- |
+//! | `workload`, `subject` | their names |
+//! | `threads` | number alive at once (burst, live), or of threads that spawn (contended); else 1 |
+//! | `stack_bytes` | usable bytes of each stack |
+//! | `median_ns`, `p10_ns`, `p90_ns` | nanoseconds a thread, over the rounds; a round's value is the mean of its threads |
+//! | `samples` | number of rounds |
+//!
+//! The crowd row is an example of its own, `crowd`.
 
 mod measure;
 #[path = "measure/plot.rs"]
 mod plot;
 
 use std::error::Error;
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use measure::SUBJECTS;
 use measure::summary::Figure;
 use measure::workload::{self, COLD_TUNABLE, Row, Workload};
+use measure::{Runner, SUBJECTS};
 
 /// Compare the price of a thread: raw clone (floor), pthread_create, std::thread and nptl.
 #[derive(Parser)]
@@ -31,6 +44,10 @@ struct Arguments {
     /// About 20 seconds instead of some minutes: fewer rounds, no large crowds.
     #[arg(long)]
     quick: bool,
+    /// Also beside N live threads, as a row live-N; may be repeated. For many, see what the example
+    /// crowd says about the limits.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 22))]
+    live: Vec<u32>,
     /// Print the names of the rows and stop.
     #[arg(long)]
     list: bool,
@@ -46,7 +63,11 @@ struct Arguments {
     child: bool,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    measure::exit_code(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
     let rows = chosen_rows(&arguments)?;
     if arguments.list {
@@ -61,42 +82,68 @@ fn main() -> Result<(), Box<dyn Error>> {
         serde_json::to_writer(io::stdout(), &figures)?;
         return Ok(());
     }
+    // Before the minutes of measuring, not after them.
+    if let Some(file) = &arguments.json {
+        let writable = OpenOptions::new().create(true).append(true).open(file);
+        writable.map_err(naming(file))?;
+    }
+    if let Some(directory) = &arguments.svg {
+        fs::create_dir_all(directory).map_err(naming(directory))?;
+    }
 
-    let progress = ProgressBar::new(rows.iter().map(|row| row.rounds as u64).sum());
+    // Counted in threads, because the rounds differ by their thousands.
+    let progress = ProgressBar::new(rows.iter().map(steps).sum());
     progress.set_style(ProgressStyle::with_template(
-        "{bar:40} {pos}/{len} rounds, {eta} left: {msg}",
+        "{bar:40} {percent:>3}%, {eta} left: {msg}",
     )?);
     let mut figures = Vec::new();
-    for row in &rows {
+    let mut before = 0;
+    for (index, row) in rows.iter().enumerate() {
+        if progress.is_hidden() {
+            // No terminal: a line for whoever reads the log.
+            eprintln!("{}/{}: {}", index + 1, rows.len(), row.label());
+        }
         progress.set_message(row.label());
         let measured = match row.workload {
             Workload::Cold => measure_in_child(row, arguments.quick),
-            _ => measure_row(row, &progress).map_err(Into::into),
+            _ => measure_row(row, &progress),
         };
         match measured {
             Ok(measured) => figures.extend(measured),
             Err(error) => progress.suspend(|| eprintln!("{}: {error}", row.label())),
         }
-        if row.workload == Workload::Cold {
-            progress.inc(row.rounds as u64);
-        }
+        before += steps(row);
+        progress.set_position(before);
     }
     progress.finish_and_clear();
 
     print_table(&rows, &figures);
     if let Some(file) = &arguments.json {
-        std::fs::write(file, serde_json::to_string_pretty(&figures)?)?;
+        fs::write(file, serde_json::to_string_pretty(&figures)?).map_err(naming(file))?;
     }
     if let Some(directory) = &arguments.svg {
-        std::fs::create_dir_all(directory)?;
         plot::rows(&directory.join("rows.svg"), &rows, &figures)?;
         plot::live(&directory.join("live.svg"), &figures)?;
     }
     Ok(())
 }
 
+fn naming(path: &Path) -> impl FnOnce(io::Error) -> String {
+    move |error| format!("{}: {error}", path.display())
+}
+
 fn chosen_rows(arguments: &Arguments) -> Result<Vec<Row>, String> {
     let mut rows = workload::rows();
+    let asked_for = |row: &Row| {
+        let crowd = |threads: &u32| *threads as usize == row.threads;
+        row.workload == Workload::Live && arguments.live.iter().any(crowd)
+    };
+    for &threads in &arguments.live {
+        let row = workload::live_row(threads as usize);
+        if !rows.iter().any(|other| other.label() == row.label()) {
+            rows.push(row);
+        }
+    }
     let named = |row: &Row, only: &str| row.label() == only || row.workload.name() == only;
     if let Some(only) = arguments
         .only
@@ -106,44 +153,87 @@ fn chosen_rows(arguments: &Arguments) -> Result<Vec<Row>, String> {
         return Err(format!("no row or workload is named {only:?}; see --list"));
     }
     if !arguments.only.is_empty() {
-        rows.retain(|row| arguments.only.iter().any(|only| named(row, only)));
+        let chosen = |row: &Row| arguments.only.iter().any(|only| named(row, only));
+        rows.retain(|row| chosen(row) || asked_for(row));
     }
     if arguments.quick {
-        rows.retain(|row| row.workload != Workload::Live || row.threads <= 1_000);
+        rows.retain(|row| row.workload != Workload::Live || row.threads <= 1_000 || asked_for(row));
         rows.iter_mut()
             .for_each(|row| row.rounds = (row.rounds / 6).max(5));
     }
     Ok(rows)
 }
 
+/// What the row is of the progress bar.
+fn steps(row: &Row) -> u64 {
+    row.rounds as u64 * row.threads_per_round()
+}
+
+/// A subject on its way through a row.
+struct Entrant {
+    subject: Box<dyn Runner>,
+    samples: Vec<f64>,
+    refusal: Option<io::Error>,
+}
+
+impl Entrant {
+    /// Nanoseconds a thread, unless the subject has been refused one.
+    fn round(&mut self, row: &Row) -> Option<f64> {
+        if self.refusal.is_some() {
+            return None;
+        }
+        let threads = row.iterations as f64 * row.threads_per_iteration() as f64;
+        match self.subject.round(row, row.iterations) {
+            Ok(time) => Some(time.as_nanos() as f64 / threads),
+            Err(error) => {
+                self.refusal = Some(error);
+                None
+            }
+        }
+    }
+}
+
 /// A figure for each subject that can run the row.
-fn measure_row(row: &Row, progress: &ProgressBar) -> io::Result<Vec<Figure>> {
-    let subjects = measure::subjects(row)?;
-    let mut samples = vec![Vec::with_capacity(row.rounds); subjects.len()];
+fn measure_row(row: &Row, progress: &ProgressBar) -> Result<Vec<Figure>, Box<dyn Error>> {
+    let subjects = measure::subjects(row)?.into_iter();
+    let mut entrants: Vec<_> = subjects
+        .map(|subject| Entrant {
+            subject,
+            samples: Vec::with_capacity(row.rounds),
+            refusal: None,
+        })
+        .collect();
     // Fills the caches and touches the code: every subject at its best.
-    for subject in &subjects {
-        subject.round(row, row.iterations)?;
+    for entrant in &mut entrants {
+        entrant.round(row);
     }
     for round in 0..row.rounds {
         // Another one goes first each time, so that what a subject leaves behind does not always
         // hit the same neighbour.
-        for turn in 0..subjects.len() {
-            let index = (round + turn) % subjects.len();
-            let time = subjects[index].round(row, row.iterations)?;
-            samples[index].push(
-                time.as_nanos() as f64
-                    / (row.iterations as f64 * row.threads_per_iteration() as f64),
-            );
+        for turn in 0..entrants.len() {
+            let index = (round + turn) % entrants.len();
+            let sample = entrants[index].round(row);
+            entrants[index].samples.extend(sample);
         }
-        progress.inc(1);
+        progress.inc(row.threads_per_round());
     }
     // Two thousand of our 8 MiB stacks, kept for a burst, are nothing that a later row should meet.
     nptl::StackCache::global().clear();
-    let figures = subjects
-        .iter()
-        .zip(samples)
-        .filter_map(|(subject, samples)| Figure::new(row, subject.name(), samples));
-    Ok(figures.collect())
+    let mut figures = Vec::new();
+    for Entrant {
+        subject,
+        samples,
+        refusal,
+    } in entrants
+    {
+        match refusal {
+            None => figures.extend(Figure::new(row, subject.name(), samples)),
+            // The others still stand beside each other.
+            Some(error) => progress
+                .suspend(|| eprintln!("{}: {} is left out: {error}", row.label(), subject.name())),
+        }
+    }
+    Ok(figures)
 }
 
 /// glibc reads its tunables once, at start.
@@ -164,12 +254,15 @@ fn measure_in_child(row: &Row, quick: bool) -> Result<Vec<Figure>, Box<dyn Error
 }
 
 fn print_table(rows: &[Row], figures: &[Figure]) {
-    println!("µs a thread: median [p10 p90]");
+    println!(
+        "{}; µs a thread: median [p10 p90]",
+        measure::proc::machine()
+    );
     print!("{:18}", "");
     SUBJECTS
         .iter()
         .for_each(|subject| print!("  {subject:<20}"));
-    println!("  {:<9} {:<16} reached", "ratio", "target");
+    println!("  {:<14}  {:<8}  reached", "nptl is", "target");
     for row in rows {
         let figure = |subject: &str| {
             figures
@@ -191,13 +284,15 @@ fn print_table(rows: &[Row], figures: &[Figure]) {
             .map_or(measure::pthread::NAME, |target| target.against);
         if let Some((ours, theirs)) = figure(measure::rust::NPTL).zip(figure(against)) {
             let ratio = ours.median_ns / theirs.median_ns;
-            let verdict = row.target.map_or(String::new(), |target| {
+            print!("  {:<14}", format!("{ratio:.2} × {against}"));
+            if let Some(target) = row.target {
                 let reached = if ratio <= target.ratio { "yes" } else { "NO" };
-                format!("≤ {:.2} × {against:<8} {reached}", target.ratio)
-            });
-            print!("  {ratio:<9.2} {verdict}");
+                print!("  {:<8}  {reached}", format!("≤ {:.2}", target.ratio));
+            }
         }
         println!();
     }
-    println!("the crowd row is an example of its own: crowd");
+    println!(
+        "the crowd row is an example of its own: cargo run --release --example crowd -- 100000"
+    );
 }

@@ -11,13 +11,16 @@
 //! `kernel.pid_max` (its own from Linux 6.14), or in a pids cgroup.
 
 mod measure;
+#[path = "measure/refusal.rs"]
+mod refusal;
 
 use std::error::Error;
 use std::io;
-use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 use clap::Parser;
+use clap::builder::RangedU64ValueParser;
 use serde::{Deserialize, Serialize};
 
 use measure::floor::Floor;
@@ -26,15 +29,21 @@ use measure::proc;
 use measure::pthread::{self, Pthread};
 use measure::rust::{self, Nptl};
 use measure::{Body, Subject};
+use refusal::{Refusal, shown};
 
 /// Start N live threads and say what they cost, or what stopped them.
 #[derive(Parser)]
 struct Arguments {
-    /// Number of threads.
-    #[arg(value_name = "N")]
+    /// Number of threads; no Linux has more than 4194304 pid numbers.
+    #[arg(value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 22))]
     threads: usize,
-    /// Usable bytes of each stack.
-    #[arg(long, value_name = "BYTES", default_value_t = 64 * 1024)]
+    /// Usable bytes of each stack; pthread_create takes no fewer than 16384.
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 64 * 1024,
+        value_parser = RangedU64ValueParser::<usize>::new().range(16 * 1024..1 << 46)
+    )]
     stack_size: usize,
     /// Print the reports as JSON.
     #[arg(long)]
@@ -60,15 +69,11 @@ struct Report {
     refusal: Option<Refusal>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Refusal {
-    error: String,
-    errno: Option<i32>,
-    verdict: String,
-    evidence: Vec<String>,
+fn main() -> ExitCode {
+    measure::exit_code(run)
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn run() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
     let (threads, stack_bytes) = (arguments.threads, arguments.stack_size);
     if let Some(subject) = &arguments.child {
@@ -82,6 +87,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     let mut reports = Vec::new();
+    let obstacles = obstacles(threads, stack_bytes);
+    if !obstacles.is_empty() {
+        eprintln!("the limits do not allow {threads} threads:");
+        obstacles.iter().for_each(|line| eprintln!("  {line}"));
+    }
     for subject in [rust::NPTL, pthread::NAME] {
         eprintln!("{threads} threads with {subject} ...");
         reports.push(run_child(subject, &arguments)?);
@@ -93,6 +103,30 @@ fn main() -> Result<(), Box<dyn Error>> {
         print(&reports);
     }
     Ok(())
+}
+
+/// The limits that have no room for so many threads, ours, which need no mapping each; the least room
+/// first.
+fn obstacles(threads: usize, stack_bytes: usize) -> Vec<String> {
+    let headroom = nptl::headroom();
+    let left = |limit| headroom.threads_left(limit, stack_bytes);
+    let mut short: Vec<_> = headroom
+        .limits()
+        .iter()
+        .filter_map(|limit| Some((left(limit)?, limit)))
+        .filter(|(left, _)| *left < threads as u64)
+        .collect();
+    short.sort_by_key(|(left, _)| *left);
+    let line = |(left, limit): (u64, &nptl::HeadroomLimit)| {
+        format!(
+            "{}: room for {left} more, {} of {} in use ({})",
+            limit.cause,
+            shown(limit.in_use),
+            shown(limit.maximum),
+            limit.source
+        )
+    };
+    short.into_iter().map(line).collect()
 }
 
 /// One process a crowd: neither the mappings nor the heap of one may change what the other costs.
@@ -120,29 +154,39 @@ fn run_child(subject: &str, arguments: &Arguments) -> Result<Report, Box<dyn Err
 fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Result<Report> {
     static GATE: Gate = Gate::new();
     // What the first thread costs once (calibration, heap arenas) is not a price of each.
-    subject.join(subject.start(Body::Empty)?);
+    let first = subject.start(Body::Empty);
+    let mut refused = first.map(|handle| subject.join(handle)).err();
     let floor = Floor::new();
-    if measure::floor::AVAILABLE {
-        floor.join(floor.start(Body::Empty)?);
+    if let Ok(child) = floor.start(Body::Empty) {
+        floor.join(child);
     }
-    let mut handles = Vec::with_capacity(wanted);
+    let mut handles = Vec::new();
+    handles
+        .try_reserve_exact(wanted)
+        .map_err(|_| io::ErrorKind::OutOfMemory)?;
     // Under RLIMIT_AS the heap is used up as well when a stack is refused; the report needs some.
     let ballast: Vec<u8> = Vec::with_capacity(BALLAST);
     let resident_before = proc::resident_bytes();
 
     let begin = Instant::now();
-    let mut refused = None;
+    let mut spent = Duration::ZERO;
     while handles.len() < wanted && refused.is_none() {
+        // Without the one that is refused, which may have been tried again for a while.
+        spent = begin.elapsed();
         match subject.start(Body::Park(&GATE)) {
             Ok(handle) => handles.push(handle),
             Err(error) => refused = Some(error),
         }
     }
+    if refused.is_none() {
+        spent = begin.elapsed();
+    }
     // Now, while the crowd stands: the evidence goes away with it.
     drop(ballast);
-    let refusal = refused.map(|error| explain(&error, &floor, stack_bytes));
+    let refusal = refused.map(|error| refusal::explain(&error, &floor, stack_bytes));
+    let begin = Instant::now();
     GATE.await_arrivals(handles.len());
-    let start = begin.elapsed();
+    let start = spent + begin.elapsed();
 
     let started = handles.len();
     let maps_lines = proc::mappings();
@@ -166,203 +210,29 @@ fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Resu
     })
 }
 
-/// Asks the kernel the two halves of a thread's creation again, apart from each other: memory for a
-/// stack, and a task.
-fn explain(error: &io::Error, floor: &Floor, stack_bytes: usize) -> Refusal {
-    let stack = map_stack(stack_bytes);
-    let task = match measure::floor::AVAILABLE {
-        true => floor.start(Body::Empty).map(|child| floor.join(child)),
-        false => Err(io::ErrorKind::Unsupported.into()),
-    };
-    let (in_allocation, after_allocation) = (probe_set_tid(), probe_cgroup());
-    let mappings = proc::mappings();
-    let max_map_count = proc::number::<usize>("/proc/sys/vm/max_map_count");
-
-    // A mapping and its guard need at most two lines more.
-    let map_full = max_map_count.is_some_and(|max| mappings + 2 >= max);
-    let verdict = match (&stack, &task) {
-        (Err(_), _) if map_full => "vm.max_map_count".to_owned(),
-        (Err(error), _) => format!("memory for a stack, but not vm.max_map_count: {error}"),
-        (Ok(()), Err(error)) if error.raw_os_error() == Some(libc::EAGAIN) => {
-            refused_task(in_allocation, after_allocation).to_owned()
-        }
-        (Ok(()), Err(error)) => format!("the task itself: {error}"),
-        (Ok(()), Ok(())) => "unknown: both halves work again, so it was transient".to_owned(),
-    };
-
-    let say = |result: &io::Result<()>| {
-        result
-            .as_ref()
-            .err()
-            .map_or("works".to_owned(), io::Error::to_string)
-    };
-    let maximum = |max: Option<usize>| max.map_or("?".to_owned(), |max| max.to_string());
-    let sysctl = |name: &str| maximum(proc::number(format!("/proc/sys/{name}")));
-    let mut evidence = vec![
-        format!(
-            "a stack alone (mmap, mprotect of its guard): {}",
-            say(&stack)
-        ),
-        format!("a task alone (raw clone on a ready stack): {}", say(&task)),
-        format!(
-            "clone3 that ends inside pid allocation: {}; behind it: {}",
-            io::Error::from_raw_os_error(in_allocation),
-            io::Error::from_raw_os_error(after_allocation)
-        ),
-        format!(
-            "mappings: {mappings} of vm.max_map_count {}",
-            maximum(max_map_count)
-        ),
-        format!(
-            "threads of this process: {}",
-            maximum(proc::status("Threads"))
-        ),
-        format!(
-            "kernel.pid_max of this pid namespace: {}",
-            sysctl("kernel/pid_max")
-        ),
-        format!(
-            "tasks on the machine: {} of kernel.threads-max {}",
-            maximum(proc::tasks()),
-            sysctl("kernel/threads-max")
-        ),
-        format!(
-            "RLIMIT_NPROC: {} (CAP_SYS_RESOURCE and root are exempt)",
-            rlimit(libc::RLIMIT_NPROC)
-        ),
-        format!(
-            "VmSize: {} kB of RLIMIT_AS {} bytes",
-            maximum(proc::status("VmSize")),
-            rlimit(libc::RLIMIT_AS)
-        ),
-    ];
-    let cgroups = proc::pids_cgroups();
-    evidence.extend(
-        cgroups
-            .iter()
-            .map(|(file, current, max)| format!("{file}: {current} of {max}")),
-    );
-    if cgroups.is_empty() {
-        evidence.push("no pids cgroup with a limit in sight".to_owned());
-    }
-    Refusal {
-        error: error.to_string(),
-        errno: error.raw_os_error(),
-        verdict,
-        evidence,
-    }
-}
-
-/// How far a clone gets now tells which of the kernel's checks refused it; see the two probes.
-fn refused_task(in_allocation: i32, after_allocation: i32) -> &'static str {
-    match (in_allocation, after_allocation) {
-        (libc::EAGAIN, _) => {
-            "kernel.threads-max, RLIMIT_NPROC or a sibling in execve: refused before pid allocation"
-        }
-        (libc::EINVAL, libc::EAGAIN) => {
-            "pid numbers (kernel.pid_max, here or in an outer pid namespace)"
-        }
-        (libc::EINVAL, libc::EBADF) => "pids.max of a cgroup",
-        _ => "unknown: the probes do not tell",
-    }
-}
-
-/// As pthread_create maps a stack: no access, then all but the guard made accessible, which splits
-/// the mapping.
-fn map_stack(bytes: usize) -> io::Result<()> {
-    const GUARD: usize = 4096;
-    let length = bytes.next_multiple_of(GUARD) + GUARD;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_STACK;
-    // SAFETY: a new mapping at a place that the kernel chooses.
-    let mapping =
-        unsafe { libc::mmap(std::ptr::null_mut(), length, libc::PROT_NONE, flags, -1, 0) };
-    if mapping == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: inside the mapping just made, which nobody else knows.
-    let result = match unsafe {
-        libc::mprotect(
-            mapping.byte_add(GUARD),
-            length - GUARD,
-            libc::PROT_READ | libc::PROT_WRITE,
-        )
-    } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    };
-    // SAFETY: as above.
-    unsafe { libc::munmap(mapping, length) };
-    result
-}
-
-/// The errno of a clone3 that asks for thread id 0: EINVAL once all checks before pid allocation
-/// have passed.
-fn probe_set_tid() -> i32 {
-    let zero: libc::pid_t = 0;
-    let mut arguments = thread_arguments();
-    arguments.set_tid = std::ptr::from_ref(&zero) as u64;
-    arguments.set_tid_size = 1;
-    probe(&arguments)
-}
-
-/// The errno of a clone3 into a cgroup that is no descriptor: EBADF once pid allocation has passed.
-fn probe_cgroup() -> i32 {
-    /// libc's constant does not fit its type.
-    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-    let mut arguments = thread_arguments();
-    arguments.flags |= CLONE_INTO_CGROUP;
-    arguments.cgroup = i32::MAX as u64;
-    probe(&arguments)
-}
-
-fn thread_arguments() -> libc::clone_args {
-    // SAFETY: plain integers, for which zero is a value.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    let flags = libc::CLONE_VM
-        | libc::CLONE_FS
-        | libc::CLONE_FILES
-        | libc::CLONE_SYSVSEM
-        | libc::CLONE_SIGHAND
-        | libc::CLONE_THREAD;
-    arguments.flags = flags as u64;
-    arguments
-}
-
-fn probe(arguments: &libc::clone_args) -> i32 {
-    // SAFETY: the callers ask for what the kernel always refuses, so no task is ever created.
-    unsafe { libc::syscall(libc::SYS_clone3, arguments, size_of::<libc::clone_args>()) };
-    io::Error::last_os_error().raw_os_error().unwrap_or(0)
-}
-
-fn rlimit(resource: libc::__rlimit_resource_t) -> String {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: writes the limit to the structure given.
-    match unsafe { libc::getrlimit(resource, &mut limit) } {
-        0 if limit.rlim_cur == libc::RLIM_INFINITY => "unlimited".to_owned(),
-        0 => limit.rlim_cur.to_string(),
-        _ => "?".to_owned(),
-    }
-}
-
 fn print(reports: &[Report]) {
     type Line = (&'static str, fn(&Report) -> String);
+    // A crowd of none has no price.
+    fn each(report: &Report, value: String) -> String {
+        match report.started {
+            0 => "–".to_owned(),
+            _ => value,
+        }
+    }
     let lines: [Line; 6] = [
         ("", |report| report.subject.clone()),
         ("live threads", |report| report.started.to_string()),
         ("start, µs a thread", |report| {
-            format!("{:.1}", report.start_ns_per_thread / 1e3)
+            each(report, format!("{:.1}", report.start_ns_per_thread / 1e3))
         }),
         ("join, µs a thread", |report| {
-            format!("{:.1}", report.join_ns_per_thread / 1e3)
+            each(report, format!("{:.1}", report.join_ns_per_thread / 1e3))
         }),
         ("lines of /proc/self/maps", |report| {
             report.maps_lines.to_string()
         }),
         ("resident bytes a thread", |report| {
-            format!("{:.0}", report.resident_bytes_per_thread)
+            each(report, format!("{:.0}", report.resident_bytes_per_thread))
         }),
     ];
     for (label, value) in lines {

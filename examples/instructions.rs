@@ -8,10 +8,15 @@
 mod measure;
 
 use std::error::Error;
+use std::process::ExitCode;
 
 use measure::workload::{self, Workload};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    measure::exit_code(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let usage = || format!("usage: instructions {} N", measure::SUBJECTS.join("|"));
     let mut arguments = std::env::args().skip(1);
     let (subject, iterations) = arguments.next().zip(arguments.next()).ok_or_else(usage)?;

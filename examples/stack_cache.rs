@@ -3,13 +3,19 @@
 //!
 //! ```text
 //! cargo run --release --example stack_cache -- [--threads N] [--stack-size BYTES] [--touch BYTES]
-//! [--bursts N]
+//! [--bursts N] [--resident-budget BYTES] [--keep-resident BYTES]
 //! ```
+//!
+//! A line is printed whenever a quarter of a burst has started or ended, while the rest of it is on
+//! its way. Resident bytes of cached stacks are the cache's own account, an upper bound; `process`
+//! is what the kernel says of the whole process (VmRSS).
 
 mod measure;
 
 use std::error::Error;
 use std::hint::black_box;
+use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::Parser;
 use nptl::{Builder, StackCache, StackCacheConfig};
@@ -21,7 +27,7 @@ use measure::proc;
 #[derive(Parser)]
 struct Arguments {
     /// Threads alive at once in a burst.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 256)]
     threads: usize,
     /// Usable bytes of each stack.
     #[arg(long, value_name = "BYTES", default_value_t = 8 * 1024 * 1024)]
@@ -40,7 +46,11 @@ struct Arguments {
     keep_resident: Option<usize>,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    measure::exit_code(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     static GATE: Gate = Gate::new();
     let arguments = Arguments::parse();
     let mut config = StackCacheConfig::default();
@@ -54,21 +64,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let touch = arguments.touch.min(arguments.stack_size / 2);
     let quarter = arguments.threads.div_ceil(4).max(1);
 
-    println!(
-        "{:24}{:>8}{:>8}{:>8}{:>8}{:>10}{:>14}{:>15}{:>13}",
-        "",
-        "live",
-        "cached",
-        "hits",
-        "misses",
-        "evictions",
-        "virtual MiB",
-        "resident MiB",
-        "process MiB"
-    );
-    show("before", &cache);
+    let watch = Watch::new(&cache);
+    watch.line("before");
+    let mut refusal = None;
     for burst in 1..=arguments.bursts {
-        let mut handles = Vec::with_capacity(arguments.threads);
+        let mut handles = Vec::new();
         while handles.len() < arguments.threads {
             let body = move || {
                 touch_stack(touch);
@@ -81,44 +81,94 @@ fn main() -> Result<(), Box<dyn Error>> {
             match spawned {
                 Ok(handle) => handles.push(handle),
                 Err(error) => {
-                    println!("refused: {error}");
+                    // The next burst meets the same limit.
+                    refusal = Some(error);
                     break;
                 }
             }
             if handles.len() % quarter == 0 {
-                show(&format!("burst {burst}: started {}", handles.len()), &cache);
+                watch.line(&format!("burst {burst}: started {}", handles.len()));
             }
         }
         GATE.await_arrivals(handles.len());
-        show(&format!("burst {burst}: all running"), &cache);
+        watch.line(&format!("burst {burst}: {} running", handles.len()));
         GATE.open();
         for (index, handle) in handles.into_iter().enumerate() {
             handle.join().expect("the bodies do not panic");
             if (index + 1) % quarter == 0 {
-                show(&format!("burst {burst}: joined {}", index + 1), &cache);
+                watch.line(&format!("burst {burst}: joined {}", index + 1));
             }
         }
         GATE.close();
+        if refusal.is_some() {
+            break;
+        }
     }
+    let before = proc::resident_bytes();
     cache.trim(0);
-    show("after trim(0)", &cache);
-    Ok(())
+    watch.line("after trim(0)");
+    let after = proc::resident_bytes();
+    println!(
+        "trim(0) gave {:.1} MiB back to the kernel; {:.1} MiB are left in the process",
+        mib(before.saturating_sub(after)),
+        mib(after)
+    );
+    refusal.map_or(Ok(()), |error| Err(error.into()))
 }
 
-fn show(when: &str, cache: &StackCache) {
-    let stats = cache.stats();
-    let mib = |bytes: f64| bytes / f64::from(1 << 20);
-    println!(
-        "{when:24}{:>8}{:>8}{:>8}{:>8}{:>10}{:>14.1}{:>15.2}{:>13.1}",
-        stats.live_stacks,
-        stats.cached_stacks,
-        stats.hits,
-        stats.misses,
-        stats.evictions,
-        mib(stats.cached_virtual_bytes as f64),
-        mib(stats.cached_resident_bytes as f64),
-        mib(proc::resident_bytes() as f64),
-    );
+/// The table, a line a look.
+struct Watch<'a> {
+    cache: &'a StackCache,
+    began: Instant,
+}
+
+impl Watch<'_> {
+    /// Prints the head of the table.
+    fn new(cache: &StackCache) -> Watch<'_> {
+        println!(
+            "{:32} |{:>15} |{:>25} |{:>17} |{:>17}",
+            "", "stacks", "spawns", "virtual MiB", "resident MiB"
+        );
+        println!(
+            "{:24}{:>8} |{:>7}{:>8} |{:>8}{:>8}{:>9} |{:>9}{:>8} |{:>8}{:>9}",
+            "",
+            "ms",
+            "live",
+            "cached",
+            "hits",
+            "misses",
+            "evicted",
+            "mapped",
+            "cached",
+            "cached",
+            "process"
+        );
+        Watch {
+            cache,
+            began: Instant::now(),
+        }
+    }
+
+    fn line(&self, when: &str) {
+        let time = self.began.elapsed().as_secs_f64() * 1e3;
+        let stats = self.cache.stats();
+        println!(
+            "{when:24}{time:>8.1} |{:>7}{:>8} |{:>8}{:>8}{:>9} |{:>9.1}{:>8.1} |{:>8.1}{:>9.1}",
+            stats.live_stacks,
+            stats.cached_stacks,
+            stats.hits,
+            stats.misses,
+            stats.evictions,
+            mib(stats.mapped_virtual_bytes),
+            mib(stats.cached_virtual_bytes),
+            mib(stats.cached_resident_bytes),
+            mib(proc::resident_bytes()),
+        );
+    }
+}
+
+fn mib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 /// Uses about `bytes` of the stack, from the top down.

@@ -8,11 +8,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nix::errno::Errno;
 use nptl::{Builder, StackCache, StackCacheConfig, StackFate, StackOrigin, StackOutcome, Step};
 use support::{
-    alone, become_unused_user, burst, deny, is_mapped, or_skip, private, resident_pages,
-    set_rlimit, supervised,
+    MADV_GUARD_INSTALL, Mappings, alone, become_unused_user, burst, deny_guard_marks, is_mapped,
+    or_skip, private, resident_pages, set_rlimit, supervised,
 };
 
-const MADV_GUARD_INSTALL: u64 = 102;
 const MIB: usize = 1 << 20;
 
 /// A field of /proc/self/status, in bytes.
@@ -147,9 +146,7 @@ fn stacks_with_protected_guards_keep_to_their_share_of_max_map_count() {
         burst(&builder, share + 50);
         assert_eq!(cache.stats().cached_stacks, share + 50, "markers are free");
         cache.clear();
-        deny(libc::SYS_madvise, libc::EINVAL)
-            .when(2, MADV_GUARD_INSTALL)
-            .install();
+        deny_guard_marks(libc::EINVAL);
         // The first one shows what guards cost.
         burst(&builder, 1);
         cache.clear();
@@ -159,50 +156,11 @@ fn stacks_with_protected_guards_keep_to_their_share_of_max_map_count() {
     });
 }
 
-/// Mappings that fill the process's table, and end with this value.
-struct Ballast(Vec<usize>);
-
-impl Ballast {
-    /// Up to the point where no mapping can be split. Leaves `spare` more.
-    fn fill(spare: usize) -> Ballast {
-        let mut pages = Vec::with_capacity(1 << 20);
-        let mut protection = libc::PROT_READ;
-        loop {
-            // Neighbours of different protection cannot merge.
-            protection ^= libc::PROT_READ;
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            // SAFETY: a new private mapping.
-            let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) };
-            if page == libc::MAP_FAILED {
-                break;
-            }
-            pages.push(page as usize);
-            assert!(pages.len() < pages.capacity(), "vm.max_map_count");
-        }
-        for page in pages.drain(pages.len() - spare..) {
-            // SAFETY: mapped above.
-            unsafe { libc::munmap(page as *mut libc::c_void, 4096) };
-        }
-        Ballast(pages)
-    }
-}
-
-impl Drop for Ballast {
-    fn drop(&mut self) {
-        for &page in &self.0 {
-            // SAFETY: pages that only this value knows.
-            unsafe { libc::munmap(page as *mut libc::c_void, 4096) };
-        }
-    }
-}
-
 /// The guard's mprotect splits a mapping, so it can be refused where the mmap was not.
 #[test]
 fn stacks_are_given_back_before_a_guard_is_refused() {
     alone("stacks_are_given_back_before_a_guard_is_refused", || {
-        deny(libc::SYS_madvise, libc::EINVAL)
-            .when(2, MADV_GUARD_INSTALL)
-            .install();
+        deny_guard_marks(libc::EINVAL);
         let (other, builder) = private(StackCacheConfig::default());
         let builder = builder.stack_size(64 << 10);
         let (cache, wanted) = private(StackCacheConfig::default());
@@ -210,7 +168,7 @@ fn stacks_are_given_back_before_a_guard_is_refused() {
         burst(&wanted, 1);
         cache.clear();
         burst(&builder, 5);
-        let _ballast = Ballast::fill(1);
+        let _ballast = Mappings::fill_but(1);
         // Five stacks are up to ten mappings.
         let handle = wanted.clone().spawn(|| 7);
         assert_eq!(handle.expect("made room").join().expect("its end"), 7);
@@ -219,7 +177,7 @@ fn stacks_are_given_back_before_a_guard_is_refused() {
 
         // With nothing to give back there is no second attempt.
         cache.clear();
-        let _more = Ballast::fill(1);
+        let _more = Mappings::fill_but(1);
         let error = wanted.spawn(|| ()).expect_err("the table is full");
         let got = (error.step(), error.errno(), error.attempts());
         assert_eq!(got, (Step::GuardStack, Errno::ENOMEM, 1), "{error}");
@@ -239,7 +197,7 @@ fn a_stack_without_a_guard_that_cannot_go_is_not_lost() {
             &[libc::SYS_madvise, libc::SYS_mprotect, libc::SYS_munmap],
             |call| {
                 let refused = match call.number {
-                    libc::SYS_madvise if call.arguments[2] == MADV_GUARD_INSTALL => {
+                    _ if call.advises(MADV_GUARD_INSTALL) => {
                         guards.load(Ordering::Acquire).then_some(libc::EINVAL)
                     }
                     libc::SYS_mprotect => guards.load(Ordering::Acquire).then_some(libc::ENOMEM),
@@ -314,7 +272,7 @@ fn a_stack_that_munmap_would_split_gives_up_its_memory_only() {
         assert_eq!(cache.stats().cached_stacks, 1);
         assert!(resident_pages(base, 64 << 10).expect("mapped") > 0);
 
-        let ballast = Ballast::fill(0);
+        let ballast = Mappings::fill_but(0);
         for _ in 0..3 {
             cache.trim(0);
             assert!(is_mapped(base), "munmap needs a mapping that is not there");
@@ -370,7 +328,7 @@ fn everything_goes_at_the_mapping_limit_where_no_thread_is_in_between() {
             handle.join().expect("its end");
         }
         assert_eq!(cache.stats().cached_stacks, 12);
-        let _ballast = Ballast::fill(0);
+        let _ballast = Mappings::fill_but(0);
         cache.clear();
         assert_eq!(cache.stats().mapped_stacks, 0);
         let mapped = bases.iter().filter(|stack| is_mapped(stack.base)).count();

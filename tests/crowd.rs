@@ -1,11 +1,13 @@
 //! A crowd of live threads: 100,000 where the machine's limits allow them, a few thousand everywhere.
 
+#[allow(dead_code, reason = "this crowd is awaited with a deadline")]
+#[path = "../examples/measure/gate.rs"]
+mod gate;
 mod support;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use gate::Gate;
 use nptl::{Builder, Unit, headroom};
 use support::{Snapshot, case, child, kernel_at_least, or_skip, report};
 
@@ -15,44 +17,6 @@ const RESIDENT: u64 = 10 << 10;
 const MAPPINGS: usize = 100;
 /// Memory that the kernel needs for a thread besides: its stack, its task, page tables.
 const KERNEL: u64 = 30 << 10;
-
-/// Where threads wait without a page of their own: a futex.
-struct Gate {
-    open: AtomicU32,
-    arrived: AtomicU32,
-}
-
-impl Gate {
-    fn wait(&self) {
-        self.arrived.fetch_add(1, Ordering::AcqRel);
-        while self.open.load(Ordering::Acquire) == 0 {
-            // SAFETY: waits on a word that lives.
-            unsafe {
-                let none = std::ptr::null::<libc::timespec>();
-                libc::syscall(
-                    libc::SYS_futex,
-                    self.open.as_ptr(),
-                    libc::FUTEX_WAIT,
-                    0,
-                    none,
-                );
-            }
-        }
-    }
-
-    fn open(&self) {
-        self.open.store(1, Ordering::Release);
-        // SAFETY: wakes those who wait on a word that lives.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                self.open.as_ptr(),
-                libc::FUTEX_WAKE,
-                i32::MAX,
-            );
-        }
-    }
-}
 
 /// Why this machine cannot have so many more threads.
 fn obstacle(threads: u64) -> Option<String> {
@@ -100,28 +64,24 @@ fn crowd(threads: usize) {
         .unwrap()
         .join()
         .unwrap();
-    let gate = Arc::new(Gate {
-        open: AtomicU32::new(0),
-        arrived: AtomicU32::new(0),
-    });
+    static GATE: Gate = Gate::new();
     let mut handles = Vec::with_capacity(threads);
     // The first one's buffers are the second one's.
     Snapshot::take();
     let before = Snapshot::take();
     for number in 0..threads {
-        let waits = Arc::clone(&gate);
-        match Builder::new().stack_size(STACK).spawn(move || waits.wait()) {
+        match Builder::new().stack_size(STACK).spawn(|| GATE.wait()) {
             Ok(handle) => handles.push(handle),
             // Others may have taken what was there a moment ago.
             Err(error) if obstacle((threads - number) as u64).is_some() => {
-                gate.open();
+                GATE.open();
                 support::skip!("{number} of {threads} threads, then {error}");
             }
             Err(error) => panic!("{number} of {threads} threads, then {error}"),
         }
     }
     let deadline = Instant::now() + Duration::from_secs(120);
-    while (gate.arrived.load(Ordering::Acquire) as usize) < threads {
+    while GATE.arrived() < threads {
         assert!(Instant::now() < deadline, "threads that never run");
         std::thread::yield_now();
     }
@@ -138,7 +98,7 @@ fn crowd(threads: usize) {
     );
     assert!(mappings <= MAPPINGS, "{mappings} mappings");
     assert!(each <= RESIDENT, "{each} resident bytes each");
-    gate.open();
+    GATE.open();
     for handle in handles {
         handle.join().expect("its end");
     }

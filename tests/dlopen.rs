@@ -12,17 +12,12 @@ use std::sync::{Barrier, RwLock};
 use std::time::Duration;
 
 use nptl::{Builder, StackCache, StackCacheConfig, StackFate, Step};
-use support::{case, child, or_skip, report};
+use support::{case, child, or_skip, report, tid};
 
 /// The thread whose calloc is refused, and how often calloc was called by that of [`COUNTED`].
 static REFUSED: AtomicI32 = AtomicI32::new(0);
 static COUNTED: AtomicI32 = AtomicI32::new(0);
 static CALLS: AtomicUsize = AtomicUsize::new(0);
-
-fn tid() -> i32 {
-    // SAFETY: gettid has no preconditions.
-    unsafe { libc::gettid() }
-}
 
 unsafe extern "C" {
     fn __libc_calloc(count: libc::size_t, size: libc::size_t) -> *mut libc::c_void;

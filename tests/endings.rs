@@ -451,25 +451,17 @@ fn a_thread_behind_firecrackers_filter_ends_normally() {
         );
         for cache in [StackCache::global(), &small] {
             let build = |name: &str| Builder::new().name(name).stack_cache(cache);
+            let eight = || {
+                let named = |index| build(&format!("fc_vcpu {index}"));
+                let started = (0..8).map(|index| named(index).spawn(vcpu).expect("a thread"));
+                started.collect::<Vec<_>>()
+            };
             let mut ended = ENDED.load(Ordering::Acquire);
             for _ in 0..20 {
-                let handles: Vec<_> = (0..8)
-                    .map(|index| {
-                        build(&format!("fc_vcpu {index}"))
-                            .spawn(vcpu)
-                            .expect("a thread")
-                    })
-                    .collect();
-                for handle in handles {
+                for handle in eight() {
                     assert_eq!(handle.join().expect("its end"), 63_000);
                 }
-                let handles: Vec<_> = (0..8)
-                    .map(|index| {
-                        build(&format!("fc_vcpu {index}"))
-                            .spawn(vcpu)
-                            .expect("a thread")
-                    })
-                    .collect();
+                let handles = eight();
                 let tids: Vec<_> = handles.iter().map(|handle| handle.tid().as_raw()).collect();
                 handles.into_iter().for_each(JoinHandle::detach);
                 tids.into_iter().for_each(wait_until_gone);

@@ -13,12 +13,11 @@ use nptl::{
     StackOutcome, Step,
 };
 use support::{
-    Call, Snapshot, become_unused_user, case, child, deny, listed_threads, or_skip, report,
-    set_rlimit, supervised,
+    Call, MADV_GUARD_INSTALL, Mappings, Snapshot, become_unused_user, case, child, deny,
+    deny_guard_marks, listed_threads, or_skip, report, set_rlimit, supervised, tid,
 };
 
-const MADV_GUARD_INSTALL: u64 = 102;
-const MADV_POPULATE_WRITE: u64 = 23;
+const MADV_POPULATE_WRITE: u64 = libc::MADV_POPULATE_WRITE as u64;
 const CALLS_OF_A_SPAWN: [libc::c_long; 7] = [
     libc::SYS_mmap,
     libc::SYS_munmap,
@@ -32,11 +31,6 @@ const CALLS_OF_A_SPAWN: [libc::c_long; 7] = [
 /// In this thread `calloc` fails, and with it `_dl_allocate_tls`, which no system call can make fail: its
 /// few hundred bytes come out of a heap that has them.
 static CALLOC_FAILS_IN: AtomicI32 = AtomicI32::new(0);
-
-fn tid() -> i32 {
-    // SAFETY: gettid has no preconditions.
-    unsafe { libc::gettid() }
-}
 
 unsafe extern "C" {
     fn __libc_calloc(count: libc::size_t, size: libc::size_t) -> *mut libc::c_void;
@@ -53,14 +47,6 @@ unsafe extern "C" fn calloc(count: libc::size_t, size: libc::size_t) -> *mut lib
     }
     // SAFETY: passed on.
     unsafe { __libc_calloc(count, size) }
-}
-
-fn maps_a_stack(call: &Call) -> bool {
-    call.number == libc::SYS_mmap && call.arguments[3] & libc::MAP_STACK as u64 != 0
-}
-
-fn advises(call: &Call, advice: u64) -> bool {
-    call.number == libc::SYS_madvise && call.arguments[2] == advice
 }
 
 /// Everything that a refused spawn must not change.
@@ -152,28 +138,28 @@ const CASES: &[Case] = &[
         name: "mmap ENOMEM",
         step: Step::MapStack,
         errno: Errno::ENOMEM,
-        refuse: |call| maps_a_stack(call).then_some(libc::ENOMEM),
+        refuse: |call| call.maps_a_stack().then_some(libc::ENOMEM),
         configure: as_is,
     },
     Case {
         name: "mmap EAGAIN",
         step: Step::MapStack,
         errno: Errno::EAGAIN,
-        refuse: |call| maps_a_stack(call).then_some(libc::EAGAIN),
+        refuse: |call| call.maps_a_stack().then_some(libc::EAGAIN),
         configure: as_is,
     },
     Case {
         name: "mmap EPERM",
         step: Step::MapStack,
         errno: Errno::EPERM,
-        refuse: |call| maps_a_stack(call).then_some(libc::EPERM),
+        refuse: |call| call.maps_a_stack().then_some(libc::EPERM),
         configure: as_is,
     },
     Case {
         name: "guard madvise ENOMEM",
         step: Step::GuardStack,
         errno: Errno::ENOMEM,
-        refuse: |call| advises(call, MADV_GUARD_INSTALL).then_some(libc::ENOMEM),
+        refuse: |call| call.advises(MADV_GUARD_INSTALL).then_some(libc::ENOMEM),
         configure: as_is,
     },
     Case {
@@ -182,7 +168,7 @@ const CASES: &[Case] = &[
         errno: Errno::ENOMEM,
         refuse: |call| match call.number {
             libc::SYS_mprotect => Some(libc::ENOMEM),
-            _ => advises(call, MADV_GUARD_INSTALL).then_some(libc::EINVAL),
+            _ => call.advises(MADV_GUARD_INSTALL).then_some(libc::EINVAL),
         },
         configure: as_is,
     },
@@ -192,7 +178,7 @@ const CASES: &[Case] = &[
         errno: Errno::EACCES,
         refuse: |call| match call.number {
             libc::SYS_mprotect => Some(libc::EACCES),
-            _ => advises(call, MADV_GUARD_INSTALL).then_some(libc::EPERM),
+            _ => call.advises(MADV_GUARD_INSTALL).then_some(libc::EPERM),
         },
         configure: |builder| builder.guard_size(64 << 10),
     },
@@ -207,14 +193,14 @@ const CASES: &[Case] = &[
         name: "prefault ENOMEM",
         step: Step::PrepareStack,
         errno: Errno::ENOMEM,
-        refuse: |call| advises(call, MADV_POPULATE_WRITE).then_some(libc::ENOMEM),
+        refuse: |call| call.advises(MADV_POPULATE_WRITE).then_some(libc::ENOMEM),
         configure: |builder| builder.prefault_stack(16 << 10),
     },
     Case {
         name: "prefault of a locked stack EFAULT",
         step: Step::PrepareStack,
         errno: Errno::EFAULT,
-        refuse: |call| advises(call, MADV_POPULATE_WRITE).then_some(libc::EFAULT),
+        refuse: |call| call.advises(MADV_POPULATE_WRITE).then_some(libc::EFAULT),
         configure: |builder| builder.lock_stack(true).prefault_stack(16 << 10),
     },
     Case {
@@ -622,20 +608,8 @@ fn meet_real_limit(name: &str, step: Step, errno: Errno) {
     report("refused", "yes");
 }
 
-/// Mappings that fill the process's table, and end with this value.
-struct Ballast(Vec<usize>);
-
-impl Drop for Ballast {
-    fn drop(&mut self) {
-        for &page in &self.0 {
-            // SAFETY: pages that only this value knows.
-            unsafe { libc::munmap(page as *mut libc::c_void, 4096) };
-        }
-    }
-}
-
 /// Puts the named limit in the way, or takes it away.
-fn obstacle(name: &str, on: bool) -> Option<Ballast> {
+fn obstacle(name: &str, on: bool) -> Option<Mappings> {
     let endless = libc::RLIM_INFINITY;
     match name {
         "RLIMIT_AS" => {
@@ -668,41 +642,10 @@ fn obstacle(name: &str, on: bool) -> Option<Ballast> {
 
 /// Leaves no mapping to spare: the guard's mprotect, which splits one, is refused; a mapping that merges with
 /// a neighbour is not. An old kernel's answer to MADV_GUARD_INSTALL has to be injected for that.
-fn fill_map_count() -> Ballast {
-    deny(libc::SYS_madvise, libc::EINVAL)
-        .when(2, MADV_GUARD_INSTALL)
-        .install();
-    let mut pages = Vec::with_capacity(1 << 20);
-    let mut protection = libc::PROT_READ;
-    loop {
-        // Neighbours of different protection cannot merge.
-        protection ^= libc::PROT_READ;
-        // SAFETY: a new private mapping.
-        let page = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                4096,
-                protection,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if page == libc::MAP_FAILED {
-            break;
-        }
-        pages.push(page as usize);
-        assert!(
-            pages.len() < pages.capacity(),
-            "vm.max_map_count is too large"
-        );
-    }
+fn fill_map_count() -> Mappings {
+    deny_guard_marks(libc::EINVAL);
     // One for the stack itself, should it merge with nobody; its guard needs another.
-    if let Some(page) = pages.pop() {
-        // SAFETY: mapped above.
-        unsafe { libc::munmap(page as *mut libc::c_void, 4096) };
-    }
-    Ballast(pages)
+    Mappings::fill_but(1)
 }
 
 /// The calibration threads belong to glibc: the first spawn of a process can be refused through them.
@@ -711,14 +654,14 @@ fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
     type Refuse = fn(&Call) -> Option<i32>;
     let cases: [(&str, Step, Errno, Refuse); 6] = [
         ("our mmap", Step::MapStack, Errno::ENOMEM, |call| {
-            maps_a_stack(call).then_some(libc::ENOMEM)
+            call.maps_a_stack().then_some(libc::ENOMEM)
         }),
         ("our mmap EAGAIN", Step::MapStack, Errno::EAGAIN, |call| {
-            maps_a_stack(call).then_some(libc::EAGAIN)
+            call.maps_a_stack().then_some(libc::EAGAIN)
         }),
         ("glibc's mmap", Step::MapStack, Errno::ENOMEM, |call| {
             // nptl maps without access first.
-            let reserves = maps_a_stack(call) && call.arguments[2] == libc::PROT_NONE as u64;
+            let reserves = call.maps_a_stack() && call.arguments[2] == libc::PROT_NONE as u64;
             reserves.then_some(libc::ENOMEM)
         }),
         ("clone3 EAGAIN", Step::Clone, Errno::EAGAIN, |call| {
@@ -845,15 +788,10 @@ fn the_guard_is_protected_where_it_cannot_be_marked() {
     let cases = ["marker", "EINVAL", "EPERM", "ENOSYS", "MCL_FUTURE"];
     if let Some(name) = case() {
         let (name, write) = name.split_once(' ').expect("two words");
-        let denied = |errno| {
-            deny(libc::SYS_madvise, errno)
-                .when(2, MADV_GUARD_INSTALL)
-                .install()
-        };
         match name {
-            "EINVAL" => denied(libc::EINVAL),
-            "EPERM" => denied(libc::EPERM),
-            "ENOSYS" => denied(libc::ENOSYS),
+            "EINVAL" => deny_guard_marks(libc::EINVAL),
+            "EPERM" => deny_guard_marks(libc::EPERM),
+            "ENOSYS" => deny_guard_marks(libc::ENOSYS),
             "MCL_FUTURE" => {
                 // SAFETY: changes how later mappings are locked.
                 let answer = unsafe { libc::mlockall(libc::MCL_FUTURE | libc::MCL_ONFAULT) };

@@ -286,6 +286,16 @@ impl Model {
         Some(id)
     }
 
+    /// Of all that is cached, or that a thread has left.
+    fn round(&self, limit: Limit) -> Round {
+        Round {
+            limit,
+            left: self.pending.len() + self.age.len() + self.doomed.len(),
+            look: self.pending.len(),
+            first: None,
+        }
+    }
+
     fn pick(&self, n: usize, wanted: impl Fn(usize) -> bool) -> Option<usize> {
         let ids: Vec<_> = (0..self.stacks.len()).filter(|&id| wanted(id)).collect();
         (!ids.is_empty()).then(|| ids[n % ids.len()])
@@ -371,7 +381,6 @@ impl Pair {
     fn step(&mut self, step: Step) {
         let ledger = self.ledger;
         let model = &mut self.model;
-        let waiting = |model: &Model| model.pending.len() + model.age.len() + model.doomed.len();
         match step {
             Step::Adopt {
                 class,
@@ -493,19 +502,8 @@ impl Pair {
                 }
             }
             Step::Trim(bytes, fails) => {
-                let (left, look) = (waiting(model), model.pending.len());
-                let victims = ledger.trim(bytes);
-                self.unmap(
-                    victims,
-                    Round {
-                        limit: Limit::Resident(bytes),
-                        left,
-                        look,
-                        first: None,
-                    },
-                    fails,
-                    usize::MAX,
-                );
+                let round = model.round(Limit::Resident(bytes));
+                self.unmap(ledger.trim(bytes), round, fails, usize::MAX);
                 if fails == 0 {
                     assert!(
                         ledger.stats().cached.resident <= bytes,
@@ -514,34 +512,12 @@ impl Pair {
                 }
             }
             Step::TrimPartly(bytes, stop) => {
-                let (left, look) = (waiting(model), model.pending.len());
-                let victims = ledger.trim(bytes);
-                self.unmap(
-                    victims,
-                    Round {
-                        limit: Limit::Resident(bytes),
-                        left,
-                        look,
-                        first: None,
-                    },
-                    0,
-                    stop,
-                );
+                let round = model.round(Limit::Resident(bytes));
+                self.unmap(ledger.trim(bytes), round, 0, stop);
             }
             Step::Clear(fails) => {
-                let (left, look) = (waiting(model), model.pending.len());
-                let victims = ledger.clear();
-                self.unmap(
-                    victims,
-                    Round {
-                        limit: Limit::Nothing,
-                        left,
-                        look,
-                        first: None,
-                    },
-                    fails,
-                    usize::MAX,
-                );
+                let round = model.round(Limit::Nothing);
+                self.unmap(ledger.clear(), round, fails, usize::MAX);
                 if fails == 0 {
                     let stats = ledger.stats();
                     assert_eq!(
@@ -552,20 +528,10 @@ impl Pair {
                 }
             }
             Step::SetBudget(budget, fails) => {
-                let (left, look) = (waiting(model), model.pending.len());
+                let round = model.round(Limit::Budget);
                 let victims = ledger.set_budget(budget);
                 model.budget = budget;
-                self.unmap(
-                    victims,
-                    Round {
-                        limit: Limit::Budget,
-                        left,
-                        look,
-                        first: None,
-                    },
-                    fails,
-                    usize::MAX,
-                );
+                self.unmap(victims, round, fails, usize::MAX);
             }
             Step::Die(n) => {
                 let running =

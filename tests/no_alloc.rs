@@ -12,18 +12,15 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
 use nptl::{Builder, SpawnError, StackCache, StackCacheConfig, Step};
-use support::{Call, case, child, or_skip, report, set_rlimit, supervised};
+use support::{
+    Call, MADV_GUARD_INSTALL, case, child, or_skip, report, set_rlimit, supervised, tid,
+};
 
 /// The thread that may not allocate; 0 for none.
 static ARMED: AtomicI32 = AtomicI32::new(0);
 /// Makes `calloc` fail, and arm, in the threads that ask for it.
 static CALLOC_FAILS_IN: AtomicI32 = AtomicI32::new(0);
 static CALLS: AtomicUsize = AtomicUsize::new(0);
-
-fn tid() -> i32 {
-    // SAFETY: gettid has no preconditions.
-    unsafe { libc::gettid() }
-}
 
 fn check() {
     CALLS.fetch_add(1, Ordering::Relaxed);
@@ -116,8 +113,6 @@ fn disarm() {
     CALLOC_FAILS_IN.store(0, Ordering::Release);
 }
 
-const MADV_GUARD_INSTALL: u64 = 102;
-const MADV_POPULATE_WRITE: u64 = 23;
 const CALLS_OF_A_SPAWN: [libc::c_long; 6] = [
     libc::SYS_mmap,
     libc::SYS_mprotect,
@@ -126,10 +121,6 @@ const CALLS_OF_A_SPAWN: [libc::c_long; 6] = [
     libc::SYS_clone3,
     libc::SYS_clone,
 ];
-
-fn maps_a_stack(call: &Call) -> bool {
-    call.number == libc::SYS_mmap && call.arguments[3] & libc::MAP_STACK as u64 != 0
-}
 
 /// Runs `attempt` in a thread whose calls are refused with what `refuse` says, from the moment that the
 /// second argument of `attempt` is set; the first such refusal arms the allocator.
@@ -164,24 +155,21 @@ const CASES: &[Case] = &[
         name: "mmap",
         step: Step::MapStack,
         errno: libc::ENOMEM,
-        refuse: |call| maps_a_stack(call).then_some(libc::ENOMEM),
+        refuse: |call| call.maps_a_stack().then_some(libc::ENOMEM),
         configure: |builder| builder,
     },
     Case {
         name: "mmap-eagain",
         step: Step::MapStack,
         errno: libc::EAGAIN,
-        refuse: |call| maps_a_stack(call).then_some(libc::EAGAIN),
+        refuse: |call| call.maps_a_stack().then_some(libc::EAGAIN),
         configure: |builder| builder,
     },
     Case {
         name: "guard",
         step: Step::GuardStack,
         errno: libc::ENOMEM,
-        refuse: |call| {
-            (call.number == libc::SYS_madvise && call.arguments[2] == MADV_GUARD_INSTALL)
-                .then_some(libc::ENOMEM)
-        },
+        refuse: |call| call.advises(MADV_GUARD_INSTALL).then_some(libc::ENOMEM),
         configure: |builder| builder,
     },
     Case {
@@ -189,9 +177,8 @@ const CASES: &[Case] = &[
         step: Step::GuardStack,
         errno: libc::ENOMEM,
         refuse: |call| match call.number {
-            libc::SYS_madvise if call.arguments[2] == MADV_GUARD_INSTALL => Some(libc::EINVAL),
             libc::SYS_mprotect => Some(libc::ENOMEM),
-            _ => None,
+            _ => call.advises(MADV_GUARD_INSTALL).then_some(libc::EINVAL),
         },
         configure: |builder| builder,
     },
@@ -207,8 +194,8 @@ const CASES: &[Case] = &[
         step: Step::PrepareStack,
         errno: libc::ENOMEM,
         refuse: |call| {
-            (call.number == libc::SYS_madvise && call.arguments[2] == MADV_POPULATE_WRITE)
-                .then_some(libc::ENOMEM)
+            let prefaults = call.advises(libc::MADV_POPULATE_WRITE as u64);
+            prefaults.then_some(libc::ENOMEM)
         },
         configure: |builder| builder.prefault_stack(8192),
     },

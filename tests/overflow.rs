@@ -7,7 +7,7 @@ mod support;
 use nptl::Builder;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use support::{Output, case, child, deny, or_skip};
+use support::{Output, case, child, deny_guard_marks, or_skip};
 
 const STACK: usize = 64 << 10;
 
@@ -93,10 +93,7 @@ fn an_overflow_is_reported_on_a_reused_stack_and_in_a_nested_thread() {
 fn an_overflow_is_reported_where_the_guard_is_a_mapping() {
     let test = "an_overflow_is_reported_where_the_guard_is_a_mapping";
     if case().is_some() {
-        const MADV_GUARD_INSTALL: u64 = 102;
-        deny(libc::SYS_madvise, libc::EINVAL)
-            .when(2, MADV_GUARD_INSTALL)
-            .install();
+        deny_guard_marks(libc::EINVAL);
         overflow(Builder::new().name("old kernel"));
         return;
     }

@@ -39,9 +39,14 @@ impl Gate {
 
     /// Returns once `threads` have arrived since the gate was last closed.
     pub fn await_arrivals(&self, threads: usize) {
-        while (self.arrived.load(Ordering::Relaxed) as usize) < threads {
+        while self.arrived() < threads {
             std::thread::yield_now();
         }
+    }
+
+    /// Threads that have arrived since the gate was last closed.
+    pub fn arrived(&self) -> usize {
+        self.arrived.load(Ordering::Relaxed) as usize
     }
 
     /// Lets everyone through, those who have not arrived yet included.

@@ -14,7 +14,9 @@ pub mod rust;
 pub mod summary;
 pub mod workload;
 
+use std::error::Error;
 use std::io;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use gate::Gate;
@@ -83,6 +85,20 @@ pub fn subjects(row: &Row) -> io::Result<Vec<Box<dyn Runner>>> {
         _ => rust::Nptl::new(row.stack_bytes),
     }));
     Ok(subjects)
+}
+
+/// The frame of an example's `main`: an error is a sentence for whoever typed the command, not its `Debug`,
+/// and a reader that has seen enough (`| head`) ends the program, not a panic.
+pub fn exit_code(run: fn() -> Result<(), Box<dyn Error>>) -> ExitCode {
+    // SAFETY: the default action is no handler.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// The heap-warm body. A fresh heap cache pays for the first allocation of each size class, a

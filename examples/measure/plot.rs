@@ -3,11 +3,12 @@
 use std::error::Error;
 use std::path::Path;
 
+use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use super::measure::SUBJECTS;
 use super::measure::summary::Figure;
 use super::measure::workload::{Row, Workload};
+use super::measure::{SUBJECTS, proc};
 
 const COLOURS: [RGBColor; SUBJECTS.len()] = [
     RGBColor(150, 150, 150),
@@ -16,6 +17,8 @@ const COLOURS: [RGBColor; SUBJECTS.len()] = [
     RGBColor(0, 114, 90),
 ];
 const FONT: &str = "sans-serif";
+/// Height of the legend's line, which lies between the caption and the plot: over the plot it would hide figures.
+const LEGEND: i32 = 24;
 
 /// One group of bars a row: medians, with whiskers from p10 to p90.
 pub fn rows(file: &Path, rows: &[Row], figures: &[Figure]) -> Result<(), Box<dyn Error>> {
@@ -23,30 +26,28 @@ pub fn rows(file: &Path, rows: &[Row], figures: &[Figure]) -> Result<(), Box<dyn
         .iter()
         .filter(|row| row.workload != Workload::Live)
         .collect();
-    let highest = highest(
-        figures
-            .iter()
-            .filter(|figure| rows.iter().any(|row| figure.is_of(row))),
-    );
-    if highest == 0.0 {
+    let of_rows = |figure: &&Figure| rows.iter().any(|row| figure.is_of(row));
+    let Some(top) = top(figures.iter().filter(of_rows)) else {
         return Ok(());
-    }
-    // A range of segments includes its end. There is a row: it has the highest figure.
+    };
+    // A range of segments includes its end. There is a row: it has a figure.
     let labels: Vec<_> = rows.iter().map(|row| row.label()).collect();
 
-    let root = SVGBackend::new(file, (1200, 560)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&root)
-        .caption("A thread's price (median, p10 to p90)", (FONT, 20))
+    let root = SVGBackend::new(file, (1200, 600)).into_drawing_area();
+    let plot = frame(&root, "A thread's price: median, and p10 to p90")?;
+    let mut chart = ChartBuilder::on(&plot)
         .margin(12)
-        .x_label_area_size(36)
-        .y_label_area_size(56)
-        .build_cartesian_2d((0..labels.len() - 1).into_segmented(), 0.0..highest * 1.05)?;
+        .x_label_area_size(44)
+        .y_label_area_size(64)
+        .build_cartesian_2d((0..labels.len() - 1).into_segmented(), 0.0..top)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
         .light_line_style(WHITE)
+        .label_style((FONT, 13))
+        .x_desc("workload")
         .y_desc("µs a thread")
+        .y_label_formatter(&|us| format!("{us:.0}"))
         .x_labels(labels.len())
         .x_label_formatter(&|segment| match segment {
             SegmentValue::CenterOf(row) => labels.get(*row).cloned().unwrap_or_default(),
@@ -60,7 +61,10 @@ pub fn rows(file: &Path, rows: &[Row], figures: &[Figure]) -> Result<(), Box<dyn
     let (left, right) = (area.get_pixel_range().0.start, area.get_pixel_range().0.end);
     let group = f64::from(right - left) / labels.len() as f64;
     let bar = group * 0.8 / SUBJECTS.len() as f64;
-    let height = |us: f64| area.map_coordinate(&(SegmentValue::Exact(0), us)).1;
+    let height = |us: f64| {
+        area.map_coordinate(&(SegmentValue::Exact(0), us.min(top)))
+            .1
+    };
     for (index, (subject, colour)) in SUBJECTS.iter().zip(COLOURS).enumerate() {
         for (place, row) in rows.iter().enumerate() {
             let Some(figure) = figures
@@ -81,9 +85,6 @@ pub fn rows(file: &Path, rows: &[Row], figures: &[Figure]) -> Result<(), Box<dyn
             ];
             root.draw(&PathElement::new(whisker, BLACK.mix(0.6)))?;
         }
-        let (x, y) = (right - 90, 48 + 20 * index as i32);
-        root.draw(&Rectangle::new([(x, y), (x + 12, y + 12)], colour.filled()))?;
-        root.draw(&Text::new(*subject, (x + 18, y), (FONT, 14)))?;
     }
     root.present()?;
     Ok(())
@@ -95,61 +96,84 @@ pub fn live(file: &Path, figures: &[Figure]) -> Result<(), Box<dyn Error>> {
         .iter()
         .filter(|figure| figure.workload == Workload::Live.name())
         .collect();
-    let (Some(fewest), Some(most)) = (
-        figures.iter().map(|figure| figure.threads).min(),
-        figures.iter().map(|figure| figure.threads).max(),
-    ) else {
+    let crowds = || figures.iter().map(|figure| figure.threads);
+    let (Some(fewest), Some(most), Some(top)) =
+        (crowds().min(), crowds().max(), top(figures.iter().copied()))
+    else {
         return Ok(());
     };
 
-    let root = SVGBackend::new(file, (900, 520)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&root)
-        .caption(
-            "Spawn and join beside live threads (median, p10 to p90)",
-            (FONT, 20),
-        )
+    let root = SVGBackend::new(file, (900, 560)).into_drawing_area();
+    let plot = frame(
+        &root,
+        "Spawn and join beside live threads: median, and p10 to p90",
+    )?;
+    let mut chart = ChartBuilder::on(&plot)
         .margin(12)
-        .x_label_area_size(44)
-        .y_label_area_size(56)
+        .margin_right(24)
+        .x_label_area_size(48)
+        .y_label_area_size(64)
         .build_cartesian_2d(
             (fewest as f64 * 0.8..most as f64 * 1.25).log_scale(),
-            0.0..highest(figures.iter().copied()) * 1.05,
+            0.0..top,
         )?;
     chart
         .configure_mesh()
-        .x_desc("live threads")
         .light_line_style(WHITE)
+        .label_style((FONT, 13))
+        .x_desc("live threads (logarithmic)")
         .y_desc("µs a spawn and join")
         .x_label_formatter(&|threads| format!("{threads:.0}"))
+        .y_label_formatter(&|us| format!("{us:.0}"))
         .draw()?;
     for (index, (subject, colour)) in SUBJECTS.iter().zip(COLOURS).enumerate() {
-        let points = figures.iter().filter(|figure| figure.subject == *subject);
-        let medians = points
-            .clone()
-            .map(|figure| (figure.threads as f64, figure.median_ns / 1e3));
-        chart
-            .draw_series(LineSeries::new(medians.clone(), colour.stroke_width(2)))?
-            .label(*subject)
-            .legend(move |(x, y)| Rectangle::new([(x, y - 6), (x + 12, y + 6)], colour.filled()));
-        chart.draw_series(medians.map(|point| Circle::new(point, 3, colour.filled())))?;
-        chart.draw_series(points.map(|figure| {
-            // Side by side, or the whiskers of all subjects would be one line.
-            let x = figure.threads as f64 * (1.0 + 0.02 * index as f64);
-            PathElement::new([(x, figure.p10_ns / 1e3), (x, figure.p90_ns / 1e3)], colour)
+        // Side by side around the number of threads, or the whiskers of all subjects would be one
+        // line.
+        let aside = 1.0 + 0.025 * (index as f64 - (SUBJECTS.len() - 1) as f64 / 2.0);
+        let points = || {
+            let figures = figures.iter().filter(|figure| figure.subject == *subject);
+            figures.map(move |figure| (figure.threads as f64 * aside, figure))
+        };
+        let medians = || points().map(|(x, figure)| (x, figure.median_ns / 1e3));
+        chart.draw_series(LineSeries::new(medians(), colour.stroke_width(2)))?;
+        chart.draw_series(medians().map(|point| Circle::new(point, 4, colour.filled())))?;
+        chart.draw_series(points().map(|(x, figure)| {
+            let end = |ns: f64| (x, (ns / 1e3).min(top));
+            PathElement::new([end(figure.p10_ns), end(figure.p90_ns)], colour)
         }))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .label_font((FONT, 14))
-        .draw()?;
     root.present()?;
     Ok(())
 }
 
-fn highest<'f>(figures: impl Iterator<Item = &'f Figure>) -> f64 {
-    figures
-        .map(|figure| figure.p90_ns / 1e3)
-        .fold(0.0, f64::max)
+/// Draws what stands above a plot, and returns the place for the plot.
+fn frame<'a>(
+    root: &DrawingArea<SVGBackend<'a>, Shift>,
+    caption: &str,
+) -> Result<DrawingArea<SVGBackend<'a>, Shift>, Box<dyn Error>> {
+    root.fill(&WHITE)?;
+    let below = root.titled(caption, (FONT, 20))?;
+    let (legend, plot) = below.split_vertically(LEGEND);
+    let width = legend.dim_in_pixel().0 as i32;
+    for (index, (subject, colour)) in SUBJECTS.iter().zip(COLOURS).enumerate() {
+        let x = width / 2 + 100 * (index as i32 - SUBJECTS.len() as i32 / 2);
+        legend.draw(&Rectangle::new([(x, 6), (x + 12, 18)], colour.filled()))?;
+        legend.draw(&Text::new(*subject, (x + 18, 6), (FONT, 14)))?;
+    }
+    let note = format!(
+        "{}. A whisker that meets the upper edge goes on beyond it.",
+        proc::machine()
+    );
+    let height = plot.dim_in_pixel().1 as i32;
+    let (plot, foot) = plot.split_vertically(height - 22);
+    foot.draw(&Text::new(note, (16, 2), (FONT, 12)))?;
+    Ok(plot)
+}
+
+/// Where the axis ends, in µs: above all medians, but not so far that the p90 of one disturbed figure would
+/// flatten all others.
+fn top<'f>(figures: impl Iterator<Item = &'f Figure> + Clone) -> Option<f64> {
+    let highest = |of: fn(&Figure) -> f64| figures.clone().map(of).max_by(f64::total_cmp);
+    let (median, p90) = highest(|figure| figure.median_ns).zip(highest(|figure| figure.p90_ns))?;
+    Some(p90.min(median * 1.8) * 1.05 / 1e3)
 }

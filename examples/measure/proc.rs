@@ -1,9 +1,11 @@
 //! What /proc says about this process and the limits it lives under.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::str::FromStr;
+use std::thread;
 
 /// A field of /proc/self/status in its own unit (sizes: kB).
 pub fn status(field: &str) -> Option<usize> {
@@ -12,6 +14,19 @@ pub fn status(field: &str) -> Option<usize> {
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse().ok()
+}
+
+/// What figures depend on most: kernel, C library, processors.
+pub fn machine() -> String {
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    // SAFETY: glibc's version is a constant string.
+    let glibc = unsafe { CStr::from_ptr(libc::gnu_get_libc_version()) };
+    format!(
+        "Linux {}, glibc {}, {} CPUs",
+        kernel.trim(),
+        glibc.to_string_lossy(),
+        thread::available_parallelism().map_or(0, usize::from)
+    )
 }
 
 /// Resident bytes of this process.

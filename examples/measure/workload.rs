@@ -97,66 +97,72 @@ impl Row {
             _ => 1,
         }
     }
+
+    /// Threads that a subject starts in one round, those included that the time does not count.
+    pub fn threads_per_round(&self) -> u64 {
+        let counted = self.iterations * self.threads_per_iteration() as u64;
+        match self.workload {
+            Workload::Live => self.threads as u64 + warm_up(self.iterations) + counted,
+            _ => counted,
+        }
+    }
 }
 
-/// All rows, in the order of the performance table, then those of the plot.
-pub fn rows() -> Vec<Row> {
-    let row = |workload, threads, stack_bytes, iterations, rounds| Row {
+fn row(
+    workload: Workload,
+    threads: usize,
+    stack_bytes: usize,
+    iterations: u64,
+    rounds: usize,
+) -> Row {
+    Row {
         workload,
         threads,
         stack_bytes,
         target: None,
         iterations,
         rounds,
+    }
+}
+
+/// The row beside so many live threads.
+pub fn live_row(threads: usize) -> Row {
+    let rounds = match threads {
+        0..=100 => 40,
+        101..=1_000 => 15,
+        1_001..=3_000 => 7,
+        _ => 5,
     };
-    let against = |against, ratio, row| Row {
+    row(Workload::Live, threads, 64 * KIB, 200, rounds)
+}
+
+/// All rows, in the order of the performance table, then those of the plot.
+pub fn rows() -> Vec<Row> {
+    use Workload::{Burst, Cold, Contended, HeapWarm, Hot, SpawnCall};
+    let (floor, pthread) = (floor::NAME, pthread::NAME);
+    let table = [
+        (row(Hot, 1, 256 * KIB, 50, 400), floor, 1.05),
+        (row(Burst, 64, 8 * MIB, 1, 200), pthread, 0.50),
+        (row(Burst, 1000, 8 * MIB, 1, 30), pthread, 0.45),
+        (row(Burst, 64, 256 * KIB, 1, 300), pthread, 0.95),
+        (row(Cold, 1, 256 * KIB, 50, 400), pthread, 0.90),
+        (row(HeapWarm, 1, 256 * KIB, 50, 400), pthread, 0.90),
+        (row(SpawnCall, 1, 256 * KIB, 50, 400), floor, 1.15),
+        (row(Contended, 2, 256 * KIB, 60, 200), pthread, 1.00),
+        (row(Contended, 4, 256 * KIB, 30, 200), pthread, 1.00),
+        (row(Contended, 16, 256 * KIB, 10, 200), pthread, 1.00),
+    ];
+    let with_target = table.map(|(row, against, ratio)| Row {
         target: Some(Target { against, ratio }),
         ..row
-    };
-    let mut rows = vec![
-        against(floor::NAME, 1.05, row(Workload::Hot, 1, 256 * KIB, 50, 400)),
-        against(
-            pthread::NAME,
-            0.50,
-            row(Workload::Burst, 64, 8 * MIB, 1, 200),
-        ),
-        against(
-            pthread::NAME,
-            0.45,
-            row(Workload::Burst, 1000, 8 * MIB, 1, 30),
-        ),
-        against(
-            pthread::NAME,
-            0.95,
-            row(Workload::Burst, 64, 256 * KIB, 1, 300),
-        ),
-        against(
-            pthread::NAME,
-            0.90,
-            row(Workload::Cold, 1, 256 * KIB, 50, 400),
-        ),
-        against(
-            pthread::NAME,
-            0.90,
-            row(Workload::HeapWarm, 1, 256 * KIB, 50, 400),
-        ),
-        against(
-            floor::NAME,
-            1.15,
-            row(Workload::SpawnCall, 1, 256 * KIB, 50, 400),
-        ),
-    ];
-    for (threads, iterations) in [(2, 60), (4, 30), (16, 10)] {
-        rows.push(against(
-            pthread::NAME,
-            1.00,
-            row(Workload::Contended, threads, 256 * KIB, iterations, 200),
-        ));
-    }
-    for (threads, rounds) in [(10, 40), (100, 40), (1_000, 15), (3_000, 7), (10_000, 5)] {
-        rows.push(row(Workload::Live, threads, 64 * KIB, 200, rounds));
-    }
-    rows
+    });
+    let plotted = [10, 100, 1_000, 3_000, 10_000].map(live_row);
+    with_target.into_iter().chain(plotted).collect()
+}
+
+/// Uncounted iterations beside a crowd: the first may still meet its last threads on their way to the gate.
+fn warm_up(iterations: u64) -> u64 {
+    iterations / 4
 }
 
 /// Runs `iterations` of the row's workload and returns the time that counts.
@@ -256,9 +262,7 @@ fn live<S: Subject>(subject: &S, threads: usize, iterations: u64) -> io::Result<
     let started = start_all(subject, threads, &GATE, &mut handles);
     let result = started.and_then(|()| {
         GATE.await_arrivals(threads);
-        // The first spawns beside the crowd may still meet its last threads on their way to the
-        // gate.
-        one_at_a_time(subject, Body::Empty, iterations / 4)?;
+        one_at_a_time(subject, Body::Empty, warm_up(iterations))?;
         one_at_a_time(subject, Body::Empty, iterations)
     });
     GATE.open();

@@ -773,6 +773,8 @@ impl Output {
     pub fn success(self) -> Output {
         assert!(self.status.success() && self.timed_out.is_none(), "{self}");
         if let Some(why) = self.skipped() {
+            // Said again with the test's name, which is the same.
+            let why = why.rsplit_once(" (in ").map_or(why, |(why, _)| why);
             super::announce_skip(why);
         }
         self

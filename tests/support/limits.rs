@@ -101,6 +101,69 @@ impl Drop for Sleepers {
     }
 }
 
+/// Mappings of a page each that fill the process's table, and end with this value.
+pub struct Mappings(Vec<usize>);
+
+impl Mappings {
+    /// Up to `vm.max_map_count`: no mapping can be split then.
+    pub fn fill() -> Result<Mappings, String> {
+        const MOST: usize = 4 << 20;
+        let file = "/proc/sys/vm/max_map_count";
+        let limit = std::fs::read_to_string(file).map_err(|error| format!("{file}: {error}"))?;
+        if limit.trim().parse().is_ok_and(|limit: usize| limit > MOST) {
+            let limit = limit.trim();
+            return Err(format!(
+                "vm.max_map_count is {limit}: that many mappings would take too long"
+            ));
+        }
+        // Room for all of them now: later the heap may get none.
+        let mut mappings = Mappings(Vec::with_capacity(MOST));
+        let mut protection = libc::PROT_READ;
+        while mappings.0.len() < mappings.0.capacity() {
+            // Neighbours of different protection do not merge.
+            protection ^= libc::PROT_READ;
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            // SAFETY: a new private mapping.
+            let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) };
+            if page == libc::MAP_FAILED {
+                return Ok(mappings);
+            }
+            mappings.0.push(page as usize);
+        }
+        Err(format!("{MOST} mappings did not reach vm.max_map_count"))
+    }
+
+    /// As [`Mappings::fill`], but for `count` that are left to others.
+    #[track_caller]
+    pub fn fill_but(count: usize) -> Mappings {
+        let mut mappings = Mappings::fill().expect("a full table");
+        mappings.remove(count);
+        mappings
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn remove(&mut self, count: usize) {
+        let rest = self.0.len().saturating_sub(count);
+        for page in self.0.drain(rest..) {
+            // SAFETY: a page that only this value knows.
+            unsafe { libc::munmap(page as *mut libc::c_void, 4096) };
+        }
+    }
+}
+
+impl Drop for Mappings {
+    fn drop(&mut self) {
+        self.remove(self.0.len());
+    }
+}
+
 fn sleep_until_parent_ends(parent: libc::pid_t) -> ! {
     // SAFETY: system calls on plain numbers, in a forked child that never returns. The parent may have
     // ended before the request to die with it, hence the second look.

@@ -39,11 +39,14 @@ mod threads;
 
 pub use cgroup::{Cgroup, CgroupDir, inherited_cgroup};
 pub use child::{Child, Output, Running, alone, case, child, kernel_at_least, program, report};
-pub use limits::{Sleepers, become_unused_user, is_root, set_rlimit, unused_uid};
+pub use limits::{Mappings, Sleepers, become_unused_user, is_root, set_rlimit, unused_uid};
 pub use notify::{Call, Listener, listen, supervised};
-pub use seccomp::{Allow, Deny, allow, allow_only, deny, firecracker_vcpu_filter};
+pub use seccomp::{
+    Allow, Deny, MADV_GUARD_INSTALL, allow, allow_only, deny, deny_guard_marks,
+    firecracker_vcpu_filter,
+};
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
-pub use threads::{burst, is_mapped, listed_threads, private, resident_pages};
+pub use threads::{burst, is_mapped, listed_threads, private, resident_pages, tid};
 
 /// Prints `skipped: why` and returns from the test.
 ///

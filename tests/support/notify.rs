@@ -16,6 +16,18 @@ pub struct Call {
     pub arguments: [u64; 6],
 }
 
+impl Call {
+    /// Whether it is an mmap for a stack.
+    pub fn maps_a_stack(&self) -> bool {
+        self.number == libc::SYS_mmap && self.arguments[3] & libc::MAP_STACK as u64 != 0
+    }
+
+    /// Whether it is a madvise with this advice.
+    pub fn advises(&self, advice: u64) -> bool {
+        self.number == libc::SYS_madvise && self.arguments[2] == advice
+    }
+}
+
 /// Receives the calls of the threads behind its filter.
 #[derive(Debug)]
 pub struct Listener(OwnedFd);

@@ -20,6 +20,16 @@ pub fn deny(syscall: libc::c_long, errno: i32) -> Deny {
     }
 }
 
+/// The madvise that marks a guard, from Linux 6.13.
+pub const MADV_GUARD_INSTALL: u64 = 102;
+
+/// A kernel that does not mark guards, and says so with `errno` (an old one: EINVAL): each is a mapping.
+pub fn deny_guard_marks(errno: i32) {
+    deny(libc::SYS_madvise, errno)
+        .when(2, MADV_GUARD_INSTALL)
+        .install();
+}
+
 #[must_use]
 pub struct Deny {
     syscall: libc::c_long,

@@ -3,6 +3,11 @@
 use std::ffi::CStr;
 use std::sync::{Arc, Barrier};
 
+pub fn tid() -> i32 {
+    // SAFETY: gettid has no preconditions.
+    unsafe { libc::gettid() }
+}
+
 /// The descriptors (`pthread_t`) on glibc's lists of live threads. Without the list's lock: nothing else may be
 /// starting or ending threads.
 pub fn listed_threads() -> Vec<usize> {

@@ -13,7 +13,7 @@ use nptl::{Cause, CauseKind, Certainty, SpawnError, Step};
 use super::ask::{Asker, Expected, Right, other_cause, same, tell_note};
 use super::clone::become_limited_user;
 use super::{Need, Scenario, number_in, plain, write};
-use crate::support::{Cgroup, inherited_cgroup, set_rlimit};
+use crate::support::{Cgroup, Mappings, inherited_cgroup, set_rlimit};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -100,11 +100,12 @@ pub(super) fn kilobytes(file: &str, field: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{file} has no {field}"))
 }
 
+/// What a cause says was requested, in use, and allowed.
+type Numbers = (u64, Option<u64>, Option<u64>);
+
 /// The numbers must explain the refusal, and be those of now.
 fn explains(
-    requested: u64,
-    in_use: Option<u64>,
-    limit: Option<u64>,
+    (requested, in_use, limit): Numbers,
     true_use: u64,
     true_limit: u64,
 ) -> Result<(), String> {
@@ -136,94 +137,67 @@ fn ask_under(ask: &mut Asker<'_>, resource: Resource, limit: u64) -> Result<(), 
 }
 
 fn rlimit_as(ask: &mut Asker<'_>) -> Result<(), String> {
-    ask.calibrate()?;
-    ask.stack_size(STACK);
-    let used = status("VmSize")?;
-    let allowed = used + STACK as u64 / 2;
-    ask_under(ask, Resource::RLIMIT_AS, allowed)?;
-    ask.tell(Right::Refused, |error| {
-        refused(CauseKind::AddressSpace).judge(error, |cause| match *cause {
+    process_limit(
+        ask,
+        Resource::RLIMIT_AS,
+        "VmSize",
+        CauseKind::AddressSpace,
+        |cause| match *cause {
             Cause::AddressSpace {
                 requested,
                 in_use,
                 limit,
-            } => explains(requested, in_use, limit, used, allowed),
-            ref other => other_cause(other),
-        })
-    });
-    Ok(())
+            } => Some((requested, in_use, limit)),
+            _ => None,
+        },
+    )
 }
 
 fn rlimit_data(ask: &mut Asker<'_>) -> Result<(), String> {
-    ask.calibrate()?;
-    ask.stack_size(STACK);
-    let used = status("VmData")?;
-    let allowed = used + STACK as u64 / 2;
-    ask_under(ask, Resource::RLIMIT_DATA, allowed)?;
-    ask.tell(Right::Refused, |error| {
-        refused(CauseKind::DataSegment).judge(error, |cause| match *cause {
+    process_limit(
+        ask,
+        Resource::RLIMIT_DATA,
+        "VmData",
+        CauseKind::DataSegment,
+        |cause| match *cause {
             Cause::DataSegment {
                 requested,
                 in_use,
                 limit,
-            } => explains(requested, in_use, limit, used, allowed),
-            ref other => other_cause(other),
+            } => Some((requested, in_use, limit)),
+            _ => None,
+        },
+    )
+}
+
+/// A limit on what this process maps, with room for half a stack. `numbers` takes them out of the cause.
+fn process_limit(
+    ask: &mut Asker<'_>,
+    resource: Resource,
+    field: &str,
+    kind: CauseKind,
+    numbers: fn(&Cause) -> Option<Numbers>,
+) -> Result<(), String> {
+    ask.calibrate()?;
+    ask.stack_size(STACK);
+    let used = status(field)?;
+    let allowed = used + STACK as u64 / 2;
+    ask_under(ask, resource, allowed)?;
+    ask.tell(Right::Refused, |error| {
+        refused(kind).judge(error, |cause| match numbers(cause) {
+            Some(numbers) => explains(numbers, used, allowed),
+            None => other_cause(cause),
         })
     });
     Ok(())
 }
 
-/// Mappings of a page each, until no more is allowed; unmapped at the end.
-struct Mappings(Vec<usize>);
-
-impl Mappings {
-    fn fill(most: usize) -> Result<Mappings, String> {
-        let mut mappings = Mappings(Vec::with_capacity(most + 1));
-        let mut protection = libc::PROT_READ;
-        while mappings.0.len() <= most {
-            // Neighbours of different protection do not merge.
-            protection ^= libc::PROT_READ;
-            // SAFETY: a new private mapping.
-            let page = unsafe {
-                libc::mmap(
-                    std::ptr::null_mut(),
-                    4096,
-                    protection,
-                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                    -1,
-                    0,
-                )
-            };
-            if page == libc::MAP_FAILED {
-                return Ok(mappings);
-            }
-            mappings.0.push(page as usize);
-        }
-        Err("more mappings than vm.max_map_count are allowed".to_owned())
-    }
-}
-
-impl Drop for Mappings {
-    fn drop(&mut self) {
-        for &page in &self.0 {
-            // SAFETY: mapped by `fill`, and nobody else knows it.
-            unsafe { libc::munmap(page as *mut libc::c_void, 4096) };
-        }
-    }
-}
-
 fn max_map_count(ask: &mut Asker<'_>) -> Result<(), String> {
-    const MOST: u64 = 4 << 20;
     ask.calibrate()?;
     let most = number_in("/proc/sys/vm/max_map_count")?;
-    if most > MOST {
-        return Err(format!(
-            "vm.max_map_count is {most}: that many mappings would take too long"
-        ));
-    }
-    let mappings = Mappings::fill(most as usize)?;
+    let mappings = Mappings::fill()?;
     ask.ask();
-    let count = mappings.0.len();
+    let count = mappings.len();
     drop(mappings);
     tell_note(format_args!("{count} mappings of one page were added"));
     ask.tell(Right::Refused, |error| {
@@ -263,7 +237,7 @@ fn memlock(ask: &mut Asker<'_>) -> Result<(), String> {
                 requested,
                 in_use,
                 limit,
-            } => explains(requested, in_use, limit, used, allowed),
+            } => explains((requested, in_use, limit), used, allowed),
             ref other => other_cause(other),
         })
     });
