@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use nptl::{Cause, CauseKind, Certainty, SpawnError, Step};
 
-use super::ask::{Asker, Expected, Right, other_cause, same, tell_note};
+use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::clone::become_limited_user;
 use super::{Need, Scenario, number_in, plain, write};
 use crate::support::{Cgroup, inherited_cgroup, set_rlimit};
@@ -149,7 +149,16 @@ fn rlimit_as(ask: &mut Asker<'_>) -> Result<(), String> {
                 limit,
             } => explains(requested, in_use, limit, used, allowed),
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"/proc/thread-self/status, VmSize: ",
+                &format_args!("RLIMIT_AS: {allowed} bytes ("),
+                &"ulimit -v KIB",
+                &"LimitAS=BYTES",
+            ],
+        )
     });
     Ok(())
 }
@@ -168,7 +177,16 @@ fn rlimit_data(ask: &mut Asker<'_>) -> Result<(), String> {
                 limit,
             } => explains(requested, in_use, limit, used, allowed),
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"/proc/thread-self/status, VmData: ",
+                &format_args!("RLIMIT_DATA: {allowed} bytes ("),
+                &"ulimit -d KIB",
+                &"LimitDATA=BYTES",
+            ],
+        )
     });
     Ok(())
 }
@@ -233,7 +251,14 @@ fn max_map_count(ask: &mut Asker<'_>) -> Result<(), String> {
                 same("a split", split, false)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &format_args!("/proc/sys/vm/max_map_count: {most}\n"),
+                &"sysctl vm.max_map_count=N",
+            ],
+        )
     });
     Ok(())
 }
@@ -265,7 +290,16 @@ fn memlock(ask: &mut Asker<'_>) -> Result<(), String> {
                 limit,
             } => explains(requested, in_use, limit, used, allowed),
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"/proc/thread-self/status, VmLck: ",
+                &format_args!("RLIMIT_MEMLOCK: {allowed} bytes"),
+                &"ulimit -l KIB",
+                &"LimitMEMLOCK=BYTES",
+            ],
+        )
     });
     Ok(())
 }
@@ -292,7 +326,15 @@ fn overcommit_0(ask: &mut Asker<'_>) -> Result<(), String> {
                 same("a request beyond them", requested > total, true)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"/proc/sys/vm/overcommit_memory: 0\n",
+                &format_args!("/proc/meminfo, MemTotal and SwapTotal: {total} bytes ("),
+                &"sysctl vm.overcommit_memory=1",
+            ],
+        )
     });
     Ok(())
 }
@@ -449,7 +491,9 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
                 unread: Some(errno),
                 ..
             } => same("why the files were not read", errno, Errno::ENOMEM),
-            Cause::KernelMemory { directory, .. } if directory.to_str().is_none() => Ok(()),
+            Cause::KernelMemory { directory, .. } if directory.to_str().is_none() => {
+                reports(error, &[&"memory.limit_in_bytes"])
+            }
             Cause::KernelMemory {
                 directory,
                 version,
@@ -466,6 +510,15 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
                     "a usage up to the limit",
                     usage <= Some(allowed) && usage > Some(0),
                     true,
+                )?;
+                let path = inner.display();
+                reports(
+                    error,
+                    &[
+                        &format_args!("directory: {path}\n"),
+                        &format_args!("memory limit: {allowed} bytes"),
+                        &format_args!("echo BYTES > {path}/memory.limit_in_bytes "),
+                    ],
                 )
             }
             ref other => other_cause(other),
