@@ -202,6 +202,8 @@ pub struct MemoryOracle {
     pub inaccessible: Answer,
     /// The same length, writable, MAP_NORESERVE.
     pub unreserved: Answer,
+    /// The same length, writable, MAP_NORESERVE, shared: asked where RLIMIT_DATA cannot be read.
+    pub shared: Answer,
     /// The same length, as a stack is mapped.
     pub stack: Answer,
     /// A guard made by mprotect in a fresh mapping of two pages.
@@ -958,6 +960,7 @@ impl Cause {
                     ("mmap, invalid, same length", memory.free_addresses),
                     ("mmap, PROT_NONE, same length", memory.inaccessible),
                     ("mmap, MAP_NORESERVE, same length", memory.unreserved),
+                    ("mmap, shared, same length", memory.shared),
                     ("mmap, as a stack, same length", memory.stack),
                     ("guard in a mapping of two pages", memory.guard),
                 ] {
@@ -1110,8 +1113,12 @@ impl Cause {
                     "sysctl vm.overcommit_ratio=PERCENT or vm.overcommit_kbytes=KIB{KEEP}, add swap,\n  \
                      sysctl vm.overcommit_memory=0, or use smaller stacks: in mode 2 every stack counts with its full size.",
                 ),
-                _ => f.write_str(
+                Some(_) => f.write_str(
                     "Use a smaller stack: one mapping may not exceed memory and swap together; or sysctl vm.overcommit_memory=1.",
+                ),
+                None => f.write_str(
+                    "Use smaller stacks, or sysctl vm.overcommit_memory=1; where /proc/sys/vm/overcommit_memory is 2, also raise\n  \
+                     vm.overcommit_ratio or vm.overcommit_kbytes, or add swap.",
                 ),
             },
             Cause::LockedMemory { .. } => f.write_str(
@@ -1228,49 +1235,48 @@ impl fmt::Display for Cause {
                 requested,
                 in_use,
                 limit,
-            } => write!(
-                f,
-                "RLIMIT_AS: {} bytes in use and {requested} requested, of {}",
-                Value(*in_use),
-                Value(*limit)
-            ),
+            } => full(f, "RLIMIT_AS", "in use", *requested, *in_use, *limit),
             Cause::DataSegment {
                 requested,
                 in_use,
                 limit,
-            } => write!(
-                f,
-                "RLIMIT_DATA: {} bytes in use and {requested} requested, of {}",
-                Value(*in_use),
-                Value(*limit)
-            ),
-            Cause::MapCount { maximum, split } => write!(
-                f,
-                "vm.max_map_count: {} {} mappings",
-                if *split { "already" } else { "more than" },
-                Value(*maximum)
-            ),
+            } => full(f, "RLIMIT_DATA", "in use", *requested, *in_use, *limit),
+            Cause::MapCount { maximum, split } => match maximum {
+                Some(maximum) if *split => {
+                    write!(f, "vm.max_map_count: already {maximum} mappings")
+                }
+                Some(maximum) => write!(f, "vm.max_map_count: more than {maximum} mappings"),
+                None => f.write_str("vm.max_map_count (not readable) is reached"),
+            },
             Cause::Overcommit {
                 mode,
                 requested,
+                in_use,
                 limit,
-                ..
-            } => write!(
-                f,
-                "vm.overcommit_memory={}: {requested} bytes requested, limit {}",
-                Value(*mode),
-                Value(*limit)
-            ),
+            } => match mode {
+                Some(2) => full(
+                    f,
+                    "vm.overcommit_memory=2",
+                    "committed",
+                    *requested,
+                    *in_use,
+                    *limit,
+                ),
+                Some(mode) => write!(
+                    f,
+                    "vm.overcommit_memory={mode}: {requested} bytes requested, limit {}",
+                    Value(*limit)
+                ),
+                None => write!(
+                    f,
+                    "vm.overcommit_memory (not readable): {requested} bytes requested"
+                ),
+            },
             Cause::LockedMemory {
                 requested,
                 in_use,
                 limit,
-            } => write!(
-                f,
-                "RLIMIT_MEMLOCK: {} bytes locked and {requested} requested, of {}",
-                Value(*in_use),
-                Value(*limit)
-            ),
+            } => full(f, "RLIMIT_MEMLOCK", "locked", *requested, *in_use, *limit),
             Cause::AddressSpaceExhausted { requested, .. } => {
                 write!(f, "no {requested} bytes of free addresses in one piece")
             }
@@ -1280,6 +1286,29 @@ impl fmt::Display for Cause {
             }
             Cause::Unknown { .. } => f.write_str("unknown"),
         }
+    }
+}
+
+/// A limit of bytes against a request, in one line.
+fn full(
+    f: &mut fmt::Formatter<'_>,
+    limit_name: &str,
+    used_how: &str,
+    requested: u64,
+    in_use: Option<u64>,
+    limit: Option<u64>,
+) -> fmt::Result {
+    write!(f, "{limit_name}: ")?;
+    match in_use {
+        Some(in_use) => write!(
+            f,
+            "{in_use} bytes {used_how} and {requested} requested, of "
+        )?,
+        None => write!(f, "{requested} bytes requested, of ")?,
+    }
+    match limit {
+        Some(limit) => write!(f, "{}", Value(Some(limit))),
+        None => f.write_str("a limit that is not readable"),
     }
 }
 
