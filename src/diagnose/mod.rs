@@ -1,6 +1,7 @@
 //! From a refused step to a [`Cause`].
 //!
-//! Runs while the machine is out of something: no heap, no panic, a few KiB of stack, some dozen system calls.
+//! Runs while the machine is out of something: no heap, no panic, some KiB of stack (`tests/stack_use.rs`), some
+//! dozen system calls.
 //! A cause is named only with evidence; naming the wrong limit is worse than naming none. What each claim rests
 //! on:
 //!

@@ -51,9 +51,20 @@ impl Deny {
 
     /// Puts the filter before the calling thread, for good. Where several filters match, the newest wins.
     pub fn install(self) {
+        let program = self.program();
+        seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
+    }
+
+    /// The same before every thread of the process.
+    pub fn install_for_all(self) {
+        let program = self.program();
+        seccompiler::apply_filter_all_threads(&program).expect("a filter that the kernel takes");
+    }
+
+    fn program(self) -> BpfProgram {
         let rules = rules([(self.syscall, self.conditions)]);
         let errno = SeccompAction::Errno(self.errno.cast_unsigned());
-        install(rules, SeccompAction::Allow, errno);
+        compile(rules, SeccompAction::Allow, errno)
     }
 }
 
@@ -92,7 +103,8 @@ pub fn allow_only(list: impl IntoIterator<Item = Allow>) {
         list.into_iter()
             .map(|entry| (entry.syscall, entry.conditions)),
     );
-    install(rules, SeccompAction::KillProcess, SeccompAction::Allow);
+    let program = compile(rules, SeccompAction::KillProcess, SeccompAction::Allow);
+    seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
 }
 
 /// What Firecracker lets a vCPU thread do, without what only serves the virtual machine.
@@ -140,13 +152,12 @@ fn rules(
     rules
 }
 
-fn install(
+fn compile(
     rules: BTreeMap<i64, Vec<SeccompRule>>,
     otherwise: SeccompAction,
     matched: SeccompAction,
-) {
+) -> BpfProgram {
     let arch = TargetArch::try_from(std::env::consts::ARCH).expect("a known architecture");
     let filter = SeccompFilter::new(rules, otherwise, matched, arch).expect("a valid filter");
-    let program = BpfProgram::try_from(filter).expect("a filter that compiles");
-    seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
+    BpfProgram::try_from(filter).expect("a filter that compiles")
 }
