@@ -4,9 +4,11 @@ nptl-failures   the last refused spawns, newest first, with their reports
 nptl-stacks     every stack: address, size, cache, state, tid, name of its thread
 
 Embedded in the binary (.debug_gdb_scripts); gdb loads it where `auto-load safe-path` allows, or with
-`source gdb/nptl.py`. Needs no debug information: the static nptl::debug::DIRECTORY tells where all is.
+`source gdb/nptl.py`. Needs neither debug information nor symbols: a section of its own holds the static
+that tells where all is.
 """
 
+import re
 import struct
 import time
 
@@ -24,14 +26,15 @@ def words(address, count):
 
 
 def directory():
-    try:
-        address = int(gdb.parse_and_eval("(unsigned long)&'nptl::debug::DIRECTORY'"))
-    except gdb.error as error:
-        raise gdb.GdbError("no threads of the crate nptl here: %s" % error)
-    found = words(address, 15)
-    if found[0] != 2:
-        raise gdb.GdbError("nptl::debug::DIRECTORY has version %d, this script knows 2" % found[0])
-    return found
+    sections = gdb.execute("info files", to_string=True)
+    places = re.findall(r"(0x[0-9a-f]+) - 0x[0-9a-f]+ \S+ \.nptl\.directory", sections)
+    if not places:
+        raise gdb.GdbError("no program with the crate nptl here: it has no section .nptl.directory")
+    for place in places:
+        found = words(int(place, 16), 15)
+        if found[0] == 2:
+            return found
+    raise gdb.GdbError(".nptl.directory has version %d, this script knows 2" % found[0])
 
 
 class Failures(gdb.Command):

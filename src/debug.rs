@@ -1,4 +1,4 @@
-//! What a debugger finds without debug information: one static with addresses and offsets, as
+//! What a debugger finds without debug information or symbols: one static with addresses and offsets, as
 //! glibc's own `_thread_db_*` symbols are for libthread_db. `gdb/nptl.py`, embedded in the binary,
 //! reads it and adds `nptl-failures` and `nptl-stacks`.
 
@@ -6,6 +6,25 @@ use crate::failures;
 use crate::stack::Stack;
 use crate::stack::cache::StackCache;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+
+/// The script, as gdb looks for it in a program: kind 4 (Python text), a name, the text, 0.
+///
+/// rustc embeds what the attribute `debugger_visualizer` names, but only into programs with debug information of
+/// their own; a release build has none. So the crate brings its script itself. Where rustc has embedded it as well,
+/// gdb runs it twice, and the commands are defined again. Part of the program's image, it stays where all else that
+/// is for debuggers is stripped.
+#[used]
+#[unsafe(link_section = ".debug_gdb_scripts")]
+static SCRIPT: [u8; HEAD.len() + TEXT.len() + 1] = {
+    let mut script = [0; HEAD.len() + TEXT.len() + 1];
+    let (head, rest) = script.split_at_mut(HEAD.len());
+    head.copy_from_slice(HEAD);
+    rest.split_at_mut(TEXT.len()).0.copy_from_slice(TEXT);
+    script
+};
+
+const HEAD: &[u8] = b"\x04nptl-commands\n";
+const TEXT: &[u8] = include_bytes!("../gdb/nptl.py");
 
 /// Words in the order that `gdb/nptl.py` knows; a change of the order changes `VERSION`.
 #[repr(C)]
@@ -23,7 +42,9 @@ pub(crate) struct Directory {
 
 const VERSION: usize = 2;
 
-/// Kept by the linker because the functions below use it; found by its symbol.
+/// Kept by the linker because the functions below use it; found by the name of its section, which a program has
+/// even when its symbols are stripped.
+#[unsafe(link_section = ".nptl.directory")]
 static DIRECTORY: Directory = Directory {
     version: VERSION,
     failures: AtomicUsize::new(0),

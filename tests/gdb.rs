@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Barrier};
 
@@ -181,61 +183,151 @@ fn abort_after_a_refusal(directory: &str) -> ! {
     unsafe { libc::abort() }
 }
 
+/// A directory for one core file, if this kernel writes it where the process stands.
+fn scratch(name: &str) -> Result<Scratch, String> {
+    let pattern = std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
+    let pattern = pattern.trim();
+    if pattern.is_empty() || pattern.starts_with('|') || pattern.contains('/') {
+        return Err(format!(
+            "kernel.core_pattern is {pattern:?}: no core file in the working directory"
+        ));
+    }
+    let directory = std::env::temp_dir().join(format!("nptl-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a scratch directory");
+    Ok(Scratch(directory))
+}
+
+impl Scratch {
+    fn core(&self) -> Result<PathBuf, String> {
+        let entries = std::fs::read_dir(&self.0).expect("the scratch directory");
+        let core = entries.flatten().map(|entry| entry.path()).next();
+        core.ok_or_else(|| "the kernel wrote no core file".to_owned())
+    }
+}
+
+/// What gdb prints of a core file, to both streams.
+fn gdb(program: &Path, core: &Path, arguments: &[&str]) -> Result<[String; 2], String> {
+    let gdb = Command::new("gdb")
+        .args(["-nx", "-batch"])
+        .args(arguments)
+        .args(["-ex", "nptl-failures", "-ex", "nptl-stacks"])
+        .arg(program)
+        .arg(core)
+        .env_remove("LD_PRELOAD")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|_| "gdb is not installed".to_owned())?;
+    Ok([&gdb.stdout, &gdb.stderr].map(|text| String::from_utf8_lossy(text).into_owned()))
+}
+
+#[track_caller]
+fn expect_all(parts: &[&str], [text, errors]: &[String; 2]) {
+    for part in parts {
+        assert!(
+            text.contains(part),
+            "{part:?} is not in\n--- gdb's stdout\n{text}\n--- gdb's stderr\n{errors}"
+        );
+    }
+}
+
 /// What the engineer with a core dump does: two commands, without our source or debug information.
 #[test]
 fn a_core_file_tells_the_cause_and_the_stacks() {
     if let Some(directory) = case() {
         abort_after_a_refusal(&directory);
     }
-    let pattern = std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
-    let pattern = pattern.trim();
-    if pattern.is_empty() || pattern.starts_with('|') || pattern.contains('/') {
-        skip!("kernel.core_pattern is {pattern:?}: no core file in the working directory");
-    }
     let name = "a_core_file_tells_the_cause_and_the_stacks";
-    let directory = std::env::temp_dir().join(format!("nptl-core-{}", std::process::id()));
-    std::fs::create_dir_all(&directory).expect("a scratch directory");
-    let directory = Scratch(directory);
+    let directory = or_skip!(scratch("core"));
     let output = or_skip!(child(name, &directory.0.display().to_string()).run());
     assert_eq!(output.signal(), Some(libc::SIGABRT), "{output}");
-    let core = std::fs::read_dir(&directory.0)
-        .expect("the scratch directory")
-        .flatten()
-        .map(|entry| entry.path())
-        .next();
-    let Some(core) = core else {
-        skip!("the kernel wrote no core file, although kernel.core_pattern is {pattern:?}");
-    };
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/gdb/nptl.py");
-    let gdb = Command::new("gdb")
-        .args(["-nx", "-batch", "-ex", &format!("source {script}")])
-        .args(["-ex", "nptl-failures", "-ex", "nptl-stacks"])
-        .arg(std::env::current_exe().expect("this program"))
-        .arg(&core)
-        .env_remove("LD_PRELOAD")
+    let core = or_skip!(directory.core());
+    let source = concat!("source ", env!("CARGO_MANIFEST_DIR"), "/gdb/nptl.py");
+    let program = std::env::current_exe().expect("this program");
+    let said = or_skip!(gdb(&program, &core, &["-ex", source]));
+    expect_all(
+        &[
+            "step=map stack errno=ENOMEM cause=AddressSpace certainty=proven",
+            "name=\"vcpu7\"",
+            "RLIMIT_AS",
+            "ulimit -v",
+            "\"alive-global\"",
+            "\"alive-private\"",
+            "64 KiB private cache 1 cached",
+            "512 KiB private cache 1 live",
+            "512 KiB global cache    live",
+            "2 live",
+            "1 cached",
+        ],
+        &said,
+    );
+}
+
+/// A program as it is shipped: of another package, optimised, without debug information.
+fn shipped_program(strip: &str) -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("shipped");
+    let manifest = format!(
+        "[package]\nname = \"shipped\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n\
+         [dependencies]\nnptl = {{ path = {:?} }}\n\n\
+         [profile.release]\nstrip = {strip:?}\n\n[workspace]\n",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let main = r#"
+        fn main() {
+            let alive = nptl::Builder::new().name("alive").stack_size(512 << 10);
+            let (started, running) = std::sync::mpsc::channel();
+            let body = move || {
+                started.send(()).unwrap();
+                std::thread::sleep(std::time::Duration::MAX)
+            };
+            alive.spawn(body).unwrap().detach();
+            running.recv().unwrap();
+            let refused = nptl::Builder::new().name("vcpu7").stack_size(1 << 50);
+            assert!(refused.spawn(|| ()).is_err());
+            std::process::abort();
+        }
+    "#;
+    std::fs::create_dir_all(directory.join("src")).expect("a folder");
+    let lock = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock");
+    std::fs::copy(lock, directory.join("Cargo.lock")).expect("Cargo.lock");
+    std::fs::write(directory.join("Cargo.toml"), manifest).expect("Cargo.toml");
+    std::fs::write(directory.join("src/main.rs"), main).expect("main.rs");
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--offline", "--target-dir", "target"])
+        .current_dir(&directory)
         .stdin(Stdio::null())
-        .output();
-    let Ok(gdb) = gdb else {
-        skip!("gdb is not installed");
-    };
-    let text = String::from_utf8_lossy(&gdb.stdout);
-    let errors = String::from_utf8_lossy(&gdb.stderr);
-    for part in [
-        "step=map stack errno=ENOMEM cause=AddressSpace certainty=proven",
-        "name=\"vcpu7\"",
-        "RLIMIT_AS",
-        "ulimit -v",
-        "\"alive-global\"",
-        "\"alive-private\"",
-        "64 KiB private cache 1 cached",
-        "512 KiB private cache 1 live",
-        "512 KiB global cache    live",
-        "2 live",
-        "1 cached",
-    ] {
-        assert!(
-            text.contains(part),
-            "{part:?} is not in\n--- gdb's stdout\n{text}\n--- gdb's stderr\n{errors}"
+        .output()
+        .expect("cargo");
+    let said = String::from_utf8_lossy(&built.stderr);
+    assert!(built.status.success(), "{said}");
+    directory.join("target/release/shipped")
+}
+
+/// rustc embeds the script into programs with debug information alone.
+#[test]
+fn a_shipped_program_brings_the_commands_itself() {
+    for strip in ["debuginfo", "symbols"] {
+        let program = shipped_program(strip);
+        let directory = or_skip!(scratch(strip));
+        let status = Command::new("sh")
+            .args(["-c", "ulimit -c unlimited && exec \"$0\""])
+            .arg(&program)
+            .current_dir(&directory.0)
+            .stdin(Stdio::null())
+            .status()
+            .expect("sh");
+        assert_eq!(status.signal(), Some(libc::SIGABRT), "{status}");
+        let core = or_skip!(directory.core());
+        let allowed = format!("set auto-load safe-path {}", env!("CARGO_TARGET_TMPDIR"));
+        let said = or_skip!(gdb(&program, &core, &["-iex", &allowed]));
+        expect_all(
+            &[
+                "step=map stack errno=ENOMEM cause=AddressSpaceExhausted certainty=proven",
+                "name=\"vcpu7\"",
+                "512 KiB global cache    live",
+                "\"alive\"",
+                "1 live",
+            ],
+            &said,
         );
     }
 }

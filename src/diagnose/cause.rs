@@ -202,6 +202,8 @@ pub struct MemoryOracle {
     pub inaccessible: Answer,
     /// The same length, writable, MAP_NORESERVE.
     pub unreserved: Answer,
+    /// The same length, writable, MAP_NORESERVE, shared: asked where RLIMIT_DATA cannot be read.
+    pub shared: Answer,
     /// The same length, as a stack is mapped.
     pub stack: Answer,
     /// A guard made by mprotect in a fresh mapping of two pages.
@@ -958,6 +960,7 @@ impl Cause {
                     ("mmap, invalid, same length", memory.free_addresses),
                     ("mmap, PROT_NONE, same length", memory.inaccessible),
                     ("mmap, MAP_NORESERVE, same length", memory.unreserved),
+                    ("mmap, shared, same length", memory.shared),
                     ("mmap, as a stack, same length", memory.stack),
                     ("guard in a mapping of two pages", memory.guard),
                 ] {
@@ -993,13 +996,31 @@ impl Cause {
                 "Allow {call} for threads in the filter (Docker: --security-opt seccomp=PROFILE; systemd: SystemCallFilter=).\n  \
                  A filter that does not know clone3 should answer ENOSYS to it, not another errno."
             ),
-            Cause::UserProcesses { .. } => f.write_str(
-                "Raise the limit of the user's processes: prlimit --pid PID --nproc=N:N, ulimit -u N,\n  \
-                 LimitNPROC=N in the systemd unit, or nproc in /etc/security/limits.conf; or end other tasks of this user\n  \
-                 (ps -L -u UID lists them). CAP_SYS_RESOURCE exempts.",
-            ),
-            Cause::ThreadsMax { .. } => f.write_str(
-                "sysctl kernel.threads-max=N, or end other tasks of the machine (ps -eL lists them).",
+            Cause::UserProcesses {
+                uid,
+                initial_user_namespace,
+                ..
+            } => {
+                f.write_str(
+                    "Raise the limit of the user's processes: prlimit --pid PID --nproc=N:N, ulimit -u N, LimitNPROC=N in the\n  \
+                     systemd unit, nproc in /etc/security/limits.conf, docker run --ulimit nproc=N; or end other tasks of this\n  \
+                     user (ps -L -U ",
+                )?;
+                match uid {
+                    Some(uid) => write!(f, "{uid}")?,
+                    None => f.write_str("UID")?,
+                }
+                f.write_str(" lists them).")?;
+                match initial_user_namespace {
+                    Some(true) => f.write_str(" CAP_SYS_RESOURCE exempts."),
+                    _ => f.write_str(
+                        "\n  If this is a user namespace, raise the limit of the process that creates it, before it does.",
+                    ),
+                }
+            }
+            Cause::ThreadsMax { .. } => write!(
+                f,
+                "sysctl kernel.threads-max=N{KEEP}, or end other tasks of the machine\n  (ps -eL lists them).",
             ),
             Cause::DeadlineScheduling { .. } => f.write_str(
                 "Set SCHED_FLAG_RESET_ON_FORK with sched_setattr (chrt --deadline --reset-on-fork), or spawn from a thread\n  \
@@ -1019,12 +1040,15 @@ impl Cause {
                         "sysctl kernel.pid_max=N, in this pid namespace and in those around it",
                     )?,
                 }
-                f.write_str(
-                    " (N up to 4194304);\n  or end tasks there. Zombies hold numbers, too: their parents must wait for them.",
+                write!(
+                    f,
+                    "\n  (N up to 4194304){KEEP}; or end tasks there. Zombies hold numbers, too: their parents must\n  \
+                     wait for them.",
                 )
             }
             Cause::DyingPidNamespace { .. } => f.write_str(
-                "Nothing from inside: the namespace's init has ended and every process in it is being killed.",
+                "Nothing from inside: the namespace's init has ended and every process in it is being killed.\n  \
+                 Keep the first process of the namespace (the container's main process) alive while threads are needed.",
             ),
             Cause::UnsharedPidNamespace { .. } => f.write_str(
                 "Start threads before unshare(CLONE_NEWPID) or setns, or fork after it and start them in the child.",
@@ -1037,51 +1061,75 @@ impl Cause {
                      kubelet podPidsLimit, systemctl set-property UNIT TasksMax=N).",
                 ),
                 CgroupPlace::Unclear | CgroupPlace::Target => f.write_str(
-                    "Raise pids.max of the full one among that cgroup and its ancestors, or its unit's TasksMax=.",
+                    "Raise pids.max of the full one among that cgroup and its ancestors, or its unit's TasksMax=\n  \
+                     (systemctl set-property UNIT TasksMax=N, containers: --pids-limit).",
                 ),
-                CgroupPlace::Own | CgroupPlace::Ancestor => write!(
-                    f,
-                    "echo N > {directory}/pids.max\n  \
-                     or, if systemd manages it, systemctl set-property UNIT TasksMax=N\n  \
-                     (user sessions: UserTasksMax, containers: --pids-limit)."
-                ),
+                CgroupPlace::Own | CgroupPlace::Ancestor => {
+                    set(f, "N", directory, "pids.max")?;
+                    write!(
+                        f,
+                        "\n  or, if systemd manages it, systemctl set-property {} TasksMax=N\n  \
+                         (for every user: TasksMax= of user-.slice; containers: --pids-limit, kubelet podPidsLimit).",
+                        Unit(directory)
+                    )
+                }
             },
             Cause::KernelMemory {
                 directory, version, ..
             } => match version {
-                1 => write!(f, "echo BYTES > {directory}/memory.limit_in_bytes, or free memory in that cgroup."),
-                2 => write!(
-                    f,
-                    "echo BYTES > {directory}/memory.max (systemd: MemoryMax=), or free memory in that cgroup."
-                ),
+                1 => {
+                    set(f, "BYTES", directory, "memory.limit_in_bytes")?;
+                    f.write_str(" (containers: --memory),\n  or free memory in that cgroup.")
+                }
+                2 => {
+                    set(f, "BYTES", directory, "memory.max")?;
+                    write!(
+                        f,
+                        "\n  or, if systemd manages it, systemctl set-property {} MemoryMax=BYTES (containers: --memory);\n  \
+                         or free memory in that cgroup.",
+                        Unit(directory)
+                    )
+                }
                 _ => f.write_str(
                     "Free memory; dmesg tells of failed allocations. Where a memory cgroup is full, raise its limit:\n  \
                      memory.max or memory.limit_in_bytes (systemd: MemoryMax=, containers: --memory).",
                 ),
             },
             Cause::AddressSpace { .. } => f.write_str(
-                "Raise the limit (ulimit -v KIB, prlimit --as, LimitAS= in the systemd unit), or use smaller stacks.",
+                "Raise the limit (ulimit -v KIB, prlimit --pid PID --as=BYTES:BYTES, LimitAS=BYTES in the systemd unit, as in\n  \
+                 /etc/security/limits.conf), or use smaller stacks.",
             ),
             Cause::DataSegment { .. } => f.write_str(
-                "Raise the limit (ulimit -d KIB, prlimit --data, LimitDATA= in the systemd unit), or use smaller stacks.",
+                "Raise the limit (ulimit -d KIB, prlimit --pid PID --data=BYTES:BYTES, LimitDATA=BYTES in the systemd unit,\n  \
+                 data in /etc/security/limits.conf), or use smaller stacks.",
             ),
-            Cause::MapCount { .. } => f.write_str(
-                "sysctl vm.max_map_count=N, or have fewer mappings: from Linux 6.13 on guards need none.",
+            Cause::MapCount { .. } => write!(
+                f,
+                "sysctl vm.max_map_count=N{KEEP}, or have fewer mappings:\n  from Linux 6.13 on guards need none.",
             ),
             Cause::Overcommit { mode, .. } => match mode {
-                Some(2) => f.write_str(
-                    "Raise vm.overcommit_ratio or vm.overcommit_kbytes, add swap, set vm.overcommit_memory=0, or use smaller\n  \
-                     stacks: in mode 2 every stack counts with its full size.",
+                Some(2) => write!(
+                    f,
+                    "sysctl vm.overcommit_ratio=PERCENT or vm.overcommit_kbytes=KIB{KEEP}, add swap,\n  \
+                     sysctl vm.overcommit_memory=0, or use smaller stacks: in mode 2 every stack counts with its full size.",
                 ),
-                _ => f.write_str(
-                    "Use a smaller stack: one mapping may not exceed memory and swap together; or vm.overcommit_memory=1.",
+                Some(_) => f.write_str(
+                    "Use a smaller stack: one mapping may not exceed memory and swap together; or sysctl vm.overcommit_memory=1.",
+                ),
+                None => f.write_str(
+                    "Use smaller stacks, or sysctl vm.overcommit_memory=1; where /proc/sys/vm/overcommit_memory is 2, also raise\n  \
+                     vm.overcommit_ratio or vm.overcommit_kbytes, or add swap.",
                 ),
             },
             Cause::LockedMemory { .. } => f.write_str(
-                "Raise the limit (ulimit -l KIB, prlimit --memlock, LimitMEMLOCK= in the systemd unit), grant CAP_IPC_LOCK,\n  \
-                 or do without mlockall(MCL_FUTURE): under it every stack is locked with its full size.",
+                "Raise the limit (ulimit -l KIB, prlimit --pid PID --memlock=BYTES:BYTES, LimitMEMLOCK=BYTES in the systemd\n  \
+                 unit, memlock in /etc/security/limits.conf, docker run --ulimit memlock=BYTES), grant CAP_IPC_LOCK, or lock\n  \
+                 less: neither lock_stack nor mlockall(MCL_FUTURE), under which every stack is locked with its full size.",
             ),
-            Cause::AddressSpaceExhausted { .. } => f.write_str("Unmap something, or use smaller stacks."),
+            Cause::AddressSpaceExhausted { .. } => f.write_str(
+                "Unmap something (/proc/PID/maps lists what is mapped), or use smaller stacks: addresses are limited by the\n  \
+                 processor (128 TiB with four levels of page tables), and no setting gives more.",
+            ),
             Cause::NotPermitted { .. } => f.write_str(
                 "Grant CAP_SYS_NICE, or raise RLIMIT_RTPRIO (LimitRTPRIO= in the systemd unit); in a v1 cpu cgroup also\n  \
                  cpu.rt_runtime_us; for a cgroup, write access to its cgroup.procs.",
@@ -1187,49 +1235,48 @@ impl fmt::Display for Cause {
                 requested,
                 in_use,
                 limit,
-            } => write!(
-                f,
-                "RLIMIT_AS: {} bytes in use and {requested} requested, of {}",
-                Value(*in_use),
-                Value(*limit)
-            ),
+            } => full(f, "RLIMIT_AS", "in use", *requested, *in_use, *limit),
             Cause::DataSegment {
                 requested,
                 in_use,
                 limit,
-            } => write!(
-                f,
-                "RLIMIT_DATA: {} bytes in use and {requested} requested, of {}",
-                Value(*in_use),
-                Value(*limit)
-            ),
-            Cause::MapCount { maximum, split } => write!(
-                f,
-                "vm.max_map_count: {} {} mappings",
-                if *split { "already" } else { "more than" },
-                Value(*maximum)
-            ),
+            } => full(f, "RLIMIT_DATA", "in use", *requested, *in_use, *limit),
+            Cause::MapCount { maximum, split } => match maximum {
+                Some(maximum) if *split => {
+                    write!(f, "vm.max_map_count: already {maximum} mappings")
+                }
+                Some(maximum) => write!(f, "vm.max_map_count: more than {maximum} mappings"),
+                None => f.write_str("vm.max_map_count (not readable) is reached"),
+            },
             Cause::Overcommit {
                 mode,
                 requested,
+                in_use,
                 limit,
-                ..
-            } => write!(
-                f,
-                "vm.overcommit_memory={}: {requested} bytes requested, limit {}",
-                Value(*mode),
-                Value(*limit)
-            ),
+            } => match mode {
+                Some(2) => full(
+                    f,
+                    "vm.overcommit_memory=2",
+                    "committed",
+                    *requested,
+                    *in_use,
+                    *limit,
+                ),
+                Some(mode) => write!(
+                    f,
+                    "vm.overcommit_memory={mode}: {requested} bytes requested, limit {}",
+                    Value(*limit)
+                ),
+                None => write!(
+                    f,
+                    "vm.overcommit_memory (not readable): {requested} bytes requested"
+                ),
+            },
             Cause::LockedMemory {
                 requested,
                 in_use,
                 limit,
-            } => write!(
-                f,
-                "RLIMIT_MEMLOCK: {} bytes locked and {requested} requested, of {}",
-                Value(*in_use),
-                Value(*limit)
-            ),
+            } => full(f, "RLIMIT_MEMLOCK", "locked", *requested, *in_use, *limit),
             Cause::AddressSpaceExhausted { requested, .. } => {
                 write!(f, "no {requested} bytes of free addresses in one piece")
             }
@@ -1239,6 +1286,60 @@ impl fmt::Display for Cause {
             }
             Cause::Unknown { .. } => f.write_str("unknown"),
         }
+    }
+}
+
+/// A limit of bytes against a request, in one line.
+fn full(
+    f: &mut fmt::Formatter<'_>,
+    limit_name: &str,
+    used_how: &str,
+    requested: u64,
+    in_use: Option<u64>,
+    limit: Option<u64>,
+) -> fmt::Result {
+    write!(f, "{limit_name}: ")?;
+    match in_use {
+        Some(in_use) => write!(
+            f,
+            "{in_use} bytes {used_how} and {requested} requested, of "
+        )?,
+        None => write!(f, "{requested} bytes requested, of ")?,
+    }
+    match limit {
+        Some(limit) => write!(f, "{}", Value(Some(limit))),
+        None => f.write_str("a limit that is not readable"),
+    }
+}
+
+/// How a sysctl is kept: the same words everywhere.
+const KEEP: &str = " (and /etc/sysctl.d/*.conf to keep it)";
+
+/// The command that sets a file of a cgroup, with its name quoted for a shell where that is needed; a name that
+/// was cut would lead elsewhere.
+fn set(f: &mut fmt::Formatter<'_>, value: &str, directory: &InlinePath, file: &str) -> fmt::Result {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-:@+=,".contains(byte);
+    match directory.to_str() {
+        Some(path) if path.bytes().all(|byte| plain(&byte)) => {
+            write!(f, "echo {value} > {path}/{file}")
+        }
+        Some(path) if !path.contains('\'') => write!(f, "echo {value} > '{path}/{file}'"),
+        _ => write!(f, "Raise {file} of that cgroup"),
+    }
+}
+
+/// The systemd unit that a cgroup's directory is named after.
+struct Unit<'a>(&'a InlinePath);
+
+impl fmt::Display for Unit<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.0.to_str().and_then(|path| path.rsplit('/').next());
+        let unit = name.filter(|name| {
+            [".service", ".scope", ".slice"]
+                .iter()
+                .any(|kind| name.ends_with(kind))
+        });
+        f.write_str(unit.unwrap_or("UNIT"))
     }
 }
 
@@ -1269,3 +1370,6 @@ impl fmt::Display for Explanation<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 
 use nix::errno::Errno;
 
-use super::cause::{Answer, Cause, CauseKind, Causes, Certainty, InlinePath};
+use super::cause::{Answer, Cause, CauseKind, Causes, Certainty, InlinePath, MemoryOracle};
 use super::limits::{self, CAP_IPC_LOCK, Calls, Limited, Status};
 use super::{Circumstances, Naming, Readings};
 use crate::error::Step;
@@ -200,7 +200,7 @@ fn mapping(bytes: usize, status: &Status, calls: Calls, readings: &mut Readings)
     }
     memory.unreserved = probe::map(bytes, Kind::Unreserved).into();
     if memory.unreserved.is(Errno::ENOMEM) {
-        return data_or_commit(requested, status, calls);
+        return data_or_commit(bytes, status, calls, memory);
     }
     memory.stack = probe::map(bytes, Kind::Stack).into();
     if memory.stack.is(Errno::ENOMEM) {
@@ -210,7 +210,13 @@ fn mapping(bytes: usize, status: &Status, calls: Calls, readings: &mut Readings)
     Naming::unknown().transient()
 }
 
-fn data_or_commit(requested: u64, status: &Status, calls: Calls) -> Naming {
+fn data_or_commit(
+    bytes: usize,
+    status: &Status,
+    calls: Calls,
+    memory: &mut MemoryOracle,
+) -> Naming {
+    let requested = bytes as u64;
     let fill = fill(requested, status.data, Limited::Data, calls);
     let cause = Cause::DataSegment {
         requested,
@@ -220,7 +226,14 @@ fn data_or_commit(requested: u64, status: &Status, calls: Calls) -> Naming {
     match fill.certainty() {
         // RLIMIT_DATA comes before the commit limit.
         Some(Certainty::Proven) => Naming::proven(cause),
-        Some(_) => Naming::inferred(cause, Causes::NONE.with(CauseKind::Overcommit)),
+        Some(_) => {
+            // Without the numbers: of the two only the commit limit counts a shared mapping.
+            memory.shared = probe::map(bytes, Kind::Shared).into();
+            match memory.shared.is(Errno::ENOMEM) {
+                true => commit(requested, true),
+                false => Naming::inferred(cause, Causes::NONE.with(CauseKind::Overcommit)),
+            }
+        }
         None => commit(requested, true),
     }
 }
@@ -247,10 +260,12 @@ fn commit(requested: u64, unreserved: bool) -> Naming {
     let [total, swap, commit_limit, committed] = values;
     let (in_use, limit) = match mode {
         Some(2) => (committed, commit_limit),
-        _ => (
+        Some(_) => (
             Some(0),
             total.and_then(|total| total.checked_add(swap.unwrap_or(0))),
         ),
+        // Which of the two are compared is not known.
+        None => (None, None),
     };
     let cause = Cause::Overcommit {
         mode,

@@ -1,6 +1,7 @@
 //! From a refused step to a [`Cause`].
 //!
-//! Runs while the machine is out of something: no heap, no panic, a few KiB of stack, some dozen system calls.
+//! Runs while the machine is out of something: no heap, no panic, some KiB of stack (`tests/stack_use.rs`), some
+//! dozen system calls.
 //! A cause is named only with evidence; naming the wrong limit is worse than naming none. What each claim rests
 //! on:
 //!
@@ -100,6 +101,7 @@ impl Verdict {
                 free_addresses: Answer::NotAsked,
                 inaccessible: Answer::NotAsked,
                 unreserved: Answer::NotAsked,
+                shared: Answer::NotAsked,
                 stack: Answer::NotAsked,
                 guard: Answer::NotAsked,
             },
@@ -377,9 +379,9 @@ fn filter(c: &Circumstances<'_>, status: &Status, readings: &mut Readings) -> Op
     let oracle = &mut readings.oracle;
     let answer = match c.clone_call {
         CloneCall::Clone3 => oracle.clone3_empty,
-        // Under a filter only: the question has flags that the program never used. And only after the clone
-        // that reaches furthest has got the refusal's own errno.
-        CloneCall::Clone if status.seccomp.is_some_and(|mode| mode != 0) => {
+        // Unless there is no filter: the question has flags that the program never used. And only after the
+        // clone that reaches furthest has got the refusal's own errno.
+        CloneCall::Clone if status.seccomp != Some(0) => {
             oracle.until_thread_pointer =
                 calls_of_clone::until_thread_pointer(c.flags, true).into();
             if !oracle.until_thread_pointer.is(c.errno) {

@@ -7,8 +7,8 @@
 use std::ptr;
 
 use libc::{
-    MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_STACK, PROT_NONE,
-    PROT_READ, PROT_WRITE, c_int,
+    MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MAP_STACK,
+    PROT_NONE, PROT_READ, PROT_WRITE, c_int,
 };
 use nix::errno::Errno;
 
@@ -19,23 +19,21 @@ pub(crate) enum Kind {
     Inaccessible,
     /// Writable with MAP_NORESERVE: counts for RLIMIT_DATA as well, not for the commit limit of modes 0 and 1.
     Unreserved,
+    /// Writable and shared with MAP_NORESERVE: counts for the commit limit of mode 2, not for RLIMIT_DATA.
+    Shared,
     /// Writable, as a stack is: counts for everything.
     Stack,
 }
 
 /// Maps `bytes` and unmaps them: whether such a mapping is granted at this moment.
 pub(crate) fn map(bytes: usize, kind: Kind) -> Result<(), Errno> {
-    let (protection, extra) = match kind {
-        Kind::Inaccessible => (PROT_NONE, 0),
-        Kind::Unreserved => (PROT_READ | PROT_WRITE, MAP_NORESERVE),
-        Kind::Stack => (PROT_READ | PROT_WRITE, MAP_STACK),
+    let (protection, flags) = match kind {
+        Kind::Inaccessible => (PROT_NONE, MAP_PRIVATE),
+        Kind::Unreserved => (PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE),
+        Kind::Shared => (PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE),
+        Kind::Stack => (PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_STACK),
     };
-    once(
-        ptr::null_mut(),
-        bytes,
-        protection,
-        MAP_PRIVATE | MAP_ANONYMOUS | extra,
-    )
+    once(ptr::null_mut(), bytes, protection, MAP_ANONYMOUS | flags)
 }
 
 /// Asks for a page that is in use already: EEXIST, or ENOMEM when the process has more mappings than

@@ -61,15 +61,27 @@ impl Deny {
 
     /// Puts the filter before the calling thread, for good. Where several filters match, the newest wins.
     pub fn install(self) {
-        let rules = rules([(self.syscall, self.conditions)]);
-        let errno = SeccompAction::Errno(self.errno.cast_unsigned());
-        install(rules, SeccompAction::Allow, errno);
+        let program = self.program();
+        seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
     }
 
-    /// The same, but with SIGSYS instead of an errno.
+    /// The same before every thread of the process.
+    pub fn install_for_all(self) {
+        let program = self.program();
+        seccompiler::apply_filter_all_threads(&program).expect("a filter that the kernel takes");
+    }
+
+    /// As [`install`](Deny::install), but with SIGSYS instead of an errno.
     pub fn install_trap(self) {
         let rules = rules([(self.syscall, self.conditions)]);
-        install(rules, SeccompAction::Allow, SeccompAction::Trap);
+        let program = compile(rules, SeccompAction::Allow, SeccompAction::Trap);
+        seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
+    }
+
+    fn program(self) -> BpfProgram {
+        let rules = rules([(self.syscall, self.conditions)]);
+        let errno = SeccompAction::Errno(self.errno.cast_unsigned());
+        compile(rules, SeccompAction::Allow, errno)
     }
 }
 
@@ -108,7 +120,8 @@ pub fn allow_only(list: impl IntoIterator<Item = Allow>) {
         list.into_iter()
             .map(|entry| (entry.syscall, entry.conditions)),
     );
-    install(rules, SeccompAction::KillProcess, SeccompAction::Allow);
+    let program = compile(rules, SeccompAction::KillProcess, SeccompAction::Allow);
+    seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
 }
 
 /// What Firecracker lets a vCPU thread do, without what only serves the virtual machine.
@@ -156,13 +169,12 @@ fn rules(
     rules
 }
 
-fn install(
+fn compile(
     rules: BTreeMap<i64, Vec<SeccompRule>>,
     otherwise: SeccompAction,
     matched: SeccompAction,
-) {
+) -> BpfProgram {
     let arch = TargetArch::try_from(std::env::consts::ARCH).expect("a known architecture");
     let filter = SeccompFilter::new(rules, otherwise, matched, arch).expect("a valid filter");
-    let program = BpfProgram::try_from(filter).expect("a filter that compiles");
-    seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
+    BpfProgram::try_from(filter).expect("a filter that compiles")
 }

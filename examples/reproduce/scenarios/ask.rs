@@ -414,6 +414,19 @@ impl Expected {
     }
 }
 
+/// `Ok` if the report has each of these lines: a value with the file or call it was read from, or a command that
+/// changes the limit.
+pub fn reports(error: &SpawnError, lines: &[&dyn fmt::Display]) -> Result<(), String> {
+    let report = error.report().to_string();
+    for line in lines {
+        let line = line.to_string();
+        if !report.contains(&line) {
+            return Err(format!("no {line:?} in the report:\n{report}"));
+        }
+    }
+    Ok(())
+}
+
 /// `Ok` if two values are the same, else which differ.
 pub fn same<T: PartialEq + fmt::Debug>(what: &str, found: T, truth: T) -> Result<(), String> {
     match found == truth {

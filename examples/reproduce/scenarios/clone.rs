@@ -15,8 +15,8 @@ use nptl::{
 };
 
 use super::ask::{
-    Asker, Expected, Join, Right, ask_nptl, ask_pthread, ask_std, other_cause, same, tell_answer,
-    tell_failure, tell_granted, tell_note, tell_pthread, tell_std,
+    Asker, Expected, Join, Right, ask_nptl, ask_pthread, ask_std, other_cause, reports, same,
+    tell_answer, tell_failure, tell_granted, tell_note, tell_pthread, tell_std,
 };
 use super::{Need, Scenario, number_in, plain, privileged};
 use crate::support::{
@@ -191,7 +191,16 @@ fn user_processes(
             same("the limit", soft, Some(limit))
         }
         ref other => other_cause(other),
-    })
+    })?;
+    reports(
+        error,
+        &[
+            &format_args!("/proc/thread-self/status, real Uid: {user}\n"),
+            &format_args!("RLIMIT_NPROC, soft: {limit}\n"),
+            &"LimitNPROC=N",
+            &format_args!("ps -L -U {user} "),
+        ],
+    )
 }
 
 fn first_spawn(ask: &mut Asker<'_>) -> Result<(), String> {
@@ -241,7 +250,15 @@ fn seccomp(ask: &mut Asker<'_>, by: CloneCall) {
                 same("the presence of filters", filters > Some(0), true)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"/proc/thread-self/status, Seccomp: 2\n",
+                &": EAGAIN\n",
+                &format_args!("Allow {by} for threads in the filter"),
+            ],
+        )
     });
 }
 
@@ -291,7 +308,15 @@ fn deadline(ask: &mut Asker<'_>) -> Result<(), String> {
                 same("the flags", flags, Some(0))
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"scheduling policy (6 is SCHED_DEADLINE): 6\n",
+                &"sched_getattr, flags (bit 0 is reset-on-fork): 0\n",
+                &"chrt --deadline --reset-on-fork",
+            ],
+        )
     });
     Ok(())
 }
@@ -341,7 +366,7 @@ fn transient_or_unknown(error: &SpawnError, kind: CauseKind) -> Result<(), Strin
         return Err(format!("expected {kind:?}, or unknown: {error}"));
     }
     match error.is_transient() {
-        true => Ok(()),
+        true => reports(error, &[&"Retrying "]),
         false => Err(format!("not called transient: {error}")),
     }
 }
@@ -421,7 +446,18 @@ fn pid_numbers(ask: &mut Asker<'_>, truth: PidLevel) -> Result<(), String> {
                 same("no number free", free == 0, truth == PidLevel::Own)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        let place = match truth {
+            PidLevel::Own => "inside this pid namespace",
+            _ => "in the pid namespace around this one",
+        };
+        reports(
+            error,
+            &[
+                &format_args!("/proc/sys/kernel/pid_max: {own}\n"),
+                &format_args!("sysctl kernel.pid_max=N {place}"),
+            ],
+        )
     });
     Ok(())
 }
@@ -445,7 +481,16 @@ fn unshared_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
                 same("the empty namespace of children", for_children, None)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        let own = namespace.unwrap_or_default();
+        reports(
+            error,
+            &[
+                &format_args!("/proc/thread-self/ns/pid: {own}\n"),
+                &"/proc/thread-self/ns/pid_for_children: a new namespace without any process\n",
+                &"before unshare(CLONE_NEWPID)",
+            ],
+        )
     });
     Ok(())
 }
@@ -484,7 +529,17 @@ fn pids_cgroup(ask: &mut Asker<'_>, truth: CgroupPlace) -> Result<(), String> {
                 same("a counted refusal", refusals > Some(0), true)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &format_args!("directory: {}\n", full.display()),
+                &format_args!("pids.current: {tasks}\n"),
+                &format_args!("pids.max: {tasks}\n"),
+                &format_args!("echo N > {}/pids.max\n", full.display()),
+                &"TasksMax=N",
+            ],
+        )
     });
     Ok(())
 }
@@ -708,6 +763,9 @@ fn ask_while_dying(seen: &'static Seen) {
             }
             ref other => other_cause(other),
         });
+        let number = namespace.unwrap_or_default();
+        let line = format_args!("/proc/thread-self/ns/pid: {number}\n");
+        let judgement = judgement.and_then(|()| reports(&error, &[&line, &"Nothing from inside"]));
         tell_answer(&error, judgement);
         seen.nptl.fetch_add(1, Ordering::SeqCst);
         for (ask, tell) in [

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nptl::{Cause, CauseKind, Certainty, Step};
 
-use super::ask::{Asker, Expected, Right, other_cause, same, tell_note};
+use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::guardian::Guarded;
 use super::memory::kilobytes;
 use super::{Need, Scenario, plain};
@@ -64,7 +64,15 @@ fn threads_max(ask: &mut Asker<'_>) -> Result<(), String> {
                 same("as many tasks as that", tasks >= Some(most), true)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &format_args!("/proc/sys/kernel/threads-max: {most}\n"),
+                &"/proc/loadavg, tasks of all users: ",
+                &"sysctl kernel.threads-max=N",
+            ],
+        )
     });
     Ok(())
 }
@@ -122,7 +130,15 @@ fn overcommit_2(ask: &mut Asker<'_>) -> Result<(), String> {
                 same("the sum beyond the limit", in_use + requested > limit, true)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"/proc/sys/vm/overcommit_memory: 2\n",
+                &format_args!("/proc/meminfo, CommitLimit: {limit} bytes ("),
+                &"sysctl vm.overcommit_ratio=PERCENT",
+            ],
+        )
     });
     Ok(())
 }

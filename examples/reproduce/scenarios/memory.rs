@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use nptl::{Cause, CauseKind, Certainty, SpawnError, Step};
 
-use super::ask::{Asker, Expected, Right, other_cause, same, tell_note};
+use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::clone::become_limited_user;
 use super::{Need, Scenario, number_in, plain, write};
 use crate::support::{Cgroup, Mappings, inherited_cgroup, set_rlimit};
@@ -150,6 +150,7 @@ fn rlimit_as(ask: &mut Asker<'_>) -> Result<(), String> {
             } => Some((requested, in_use, limit)),
             _ => None,
         },
+        ["ulimit -v KIB", "LimitAS=BYTES"],
     )
 }
 
@@ -167,16 +168,19 @@ fn rlimit_data(ask: &mut Asker<'_>) -> Result<(), String> {
             } => Some((requested, in_use, limit)),
             _ => None,
         },
+        ["ulimit -d KIB", "LimitDATA=BYTES"],
     )
 }
 
-/// A limit on what this process maps, with room for half a stack. `numbers` takes them out of the cause.
+/// A limit on what this process maps, with room for half a stack. `numbers` takes them out of the cause;
+/// the report has the `remedies`.
 fn process_limit(
     ask: &mut Asker<'_>,
     resource: Resource,
     field: &str,
     kind: CauseKind,
     numbers: fn(&Cause) -> Option<Numbers>,
+    remedies: [&str; 2],
 ) -> Result<(), String> {
     ask.calibrate()?;
     ask.stack_size(STACK);
@@ -187,7 +191,17 @@ fn process_limit(
         refused(kind).judge(error, |cause| match numbers(cause) {
             Some(numbers) => explains(numbers, used, allowed),
             None => other_cause(cause),
-        })
+        })?;
+        let [by_shell, by_systemd] = remedies;
+        reports(
+            error,
+            &[
+                &format_args!("/proc/thread-self/status, {field}: "),
+                &format_args!("{resource:?}: {allowed} bytes ("),
+                &by_shell,
+                &by_systemd,
+            ],
+        )
     });
     Ok(())
 }
@@ -207,7 +221,14 @@ fn max_map_count(ask: &mut Asker<'_>) -> Result<(), String> {
                 same("a split", split, false)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &format_args!("/proc/sys/vm/max_map_count: {most}\n"),
+                &"sysctl vm.max_map_count=N",
+            ],
+        )
     });
     Ok(())
 }
@@ -239,7 +260,16 @@ fn memlock(ask: &mut Asker<'_>) -> Result<(), String> {
                 limit,
             } => explains((requested, in_use, limit), used, allowed),
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"/proc/thread-self/status, VmLck: ",
+                &format_args!("RLIMIT_MEMLOCK: {allowed} bytes"),
+                &"ulimit -l KIB",
+                &"LimitMEMLOCK=BYTES",
+            ],
+        )
     });
     Ok(())
 }
@@ -266,7 +296,15 @@ fn overcommit_0(ask: &mut Asker<'_>) -> Result<(), String> {
                 same("a request beyond them", requested > total, true)
             }
             ref other => other_cause(other),
-        })
+        })?;
+        reports(
+            error,
+            &[
+                &"/proc/sys/vm/overcommit_memory: 0\n",
+                &format_args!("/proc/meminfo, MemTotal and SwapTotal: {total} bytes ("),
+                &"sysctl vm.overcommit_memory=1",
+            ],
+        )
     });
     Ok(())
 }
@@ -423,7 +461,9 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
                 unread: Some(errno),
                 ..
             } => same("why the files were not read", errno, Errno::ENOMEM),
-            Cause::KernelMemory { directory, .. } if directory.to_str().is_none() => Ok(()),
+            Cause::KernelMemory { directory, .. } if directory.to_str().is_none() => {
+                reports(error, &[&"memory.limit_in_bytes"])
+            }
             Cause::KernelMemory {
                 directory,
                 version,
@@ -440,6 +480,15 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
                     "a usage up to the limit",
                     usage <= Some(allowed) && usage > Some(0),
                     true,
+                )?;
+                let path = inner.display();
+                reports(
+                    error,
+                    &[
+                        &format_args!("directory: {path}\n"),
+                        &format_args!("memory limit: {allowed} bytes"),
+                        &format_args!("echo BYTES > {path}/memory.limit_in_bytes "),
+                    ],
                 )
             }
             ref other => other_cause(other),

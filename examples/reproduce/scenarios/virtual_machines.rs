@@ -12,7 +12,8 @@ use nix::errno::Errno;
 use nptl::{Builder, Cause, CauseKind, Certainty, JoinHandle, PidLevel, SpawnError, Step};
 
 use super::ask::{
-    Asker, Expected, Right, other_cause, same, tell_answer, tell_failure, tell_granted, tell_note,
+    Asker, Expected, Right, other_cause, reports, same, tell_answer, tell_failure, tell_granted,
+    tell_note,
 };
 use super::{Need, Scenario, privileged, write};
 use crate::support::{Running, report};
@@ -238,7 +239,14 @@ fn pid_numbers(error: &SpawnError) -> Result<(), String> {
             same("the free numbers", free, 0)
         }
         ref other => other_cause(other),
-    })
+    })?;
+    reports(
+        error,
+        &[
+            &format_args!("/proc/sys/kernel/pid_max: {PID_MAX}\n"),
+            &"sysctl kernel.pid_max=N inside this pid namespace",
+        ],
+    )
 }
 
 fn next_line() -> String {
