@@ -150,7 +150,7 @@ impl Hierarchy {
             return None;
         }
         let mut found: Option<Hierarchy> = None;
-        limits::lines(c"/proc/self/mountinfo", |line| {
+        limits::lines(c"/proc/thread-self/mountinfo", |line| {
             let mut words = line.split(|byte| *byte == b' ');
             let (Some(root), Some(point)) = (words.nth(3), words.next()) else {
                 return ControlFlow::Continue(());

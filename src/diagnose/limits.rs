@@ -350,7 +350,7 @@ pub(crate) fn tasks(calls: Calls) -> Option<u64> {
         Calls::Any => fstatfs(&file).ok()?.filesystem_type() == PROC_SUPER_MAGIC,
         Calls::FilesOnly => {
             let mut covered = false;
-            lines(c"/proc/self/mountinfo", |line| {
+            lines(c"/proc/thread-self/mountinfo", |line| {
                 covered |= line.split(|byte| *byte == b' ').nth(4) == Some(b"/proc/loadavg");
                 ControlFlow::Continue(())
             })
