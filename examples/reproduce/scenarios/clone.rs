@@ -123,6 +123,13 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         provoke: |ask| pids_cgroup(ask, CgroupPlace::Ancestor),
     },
     Scenario {
+        name: "pids-cgroup-borrowed",
+        what: "the process's own cgroup has no pids controller, and pids.max of the one around it is reached",
+        needs: &[Need::Root, Need::PidsCgroupV2],
+        sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?.nested_without_controller()?)),
+        provoke: |ask| pids_cgroup(ask, CgroupPlace::Ancestor),
+    },
+    Scenario {
         name: "pids-cgroup-hidden",
         what: "pids.max of a cgroup outside the process's cgroup namespace is reached",
         needs: &[Need::Root, Need::PidsCgroup],
@@ -469,7 +476,7 @@ fn pids_cgroup(ask: &mut Asker<'_>, truth: CgroupPlace) -> Result<(), String> {
         CgroupPlace::Own => own,
         _ => own.parent().ok_or("a cgroup without a parent")?,
     };
-    let tasks = inner.tasks();
+    let tasks = number_in(full.join("pids.current"))?;
     std::fs::write(full.join("pids.max"), tasks.to_string()).map_err(|e| e.to_string())?;
     ask.ask();
     std::fs::write(full.join("pids.max"), "max").map_err(|e| e.to_string())?;
@@ -552,9 +559,11 @@ fn pids_cgroup_hidden(ask: &mut Asker<'_>) -> Result<(), String> {
         .map_err(|e| e.to_string())?;
     ask.ask();
     limit.write_all(b"max").map_err(|e| e.to_string())?;
-    // A v2 hierarchy counts a refusal at the cgroup whose limit was hit from 6.11 on: nothing in sight shows it,
-    // and only elimination is left.
-    let counted = !(inner.is_unified() && kernel_at_least(6, 11));
+    // A v2 hierarchy counts a refusal at the cgroup whose limit was hit from 6.11 on, unless its mount says
+    // otherwise: nothing in sight shows it, and only elimination is left.
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let at_the_limit = kernel_at_least(6, 11) && !mounts.contains("pids_localevents");
+    let counted = !(inner.is_unified() && at_the_limit);
     let certainty: &[Certainty] = match counted {
         true => PROVEN,
         false => &[Certainty::Inferred],
