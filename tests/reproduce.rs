@@ -74,6 +74,8 @@ scenarios! {
     unshared_pid_namespace "unshared-pid-namespace"
     pids_cgroup "pids-cgroup"
     pids_cgroup_ancestor "pids-cgroup-ancestor"
+    pids_cgroup_borrowed "pids-cgroup-borrowed"
+    pids_cgroup_hidden "pids-cgroup-hidden"
     join_then_spawn "join-then-spawn"
     join_then_spawn_no_retry "join-then-spawn-no-retry"
     rlimit_as "rlimit-as"

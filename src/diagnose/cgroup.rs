@@ -21,6 +21,8 @@ pub(crate) struct Hierarchy {
     /// Where the cgroups begin: the length of the mount point.
     mount: usize,
     pub(crate) version: u8,
+    /// v2 mounted with pids_localevents: its counters of refused tasks are those of v1, by whichever name.
+    forking: bool,
 }
 
 /// The files of one controller in one version of cgroups.
@@ -28,7 +30,7 @@ pub(crate) struct Hierarchy {
 pub(crate) struct Files {
     maximum: &'static [u8],
     current: &'static [u8],
-    /// Counts failures at the cgroup whose limit was hit.
+    /// Counts failures at the cgroup whose limit was hit, unless the mount says otherwise.
     local: Option<&'static [u8]>,
     /// Counts failures; where, depends on version and kernel.
     events: &'static [u8],
@@ -106,6 +108,13 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
+    /// The cgroup that the kernel charges first. In v2 a cgroup need not have the controller, and is then a part
+    /// of the nearest one above that has; a part of a domain (threaded mode) hardly ever has it.
+    fn charged_first(&self) -> usize {
+        let with_controller = |level: &Level| level.maximum.is_some();
+        self.levels().iter().position(with_controller).unwrap_or(0)
+    }
+
     pub(crate) fn levels(&self) -> &[Level] {
         self.levels.get(..self.count).unwrap_or_default()
     }
@@ -120,10 +129,9 @@ impl Hierarchy {
     pub(crate) fn locate(membership: &CStr, controller: &[u8]) -> Option<Hierarchy> {
         let mut cgroup = Path::new();
         let mut version = 0;
-        let named = |list: &[u8]| {
-            list.split(|byte| *byte == b',')
-                .any(|one| one == controller)
-        };
+        let listed =
+            |list: &[u8], what: &[u8]| list.split(|byte| *byte == b',').any(|one| one == what);
+        let named = |list: &[u8]| listed(list, controller);
         limits::lines(membership, |line| {
             // hierarchy:controllers:path, and the path may hold colons.
             let mut fields = line.splitn(3, |byte| *byte == b':');
@@ -175,6 +183,7 @@ impl Hierarchy {
                     path,
                     mount,
                     version,
+                    forking: controller == b"pids" && listed(options, b"pids_localevents"),
                 });
             }
             // A mount of the whole hierarchy shows more ancestors than a mount of a part.
@@ -188,7 +197,7 @@ impl Hierarchy {
         found
     }
 
-    /// What can have refused: levels without a limit are shown without their use, except the thread's own.
+    /// What can have refused: levels without a limit are shown without their use, except the one charged first.
     pub(crate) fn snapshot(&self, files: &Files) -> Snapshot {
         self.read(files, false)
     }
@@ -205,13 +214,20 @@ impl Hierarchy {
             hidden: false,
             unread: false,
         };
+        let files = &Files {
+            local: files.local.filter(|_| !self.forking),
+            ..*files
+        };
         let mut path = self.path;
         let mut length = path.bytes().len();
         let mut above = true;
+        let mut below = true;
         for slot in &mut snapshot.levels {
             path.truncate(length);
-            let whole = full || snapshot.count == 0;
+            // Up to the thread's own, or the one that stands for it.
+            let whole = full || below;
             *slot = read_level(&mut path, length, files, whole, &mut snapshot.unread);
+            below &= slot.maximum.is_none();
             snapshot.count += 1;
             if length <= self.mount {
                 above = false;
@@ -367,6 +383,7 @@ pub(crate) enum Judgement {
 /// full ones the lowest refused.
 pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
     let levels = after.levels();
+    let own = after.charged_first();
     let place = |position: usize| {
         if position == 0 {
             CgroupPlace::Own
@@ -382,7 +399,7 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
     let Some(before) = before else {
         // A counter that never rose excludes its cgroup, or in the older way of counting every cgroup.
         let never = |position: usize| {
-            let counter = match levels.first() {
+            let counter = match levels.get(own) {
                 Some(own) if !own.local => Some(own),
                 _ => levels.get(position),
             };
@@ -394,7 +411,7 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
                 place: place(position),
             },
             _ if after.unread => Judgement::Open,
-            _ if after.hidden && (local || !never(0)) => Judgement::Open,
+            _ if after.hidden && (local || !never(own)) => Judgement::Open,
             _ => Judgement::Excluded,
         };
     };
@@ -416,7 +433,7 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
         };
     }
     // The kernel counts in the thread's own cgroup, whichever level was full.
-    match (rise(0), lowest_full) {
+    match (rise(own), lowest_full) {
         (Some(0), _) => Judgement::Excluded,
         (Some(rise), Some((position, level))) => Judgement::Counted {
             level: Some(level),
@@ -452,7 +469,7 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
                 },
             }
         }
-        // No counter of our own: the controller is not enabled in the thread's own cgroup (v2), or unreadable.
+        // No counter of our own: there is no controller in sight, or it is unreadable.
         (None, Some((position, level))) => Judgement::Circumstantial {
             level,
             place: place(position),

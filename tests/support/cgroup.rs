@@ -150,6 +150,14 @@ impl Cgroup {
         }
         Cgroup::create(&self.0.dir, self.0.controller, Some(self.clone()))
     }
+
+    /// A cgroup of v2 inside this one that does not have the controller: its processes count as this one's.
+    pub fn nested_without_controller(&self) -> Result<Cgroup, String> {
+        match self.unified {
+            true => Cgroup::create(&self.0.dir, "", Some(self.clone())),
+            false => Err("in v1 every cgroup has the controller".to_owned()),
+        }
+    }
 }
 
 impl Deref for Cgroup {

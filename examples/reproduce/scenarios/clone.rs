@@ -1,8 +1,11 @@
 //! What refuses clone itself.
 
 use std::ffi::CString;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -20,7 +23,8 @@ use super::ask::{
 };
 use super::{Need, Scenario, number_in, plain, privileged};
 use crate::support::{
-    Cgroup, Sleepers, become_unused_user, deny, inherited_cgroup, is_root, set_rlimit,
+    Cgroup, CgroupDir, Sleepers, become_unused_user, deny, inherited_cgroup, is_root,
+    kernel_at_least, set_rlimit,
 };
 
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -117,6 +121,20 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         needs: &[Need::Root, Need::PidsCgroup],
         sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?.nested()?)),
         provoke: |ask| pids_cgroup(ask, CgroupPlace::Ancestor),
+    },
+    Scenario {
+        name: "pids-cgroup-borrowed",
+        what: "the process's own cgroup has no pids controller, and pids.max of the one around it is reached",
+        needs: &[Need::Root, Need::PidsCgroupV2],
+        sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?.nested_without_controller()?)),
+        provoke: |ask| pids_cgroup(ask, CgroupPlace::Ancestor),
+    },
+    Scenario {
+        name: "pids-cgroup-hidden",
+        what: "pids.max of a cgroup outside the process's cgroup namespace is reached",
+        needs: &[Need::Root, Need::PidsCgroup],
+        sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?.nested()?)),
+        provoke: pids_cgroup_hidden,
     },
     Scenario {
         name: "join-then-spawn",
@@ -503,7 +521,7 @@ fn pids_cgroup(ask: &mut Asker<'_>, truth: CgroupPlace) -> Result<(), String> {
         CgroupPlace::Own => own,
         _ => own.parent().ok_or("a cgroup without a parent")?,
     };
-    let tasks = inner.tasks();
+    let tasks = number_in(full.join("pids.current"))?;
     std::fs::write(full.join("pids.max"), tasks.to_string()).map_err(|e| e.to_string())?;
     ask.ask();
     std::fs::write(full.join("pids.max"), "max").map_err(|e| e.to_string())?;
@@ -540,6 +558,89 @@ fn pids_cgroup(ask: &mut Asker<'_>, truth: CgroupPlace) -> Result<(), String> {
                 &"TasksMax=N",
             ],
         )
+    });
+    Ok(())
+}
+
+/// The calling thread sees its cgroup as the root of the hierarchy, as in a container.
+fn hide_ancestors(own: &CgroupDir) -> Result<(), String> {
+    // Only a cgroup has this file: what is mounted is the uppermost.
+    let inside = |path: &&Path| path.join("cgroup.procs").exists();
+    let point = own.path().ancestors().take_while(inside).last();
+    let path = |path: &Path| CString::new(path.as_os_str().as_bytes());
+    let point = path(point.ok_or("no mount point")?).map_err(|e| e.to_string())?;
+    let (kind, options) = match own.is_unified() {
+        true => (c"cgroup2", None),
+        false => (c"cgroup", Some(c"pids")),
+    };
+    let options = options.map_or(std::ptr::null(), |options| options.as_ptr().cast());
+    let none = std::ptr::null();
+    // SAFETY: NUL-terminated strings; only the calling thread's namespaces are changed.
+    let done = unsafe {
+        libc::unshare(libc::CLONE_NEWCGROUP | libc::CLONE_NEWNS) == 0
+            && libc::mount(
+                none,
+                c"/".as_ptr(),
+                none,
+                libc::MS_REC | libc::MS_PRIVATE,
+                none.cast(),
+            ) == 0
+            // Nothing can be mounted over itself.
+            && libc::umount2(point.as_ptr(), libc::MNT_DETACH) == 0
+            && libc::mount(kind.as_ptr(), point.as_ptr(), kind.as_ptr(), 0, options) == 0
+    };
+    match done {
+        true => Ok(()),
+        false => Err(format!(
+            "a cgroup namespace: {}",
+            io::Error::last_os_error()
+        )),
+    }
+}
+
+fn pids_cgroup_hidden(ask: &mut Asker<'_>) -> Result<(), String> {
+    ask.calibrate()?;
+    let inner = inherited_cgroup(0);
+    let full = inner.path().parent().ok_or("a cgroup without a parent")?;
+    let tasks = inner.tasks();
+    // Opened before it is out of sight.
+    let mut limit = File::options()
+        .write(true)
+        .open(full.join("pids.max"))
+        .map_err(|e| e.to_string())?;
+    hide_ancestors(&inner)?;
+    limit
+        .write_all(tasks.to_string().as_bytes())
+        .map_err(|e| e.to_string())?;
+    ask.ask();
+    limit.write_all(b"max").map_err(|e| e.to_string())?;
+    // A v2 hierarchy counts a refusal at the cgroup whose limit was hit from 6.11 on, unless its mount says
+    // otherwise: nothing in sight shows it, and only elimination is left.
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let at_the_limit = kernel_at_least(6, 11) && !mounts.contains("pids_localevents");
+    let counted = !(inner.is_unified() && at_the_limit);
+    let certainty: &[Certainty] = match counted {
+        true => PROVEN,
+        false => &[Certainty::Inferred],
+    };
+    ask.tell(Right::Refused, |error| {
+        refused(CauseKind::PidsCgroup, certainty).judge(error, |cause| match *cause {
+            Cause::PidsCgroup {
+                directory,
+                place,
+                current,
+                maximum,
+                refusals,
+                ..
+            } => {
+                same("the place", place, CgroupPlace::Hidden)?;
+                same("the directory", directory.to_str(), None)?;
+                same("pids.current", current, None)?;
+                same("pids.max", maximum, None)?;
+                same("a counted refusal", refusals > Some(0), counted)
+            }
+            ref other => other_cause(other),
+        })
     });
     Ok(())
 }

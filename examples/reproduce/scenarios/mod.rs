@@ -36,10 +36,12 @@ pub enum Need {
     UserNamespace,
     /// `kernel.pid_max` of a pid namespace of its own.
     Kernel6_14,
-    /// A v1 hierarchy with the memory controller.
-    MemoryCgroupV1,
+    /// A hierarchy with the memory controller, v1 or v2.
+    MemoryCgroup,
     /// A hierarchy with the pids controller, v1 or v2.
     PidsCgroup,
+    /// A v2 hierarchy with the pids controller.
+    PidsCgroupV2,
     /// The flag: it changes what the whole machine shares.
     MachineWide,
     /// Without it, the same with plain threads.
@@ -52,8 +54,9 @@ impl Need {
             Need::Root => "root",
             Need::UserNamespace => "root or user namespaces",
             Need::Kernel6_14 => "Linux 6.14",
-            Need::MemoryCgroupV1 => "a v1 memory cgroup",
+            Need::MemoryCgroup => "a memory cgroup",
             Need::PidsCgroup => "a pids cgroup",
+            Need::PidsCgroupV2 => "a v2 pids cgroup",
             Need::MachineWide => "--machine-wide",
             Need::KvmIfThere => "/dev/kvm if it is there",
         }
