@@ -42,7 +42,8 @@ pub fn unused_uid() -> u32 {
 /// `Err` where this process may not.
 pub fn become_unused_user() -> Result<u32, String> {
     let uid = unused_uid();
-    // SAFETY: glibc changes every thread; the new ids are plain numbers. PR_SET_DUMPABLE takes a flag.
+    // SAFETY: glibc changes every thread; the new ids are plain numbers. prctl takes a flag and a
+    // signal number.
     unsafe {
         if libc::setresgid(uid, uid, uid) != 0 || libc::setresuid(uid, uid, uid) != 0 {
             let error = io::Error::last_os_error();
@@ -50,6 +51,8 @@ pub fn become_unused_user() -> Result<u32, String> {
         }
         // A change of user makes /proc/self belong to root; a program started by that user would own it.
         libc::prctl(libc::PR_SET_DUMPABLE, 1);
+        // It also forgets that this process is to end with its parent.
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
     }
     Ok(uid)
 }

@@ -178,17 +178,8 @@ extern "C" fn nothing(_: *mut libc::c_void) -> *mut libc::c_void {
     std::ptr::null_mut()
 }
 
-/// How the end of a thread is awaited.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Join {
-    Patient,
-    /// Without sleeping, so that the very moment is noticed in which the thread's number is taken back. It still
-    /// counts then.
-    Eager,
-}
-
 /// A thread by glibc that does nothing, and is joined. 0, or the errno.
-pub fn ask_pthread(stack: usize, join: Join) -> i32 {
+pub fn ask_pthread(stack: usize) -> i32 {
     // SAFETY: all zeroes is what pthread_attr_init overwrites.
     let mut attributes: libc::pthread_attr_t = unsafe { std::mem::zeroed() };
     let mut thread = 0;
@@ -203,20 +194,15 @@ pub fn ask_pthread(stack: usize, join: Join) -> i32 {
             std::ptr::null_mut(),
         );
         libc::pthread_attr_destroy(&raw mut attributes);
-        let nothing = std::ptr::null_mut();
-        match join {
-            _ if errno != 0 => {}
-            Join::Patient => {
-                libc::pthread_join(thread, nothing);
-            }
-            Join::Eager => while libc::pthread_tryjoin_np(thread, nothing) == libc::EBUSY {},
+        if errno == 0 {
+            libc::pthread_join(thread, std::ptr::null_mut());
         }
         errno
     }
 }
 
-/// The same by the standard library, which knows one way to join.
-pub fn ask_std(stack: usize, _: Join) -> i32 {
+/// The same by the standard library.
+pub fn ask_std(stack: usize) -> i32 {
     match std::thread::Builder::new().stack_size(stack).spawn(|| ()) {
         Ok(thread) => {
             let _ = thread.join();
@@ -227,17 +213,8 @@ pub fn ask_std(stack: usize, _: Join) -> i32 {
 }
 
 /// The same by nptl.
-pub fn ask_nptl(builder: Builder, join: Join) -> Result<(), SpawnError> {
-    let mut thread = builder.spawn(|| ())?;
-    if join == Join::Eager {
-        loop {
-            match thread.try_join() {
-                Ok(_) => return Ok(()),
-                Err(running) => thread = running,
-            }
-        }
-    }
-    let _ = thread.join();
+pub fn ask_nptl(builder: Builder) -> Result<(), SpawnError> {
+    let _ = builder.spawn(|| ())?.join();
     Ok(())
 }
 
@@ -249,7 +226,6 @@ pub struct Asker<'a> {
     pub start: &'a Start<'a>,
     stack: usize,
     retry: RetryPolicy,
-    join: Join,
     pthread: Vec<i32>,
     std: Vec<i32>,
     nptl: Vec<Result<(), SpawnError>>,
@@ -265,7 +241,6 @@ impl<'a> Asker<'a> {
             start,
             stack: 256 << 10,
             retry: RetryPolicy::default(),
-            join: Join::Patient,
             pthread: Vec::with_capacity(MOST),
             std: Vec::with_capacity(MOST),
             nptl: Vec::with_capacity(MOST),
@@ -280,10 +255,6 @@ impl<'a> Asker<'a> {
         self.retry = policy;
     }
 
-    pub fn join(&mut self, join: Join) {
-        self.join = join;
-    }
-
     fn builder(&self) -> Builder {
         Builder::new().stack_size(self.stack).retry(self.retry)
     }
@@ -293,11 +264,10 @@ impl<'a> Asker<'a> {
     /// thread that the kernel may still be reaping.
     pub fn calibrate(&self) -> Result<(), String> {
         let small = 64 << 10;
-        if ask_pthread(small, Join::Patient) != 0 || ask_std(small, Join::Patient) != 0 {
+        if ask_pthread(small) != 0 || ask_std(small) != 0 {
             return Err("no thread can be created here even without the limit".to_owned());
         }
-        ask_nptl(Builder::new().stack_size(small), Join::Patient)
-            .map_err(|error| error.to_string())?;
+        ask_nptl(Builder::new().stack_size(small)).map_err(|error| error.to_string())?;
         StackCache::global().clear();
         std::thread::sleep(Duration::from_millis(30));
         Ok(())
@@ -317,20 +287,20 @@ impl<'a> Asker<'a> {
     }
 
     pub fn ask_pthread(&mut self) -> i32 {
-        let errno = ask_pthread(self.stack, self.join);
+        let errno = ask_pthread(self.stack);
         self.pthread.push(errno);
         errno
     }
 
     pub fn ask_std(&mut self) -> i32 {
-        let errno = ask_std(self.stack, self.join);
+        let errno = ask_std(self.stack);
         self.std.push(errno);
         errno
     }
 
     /// Whether a thread was granted.
     pub fn ask_nptl(&mut self) -> bool {
-        let result = ask_nptl(self.builder(), self.join);
+        let result = ask_nptl(self.builder());
         let granted = result.is_ok();
         self.nptl.push(result);
         granted

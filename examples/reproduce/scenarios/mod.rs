@@ -32,6 +32,8 @@ const ROUNDS_VARIABLE: &str = "NPTL_REPRODUCE_ROUNDS";
 #[serde(rename_all = "kebab-case")]
 pub enum Need {
     Root,
+    /// Threads that no other process keeps from running. Without, a busy machine can be in the way.
+    RootToBeSure,
     /// Root, or a kernel that lets users have user namespaces.
     UserNamespace,
     /// `kernel.pid_max` of a pid namespace of its own.
@@ -52,6 +54,7 @@ impl Need {
     pub fn text(self) -> &'static str {
         match self {
             Need::Root => "root",
+            Need::RootToBeSure => "root, to be sure to meet it",
             Need::UserNamespace => "root or user namespaces",
             Need::Kernel6_14 => "Linux 6.14",
             Need::MemoryCgroup => "a memory cgroup",
