@@ -209,3 +209,38 @@ fn joining_copies_in_a_bare_child_keeps_the_living_listed() {
     let output = support::or_skip!(output).success();
     assert_eq!(output.get("status"), Some("0"), "{output}");
 }
+
+/// Another thread is inside the ledger in the moment of the fork, so that its lists are given up in the child.
+/// Threads that stayed behind have ended there all the same.
+#[test]
+fn a_join_ends_where_the_lists_were_given_up() {
+    let name = "a_join_ends_where_the_lists_were_given_up";
+    if case().is_none() {
+        let output = support::or_skip!(child(name, "run").run()).success();
+        assert_eq!(output.all("status"), ["0"; 50], "{output}");
+        return;
+    }
+    let joined = nptl::spawn(std::thread::park).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                nptl::StackCache::global().stats();
+            }
+        });
+        for _ in 0..50 {
+            // SAFETY: the child uses this crate only.
+            let status = in_child(
+                || unsafe { _Fork() },
+                || {
+                    let ended = joined.is_finished();
+                    // SAFETY: ends the child.
+                    unsafe { libc::_exit(i32::from(!ended)) }
+                },
+            );
+            report("status", status);
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    // The parked thread goes with the process.
+}
