@@ -62,6 +62,13 @@ pub(crate) fn publish_failures(ring: &failures::Directory) {
     DIRECTORY.failures.store(ring.entries, Ordering::Release);
 }
 
+/// All records, the newest first.
+pub(crate) fn records() -> impl Iterator<Item = &'static Stack> {
+    // SAFETY: null, or a record; records are never freed.
+    let newest = unsafe { DIRECTORY.records.load(Ordering::Acquire).as_ref() };
+    std::iter::successors(newest, |stack| stack.followed())
+}
+
 /// A record was made; records are never freed, so the list only grows.
 pub(crate) fn publish_record(stack: &'static Stack) {
     let global = StackCache::global().ledger();

@@ -175,6 +175,10 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     drop(body);
     drop(latch);
 
+    // What comes next is of this process: the closure can have forked without handlers, while another thread
+    // held the ledger's lock.
+    cache::notice_fork();
+
     // Before the destructors, because giving back may need thread-locals (the allocator's, the
     // handle's); the kernel's clearing of the tid word decides when the stack is really free.
     if !stack.change_life(Life::Attached, Life::Ending) {
@@ -185,8 +189,6 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     }
     drop(cache);
 
-    // The count that comes next is of this process: the closure can have forked without handlers.
-    cache::notice_fork();
     // SAFETY: the ending thread itself, with application signals open (rule 17).
     unsafe {
         runtime.run_destructors();

@@ -209,3 +209,82 @@ fn joining_copies_in_a_bare_child_keeps_the_living_listed() {
     let output = support::or_skip!(output).success();
     assert_eq!(output.get("status"), Some("0"), "{output}");
 }
+
+/// Another thread is inside the ledger in the moment of the fork, so that its lists are given up in the child.
+/// Threads that stayed behind have ended there all the same.
+#[test]
+fn a_join_ends_where_the_lists_were_given_up() {
+    let name = "a_join_ends_where_the_lists_were_given_up";
+    if case().is_none() {
+        let output = support::or_skip!(child(name, "run").run()).success();
+        assert_eq!(output.all("status"), ["0"; 50], "{output}");
+        return;
+    }
+    let joined = nptl::spawn(std::thread::park).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                nptl::StackCache::global().stats();
+            }
+        });
+        for _ in 0..50 {
+            // SAFETY: the child uses this crate only.
+            let status = in_child(
+                || unsafe { _Fork() },
+                || {
+                    let ended = joined.is_finished();
+                    // SAFETY: ends the child.
+                    unsafe { libc::_exit(i32::from(!ended)) }
+                },
+            );
+            report("status", status);
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    // The parked thread goes with the process.
+}
+
+/// The same, where the child is a copy of a thread that nobody has a handle of: it gives its stack back to a
+/// ledger whose lock is held by a thread that it does not have.
+#[test]
+fn a_detached_thread_ends_in_a_bare_child() {
+    let name = "a_detached_thread_ends_in_a_bare_child";
+    if case().is_none() {
+        let output = support::or_skip!(child(name, "run").run()).success();
+        assert_eq!(output.all("status"), ["0"; 30], "{output}");
+        return;
+    }
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                nptl::StackCache::global().stats();
+            }
+        });
+        for _ in 0..30 {
+            let (send, status) = std::sync::mpsc::channel();
+            let detached = Arc::new(Barrier::new(2));
+            let begin = Arc::clone(&detached);
+            let fork = move || {
+                begin.wait();
+                // SAFETY: the child returns from this closure, and is its last thread.
+                let pid = unsafe { _Fork() };
+                if pid == 0 {
+                    // SAFETY: a child that hangs dies.
+                    unsafe { libc::alarm(2) };
+                    std::mem::forget((begin, send));
+                    return;
+                }
+                let mut status = -1;
+                // SAFETY: a valid place.
+                unsafe { libc::waitpid(pid, &raw mut status, 0) };
+                send.send(status).unwrap();
+            };
+            nptl::spawn(fork).unwrap().detach();
+            detached.wait();
+            report("status", status.recv().unwrap());
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}

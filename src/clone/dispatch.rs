@@ -11,10 +11,16 @@
 //! ```
 //!
 //! Nothing is stepped around: what the handler makes is judged by every filter like any other call.
+//!
+//! glibc's own signals, 32 and 33, may interrupt the thread only while the handler makes a call for it. Their
+//! handlers return through glibc's rt_sigreturn, which works on the frame that it is made from, so it can be
+//! neither dispatched nor made by ours. While a call waits they must be open: for the lock of the list of
+//! threads, for one, whose holder can wait for this thread's answer (rule 3 of facts/glibc-rules.md). So all
+//! signals are blocked here, and the mask that libc believes to have is kept beside.
 
 use super::{arch, errno_of, sys, syscall};
 use libc::{c_int, c_void};
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
 const PR_SET_SYSCALL_USER_DISPATCH: usize = 59;
 const OFF: usize = 0;
@@ -29,6 +35,17 @@ const ALLOW: u8 = 0;
 const BLOCK: u8 = 1;
 
 const SIGSYS_BIT: sys::KernelSigSet = 1 << (libc::SIGSYS - 1);
+
+/// The dispatched thread, by its thread pointer; 0 while there is none.
+static THREAD: AtomicUsize = AtomicUsize::new(0);
+
+/// Its signal mask, as it set it itself.
+static MASK: AtomicU64 = AtomicU64::new(0);
+
+/// That mask with SIGSYS open: a forced signal that is blocked would end the process.
+fn wanted_mask() -> sys::KernelSigSet {
+    MASK.load(Ordering::SeqCst) & !SIGSYS_BIT
+}
 
 /// The kernel's `struct sigaction`.
 #[derive(Clone, Copy)]
@@ -49,23 +66,45 @@ impl Action {
     };
 }
 
-/// The program's own handler for SIGSYS, while ours is installed.
-static PROGRAM: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
+/// The program's own action for SIGSYS, while ours is installed.
+static PROGRAM: Stored = Stored {
+    handler: AtomicUsize::new(libc::SIG_DFL),
+    flags: AtomicUsize::new(0),
+    restorer: AtomicUsize::new(0),
+    mask: AtomicU64::new(0),
+};
 
-/// rt_sigaction(2) for SIGSYS; the action that was there before.
-fn exchange(new: Option<&Action>) -> Action {
-    const SA_RESTORER: usize = 0x0400_0000;
+struct Stored {
+    handler: AtomicUsize,
+    flags: AtomicUsize,
+    restorer: AtomicUsize,
+    mask: AtomicU64,
+}
+
+impl Stored {
+    fn store(&self, action: &Action) {
+        self.handler.store(action.handler, Ordering::SeqCst);
+        self.flags.store(action.flags, Ordering::SeqCst);
+        self.restorer.store(action.restorer, Ordering::SeqCst);
+        self.mask.store(action.mask, Ordering::SeqCst);
+    }
+
+    fn load(&self) -> Action {
+        Action {
+            handler: self.handler.load(Ordering::SeqCst),
+            flags: self.flags.load(Ordering::SeqCst),
+            restorer: self.restorer.load(Ordering::SeqCst),
+            mask: self.mask.load(Ordering::SeqCst),
+        }
+    }
+}
+
+/// rt_sigaction(2) for SIGSYS; the action that was there before, or `None` where a filter refuses.
+fn exchange(new: Option<&Action>) -> Option<Action> {
     let mut old = Action::DEFAULT;
-    let new = new.map(|action| Action {
-        flags: match action.restorer {
-            0 => action.flags,
-            _ => action.flags | SA_RESTORER,
-        },
-        ..*action
-    });
-    let new = new.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let new = new.map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: both are the kernel's own structure; the handlers are ours or what was there before.
-    unsafe {
+    let answer = unsafe {
         syscall(
             libc::SYS_rt_sigaction,
             [
@@ -78,7 +117,7 @@ fn exchange(new: Option<&Action>) -> Action {
             ],
         )
     };
-    old
+    errno_of(answer).is_none().then_some(old)
 }
 
 fn set_dispatch(mode: usize) -> bool {
@@ -114,18 +153,25 @@ fn set_dispatch(mode: usize) -> bool {
 /// One thread at a time; application signals are blocked. `work` makes no thread but by clone(2), and no
 /// system call before it that depends on the frame it is made from (vfork, rt_sigreturn).
 pub(crate) unsafe fn without_clone3<T>(work: impl FnOnce() -> T) -> Option<T> {
-    // A forced signal that is blocked would end the process.
-    let mask = sys::set_signal_mask(sys::APPLICATION & !SIGSYS_BIT);
-    let program = exchange(None);
-    PROGRAM.store(program.handler, Ordering::SeqCst);
     let handler = on_system_call as *const () as usize;
+    let there = exchange(None)?;
+    // In the child of a `_Fork` in the middle of this it is ours, and what was there before is known.
+    if there.handler != handler {
+        PROGRAM.store(&there);
+    }
+    let program = PROGRAM.load();
+    const SA_RESTORER: usize = 0x0400_0000;
+    let inherited = program.flags & (libc::SA_ONSTACK | libc::SA_RESTART) as usize;
     let ours = Action {
         handler,
-        flags: libc::SA_SIGINFO as usize,
+        flags: libc::SA_SIGINFO as usize | SA_RESTORER | inherited,
         restorer: arch::signal_return as *const () as usize,
-        mask: sys::APPLICATION,
+        mask: !0,
     };
-    exchange(Some(&ours));
+    exchange(Some(&ours))?;
+    let mask = sys::set_signal_mask(!SIGSYS_BIT);
+    MASK.store(mask, Ordering::SeqCst);
+    THREAD.store(super::thread_pointer(), Ordering::SeqCst);
     let result = set_dispatch(ON).then(|| {
         SELECTOR.store(BLOCK, Ordering::SeqCst);
         let result = work();
@@ -133,8 +179,9 @@ pub(crate) unsafe fn without_clone3<T>(work: impl FnOnce() -> T) -> Option<T> {
         set_dispatch(OFF);
         result
     });
+    THREAD.store(0, Ordering::SeqCst);
     // Unless the program has changed it meanwhile, from another thread.
-    if exchange(None).handler == handler {
+    if exchange(None).is_some_and(|there| there.handler == handler) {
         exchange(Some(&program));
     }
     sys::set_signal_mask(mask);
@@ -145,9 +192,19 @@ pub(crate) unsafe fn without_clone3<T>(work: impl FnOnce() -> T) -> Option<T> {
 unsafe extern "C" fn on_system_call(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes both to a handler with SA_SIGINFO.
     let (code, mut call) = unsafe { ((*info).si_code, arch::Trapped::new(context)) };
-    if code != SYS_USER_DISPATCH {
+    let own = super::thread_pointer() == THREAD.load(Ordering::SeqCst);
+    if !own {
         // SAFETY: passed on.
         return unsafe { pass_on(info, context) };
+    }
+    if code != SYS_USER_DISPATCH {
+        // A filter's, in a call that is made below, or sent by somebody in between.
+        let selector = SELECTOR.swap(ALLOW, Ordering::SeqCst);
+        // SAFETY: passed on.
+        unsafe { pass_on(info, context) };
+        sys::set_signal_mask(!0);
+        SELECTOR.store(selector, Ordering::SeqCst);
+        return;
     }
     match call.number() {
         libc::SYS_clone3 => call.answer(-(libc::ENOSYS as isize)),
@@ -155,40 +212,36 @@ unsafe extern "C" fn on_system_call(_: c_int, info: *mut libc::siginfo_t, contex
             // The child's stack is of this frame's caller, so the call is not to be made from here. No
             // later one is of interest, and the child is not dispatched (copy_process).
             SELECTOR.store(ALLOW, Ordering::SeqCst);
+            *call.mask() = wanted_mask();
             call.repeat();
         }
         libc::SYS_rt_sigprocmask => {
             let [how, new, old, size, ..] = call.args();
             // SAFETY: the interrupted caller's own pointers, null or to sets of eight bytes.
-            let answer = unsafe { change_mask(&mut call, how as c_int, new, old, size) };
+            let answer = unsafe { change_mask(how as c_int, new, old, size) };
             call.answer(answer);
         }
         number => {
             SELECTOR.store(ALLOW, Ordering::SeqCst);
+            sys::set_signal_mask(wanted_mask());
             // SAFETY: what the interrupted code was about to do, from one frame deeper.
             let answer = unsafe { syscall(number, call.args()) };
+            sys::set_signal_mask(!0);
             SELECTOR.store(BLOCK, Ordering::SeqCst);
             call.answer(answer);
         }
     }
 }
 
-/// What rt_sigprocmask(2) does, to the mask that the handler's return restores. SIGSYS stays open.
+/// What rt_sigprocmask(2) does, to [`MASK`].
 ///
 /// # Safety
 /// `new` and `old` are null or point to a set.
-unsafe fn change_mask(
-    call: &mut arch::Trapped,
-    how: c_int,
-    new: usize,
-    old: usize,
-    size: usize,
-) -> isize {
+unsafe fn change_mask(how: c_int, new: usize, old: usize, size: usize) -> isize {
     if size != size_of::<sys::KernelSigSet>() {
         return -(libc::EINVAL as isize);
     }
-    let mask = call.mask();
-    let before = *mask;
+    let before = MASK.load(Ordering::SeqCst);
     // SAFETY: passed on.
     if let Some(&new) = unsafe { (new as *const sys::KernelSigSet).as_ref() } {
         let after = match how {
@@ -197,7 +250,7 @@ unsafe fn change_mask(
             libc::SIG_SETMASK => new,
             _ => return -(libc::EINVAL as isize),
         };
-        *mask = after & !SIGSYS_BIT;
+        MASK.store(after, Ordering::SeqCst);
     }
     // SAFETY: passed on.
     if let Some(old) = unsafe { (old as *mut sys::KernelSigSet).as_mut() } {
@@ -206,23 +259,34 @@ unsafe fn change_mask(
     0
 }
 
-/// A SIGSYS that is not ours, most likely a filter's in another thread: the program's action has it.
+/// A SIGSYS that is not ours, most likely a filter's in another thread: the program's action has it, with
+/// the mask that it asked for.
 ///
 /// # Safety
 /// As a signal handler.
 unsafe fn pass_on(info: *mut libc::siginfo_t, context: *mut c_void) {
-    match PROGRAM.load(Ordering::SeqCst) {
-        libc::SIG_IGN => {}
-        libc::SIG_DFL => {
+    let program = PROGRAM.load();
+    // SAFETY: as a signal handler's.
+    let sent = unsafe { (*info).si_code } <= 0;
+    match program.handler {
+        // The kernel lets nobody ignore a filter's.
+        libc::SIG_IGN if sent => {}
+        libc::SIG_DFL | libc::SIG_IGN => {
             exchange(Some(&Action::DEFAULT));
             // Blocked until this returns; then it ends the process.
             let tid = nix::unistd::gettid().as_raw();
             let _ = sys::tgkill(sys::process_id(), tid, libc::SIGSYS);
         }
         handler => {
-            // SAFETY: a handler of the program's, in a signal handler. One that was registered without
-            // SA_SIGINFO takes the first argument only.
+            let own = match program.flags & libc::SA_NODEFER as usize {
+                0 => SIGSYS_BIT,
+                _ => 0,
+            };
+            // SAFETY: a handler of the program's, in a signal handler, with the context of one. One that
+            // was registered without SA_SIGINFO takes the first argument only.
             unsafe {
+                let interrupted = *arch::Trapped::new(context).mask();
+                sys::set_signal_mask(interrupted | program.mask | own);
                 let handler: unsafe extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
                     std::mem::transmute(handler);
                 handler(libc::SIGSYS, info, context);

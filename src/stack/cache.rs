@@ -710,6 +710,8 @@ fn own_threads() -> i32 {
 /// reset (rule 16).
 fn forget_parent(prepared: bool) {
     let own = crate::clone::thread_pointer();
+    // The record of a stack that was unmapped keeps an address that can be the caller's by now.
+    let is_own = |stack: &Stack| stack.block.thread_pointer() == own && stack.tid_word().is_some();
     if !prepared && let Some(runtime) = Runtime::existing() {
         // SAFETY: this is a forked child with one thread, by the caller's evidence.
         unsafe { runtime.repair_lists(own_threads()) };
@@ -717,7 +719,7 @@ fn forget_parent(prepared: bool) {
     Runtime::after_fork();
     for instance in instances() {
         let in_use = |stack: &Stack, state: State| {
-            if stack.block.thread_pointer() == own {
+            if is_own(stack) {
                 return true;
             }
             stack.forget_after_fork();
@@ -734,11 +736,12 @@ fn forget_parent(prepared: bool) {
                 instance.ledger.after_bare_fork(in_use);
             }
         }
-        instance.ledger.for_each(|stack, _| {
-            if stack.block.thread_pointer() != own {
-                stack.forget_after_fork();
-            }
-        });
+    }
+    // Also those in no ledger: without a mapping, but with a heap cache saved from one, and those of lists
+    // that had to be given up, which somebody can have a handle of.
+    for stack in crate::debug::records().filter(|stack| !is_own(stack)) {
+        stack.forget_after_fork();
+        stack.change_life(Life::Attached, Life::Ending);
     }
     if !prepared {
         // SAFETY: whoever held these does not exist in this process.

@@ -66,7 +66,7 @@ pub(crate) struct Stack {
     /// How often it was taken from the cache; touched by its owner only.
     uses: AtomicU32,
     life: AtomicU8,
-    /// The tid word in the descriptor; null until a runtime has placed the block.
+    /// The tid word in the descriptor; null where there is no block in memory.
     tid: AtomicPtr<AtomicU32>,
     pub(crate) block: Block,
     /// Taken by whoever uses the tid from outside, and by the thread before it ends: while it is
@@ -139,6 +139,12 @@ impl Stack {
     /// Where a debugger goes from here.
     pub(crate) fn follow(&self, record: *mut Stack) {
         self.next_record.store(record, Ordering::Relaxed);
+    }
+
+    /// The record made before this one.
+    pub(crate) fn followed(&self) -> Option<&'static Stack> {
+        // SAFETY: null, or a record; records are never freed.
+        unsafe { self.next_record.load(Ordering::Relaxed).as_ref() }
     }
 
     /// A record without a mapping: the one that lost its mapping last, or a new one. None: no memory.
@@ -293,9 +299,12 @@ impl Stack {
         unsafe {
             self.drop_remains();
             runtime.retire(&self.block);
+            // Before its memory goes, because a fork in between leaves the child with this record.
+            let tid = self.tid.swap(std::ptr::null_mut(), Ordering::AcqRel);
             if mapping::unmap(base, length).is_ok() {
                 return true;
             }
+            self.tid.store(tid, Ordering::Release);
             // Whoever wanted it unmapped wanted its memory. And the block goes back to what a fresh mapping
             // holds, since that is what its state now says.
             let bottom = self.bottom();
