@@ -3,25 +3,25 @@
 mod support;
 
 use nptl::{Builder, CauseKind, JoinHandle, RetryPolicy};
-use support::{Cgroup, case, child, inherited_cgroup, or_skip, report};
+use support::{Cgroup, Child, become_unused_user, case, child, inherited_cgroup, or_skip, report};
 
 const STACK: usize = 1 << 20;
 
 /// The limit that is said to come first and the number of threads until then; the cause of the refusal and
 /// the number of threads before it.
-fn compare() {
+fn compare(stack: usize) {
     let (gate, wait) = std::sync::mpsc::channel::<()>();
     let wait = std::sync::Arc::new(std::sync::Mutex::new(wait));
     let spawn = || {
         let wait = std::sync::Arc::clone(&wait);
-        let builder = Builder::new().stack_size(STACK).retry(RetryPolicy::never());
+        let builder = Builder::new().stack_size(stack).retry(RetryPolicy::never());
         builder.spawn(move || drop(wait.lock().map(|wait| wait.recv())))
     };
     // The calibration, and what the first of everything maps.
     let mut living: Vec<JoinHandle<()>> = Vec::with_capacity(10_000);
     living.push(spawn().expect("a thread"));
     let headroom = nptl::headroom();
-    let (first, threads) = headroom.first(STACK).expect("a limit");
+    let (first, threads) = headroom.first(stack).expect("a limit");
     let (first, started) = (first.cause, living.len() as u64);
     let error = loop {
         match spawn() {
@@ -39,13 +39,8 @@ fn compare() {
     }
 }
 
-fn check(
-    test: &str,
-    sandbox: impl FnOnce(support::Child) -> support::Child,
-    kind: CauseKind,
-    off: u64,
-) {
-    let output = or_skip!(sandbox(child(test, "compare")).run()).success();
+fn check(test: &str, case: &str, sandbox: impl FnOnce(Child) -> Child, kind: CauseKind, off: u64) {
+    let output = or_skip!(sandbox(child(test, case)).run()).success();
     if output.skipped().is_some() {
         return;
     }
@@ -71,13 +66,14 @@ fn a_pids_cgroup_has_the_room_that_is_said() {
         let cgroup = inherited_cgroup(0);
         let current: u64 = cgroup.get("pids.current").trim().parse().expect("a number");
         cgroup.set("pids.max", current + 20);
-        compare();
+        compare(STACK);
         return;
     }
     let cgroup = or_skip!(Cgroup::pids());
     let test = "a_pids_cgroup_has_the_room_that_is_said";
     check(
         test,
+        "compare",
         |child| child.cgroup(&cgroup),
         CauseKind::PidsCgroup,
         0,
@@ -88,10 +84,150 @@ fn a_pids_cgroup_has_the_room_that_is_said() {
 #[test]
 fn an_address_space_has_the_room_that_is_said() {
     if case().is_some() {
-        compare();
+        compare(STACK);
         return;
     }
     let test = "an_address_space_has_the_room_that_is_said";
-    let limit = |child: support::Child| child.rlimit(libc::RLIMIT_AS, 400 << 20);
-    check(test, limit, CauseKind::AddressSpace, 30);
+    let limit = |child: Child| child.rlimit(libc::RLIMIT_AS, 400 << 20);
+    check(test, "compare", limit, CauseKind::AddressSpace, 30);
+}
+
+/// Before the first wrap of the numbers and after it, when the kernel no longer gives out those below 300.
+#[test]
+fn a_pid_space_has_the_room_that_is_said() {
+    if let Some(name) = case() {
+        if name == "wrapped" {
+            for _ in 0..500 {
+                // SAFETY: the child makes one system call and never returns.
+                match unsafe { libc::fork() } {
+                    0 => unsafe { libc::_exit(0) },
+                    // SAFETY: a child of ours.
+                    pid => unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) },
+                };
+            }
+        }
+        compare(STACK);
+        return;
+    }
+    let test = "a_pid_space_has_the_room_that_is_said";
+    for name in ["compare", "wrapped"] {
+        let numbers = |child: Child| child.pid_namespace(Some(400));
+        check(test, name, numbers, CauseKind::PidNumbers, 0);
+    }
+}
+
+/// What lies around a stack is estimated, and what else is locked meanwhile, the heap among it, is not counted.
+#[test]
+fn locked_memory_has_the_room_that_is_said() {
+    if case().is_some() {
+        or_skip!(become_unused_user());
+        let said = || {
+            let headroom = nptl::headroom();
+            let limits = headroom.limits().iter();
+            let locked = limits.filter(|limit| limit.cause == CauseKind::LockedMemory);
+            locked.map(|limit| limit.counts).collect::<Vec<_>>()
+        };
+        assert_eq!(said(), [false]);
+        // SAFETY: changes how later mappings are locked.
+        let answer = unsafe { libc::mlockall(libc::MCL_FUTURE | libc::MCL_ONFAULT) };
+        assert_eq!(answer, 0, "{}", std::io::Error::last_os_error());
+        assert_eq!(said(), [true]);
+        compare(256 << 10);
+        return;
+    }
+    let test = "locked_memory_has_the_room_that_is_said";
+    let limit = |child: Child| child.rlimit(libc::RLIMIT_MEMLOCK, 8 << 20);
+    check(test, "compare", limit, CauseKind::LockedMemory, 5);
+}
+
+/// Takes every free range of at least `bytes`.
+fn fill_addresses(bytes: usize) {
+    let mut size = 1 << 46;
+    while size >= bytes {
+        // SAFETY: a new mapping without access, which is kept.
+        let start = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(std::ptr::null_mut(), size, libc::PROT_NONE, flags, -1, 0)
+        };
+        if start == libc::MAP_FAILED {
+            size /= 2;
+        }
+    }
+}
+
+fn is_granted(bytes: u64) -> bool {
+    // SAFETY: a new mapping without access, which goes again.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let none = std::ptr::null_mut();
+        let start = libc::mmap(none, bytes as usize, libc::PROT_NONE, flags, -1, 0);
+        start != libc::MAP_FAILED && libc::munmap(start, bytes as usize) == 0
+    }
+}
+
+/// The longest range that is said to be free is granted, and one page more is not.
+#[test]
+fn free_addresses_are_as_many_as_is_said() {
+    if case().is_some() {
+        fill_addresses(64 << 20);
+        let headroom = nptl::headroom();
+        let limits = headroom.limits().iter();
+        let row = limits.filter(|limit| limit.cause == CauseKind::AddressSpaceExhausted);
+        let left: Vec<_> = row.filter_map(|limit| limit.left()).collect();
+        let [left] = left[..] else {
+            panic!("not one row: {left:?}");
+        };
+        report("left", left);
+        report("granted", is_granted(left));
+        report("a page more", is_granted(left + 4096));
+        return;
+    }
+    let test = "free_addresses_are_as_many_as_is_said";
+    let output = or_skip!(child(test, "fill").run()).success();
+    let left: u64 = output
+        .get("left")
+        .expect("bytes")
+        .parse()
+        .expect("a number");
+    assert!(left < 64 << 20, "{output}");
+    assert_eq!(output.get("granted"), Some("true"), "{output}");
+    assert_eq!(output.get("a page more"), Some("false"), "{output}");
+}
+
+/// A process and who looks at it from outside see the same room.
+#[test]
+fn another_process_has_the_rows_that_it_sees_itself() {
+    const ROWS: [CauseKind; 5] = [
+        CauseKind::MapCount,
+        CauseKind::AddressSpaceExhausted,
+        CauseKind::AddressSpace,
+        CauseKind::DataSegment,
+        CauseKind::LockedMemory,
+    ];
+    let rows = |headroom: &nptl::Headroom| {
+        let limits = headroom.limits().iter();
+        let rows = limits.filter(|limit| ROWS.contains(&limit.cause));
+        let texts = rows.map(|limit| {
+            let gap = limit.cause == CauseKind::AddressSpaceExhausted;
+            let in_use = limit.in_use.filter(|_| !gap);
+            format!("{:?} {in_use:?} {:?}", limit.cause, limit.left())
+        });
+        texts.collect::<Vec<_>>().join(", ")
+    };
+    if case().is_some() {
+        // Once before, so that the heap has room for it.
+        rows(&nptl::headroom());
+        report("rows", rows(&nptl::headroom()));
+        println!("READY");
+        let _ = std::io::stdin().read_line(&mut String::new());
+        return;
+    }
+    let test = "another_process_has_the_rows_that_it_sees_itself";
+    let limited = child(test, "wait").rlimit(libc::RLIMIT_AS, 1 << 30);
+    let mut running = or_skip!(limited.spawn());
+    assert!(running.wait_for("READY"));
+    let seen = nptl::headroom_of(nix::unistd::Pid::from_raw(running.pid())).expect("its files");
+    let output = running.finish().success();
+    assert_eq!(output.get("rows"), Some(&*rows(&seen)), "{output}");
+    assert!(rows(&seen).matches("Some").count() >= 9, "{}", rows(&seen));
 }

@@ -10,6 +10,7 @@ use std::path::Path;
 use super::cause::CauseKind;
 use super::cgroup::{self, Files, Hierarchy};
 use super::limits::{self, Calls, Limited, Status, UNLIMITED};
+use crate::stack::probe::future_is_locked;
 
 /// What a limit counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -173,8 +174,19 @@ fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
     let calls = Status::read().calls();
     // A kernel that marks guards inside a mapping lets adjacent stacks share one; before 6.13 a guard splits.
     let mappings_per_thread = if guards_split() { 2 } else { 0 };
+    let initial_user = limits::namespace(&file("ns/user"), calls)
+        .ok()
+        .map(limits::is_initial_user_namespace);
     let mut list = Vec::new();
-    tasks(&mut list, &status, &file, calls, pid.is_none(), directory);
+    tasks(
+        &mut list,
+        &status,
+        &file,
+        calls,
+        pid.is_none(),
+        initial_user,
+        directory,
+    );
     for (controller, kind) in [
         ("pids", CauseKind::PidsCgroup),
         ("memory", CauseKind::KernelMemory),
@@ -187,10 +199,55 @@ fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
         &file("limits"),
         directory,
         mappings_per_thread,
+        pid.is_none(),
+        initial_user == Some(true),
     );
     Headroom {
         limits: list,
         mappings_per_thread,
+    }
+}
+
+/// What /proc/PID/maps says of the room between mappings.
+struct Maps {
+    count: u64,
+    /// The longest range that mmap can still give out, in bytes.
+    largest_gap: u64,
+}
+
+impl Maps {
+    fn read(directory: &str) -> Option<Maps> {
+        /// Where a process's addresses end, with four levels of page tables (more are given on request only).
+        const END: u64 = 0x7fff_ffff_f000;
+        /// Kept free below a stack that grows (`stack_guard_gap`, 256 pages).
+        const BELOW_STACK: u64 = 256 << 12;
+        let text = fs::read_to_string(format!("{directory}/maps")).ok()?;
+        let mut maps = Maps {
+            count: 0,
+            largest_gap: 0,
+        };
+        let mut free_from = limits::number_in(c"/proc/sys/vm/mmap_min_addr").unwrap_or(64 << 10);
+        for line in text.lines() {
+            // Not a mapping of the process but a page of the kernel's.
+            if line.ends_with("[vsyscall]") {
+                continue;
+            }
+            maps.count += 1;
+            let (start, rest) = line.split_once('-')?;
+            let (end, _) = rest.split_once(' ')?;
+            let start = u64::from_str_radix(start, 16).ok()?;
+            let end = u64::from_str_radix(end, 16).ok()?;
+            let kept = if line.ends_with("[stack]") {
+                BELOW_STACK
+            } else {
+                0
+            };
+            let gap = start.saturating_sub(kept).saturating_sub(free_from);
+            maps.largest_gap = maps.largest_gap.max(gap);
+            free_from = free_from.max(end);
+        }
+        maps.largest_gap = maps.largest_gap.max(END.saturating_sub(free_from));
+        Some(maps)
     }
 }
 
@@ -212,13 +269,11 @@ fn tasks(
     file: &dyn Fn(&str) -> CString,
     calls: Calls,
     own: bool,
+    initial_user: Option<bool>,
     directory: &str,
 ) {
     let machine = limits::tasks(calls);
     let inode = |name| limits::namespace(&file(name), calls).ok();
-    let initial_user = limits::namespace(&file("ns/user"), calls)
-        .ok()
-        .map(limits::is_initial_user_namespace);
     let exempt = initial_user == Some(true)
         && (status.uid == Some(0)
             || status.has(limits::CAP_SYS_RESOURCE)
@@ -250,23 +305,57 @@ fn tasks(
         || inode("ns/pid").is_some()
             && inode("ns/pid") == limits::namespace(c"/proc/thread-self/ns/pid", calls).ok();
     let initial = limits::in_initial_pid_namespace(calls) == Some(true);
+    list.push(pid_numbers(same, initial));
+}
+
+/// How many numbers of the reader's pid namespace can still be given out, at most.
+fn pid_numbers(same: bool, initial: bool) -> HeadroomLimit {
     let pid_max = limits::pid_max().filter(|_| same);
-    let numbers = if initial { machine } else { visible_tasks() };
-    let mut source =
-        "/proc/sys/kernel/pid_max less 300 reserved; zombies, process groups and sessions hold \
-                      numbers that are not counted here"
-            .to_owned();
-    if !initial {
+    // The kernel gives numbers out in turn, and begins again at 300 when it has come to the end. Until it has
+    // passed that number it has not; afterwards the ones below are never used again.
+    let (in_use, maximum, mut source) = match limits::last_pid_number() {
+        Some(last) if last < RESERVED => (
+            Some(last),
+            pid_max.map(|pid_max| pid_max.saturating_sub(1)),
+            "/proc/loadavg (last number), /proc/sys/kernel/pid_max; before the first wrap".to_owned(),
+        ),
+        _ => (
+            numbers_in_turn(),
+            pid_max.map(|pid_max| pid_max.saturating_sub(RESERVED)),
+            "tasks in /proc with numbers from 300 on, /proc/sys/kernel/pid_max less 300; at most, process groups and \
+             sessions without a leader hold numbers, too"
+                .to_owned(),
+        ),
+    };
+    if !same {
+        source =
+            "the process is in another pid namespace, whose limit is read from inside".to_owned();
+    } else if !initial {
         source.push_str("; a pid namespace around this one may have fewer");
     }
-    list.push(HeadroomLimit {
+    HeadroomLimit {
         cause: CauseKind::PidNumbers,
         unit: Unit::Tasks,
-        in_use: numbers.filter(|_| same),
-        maximum: pid_max.map(|maximum| maximum.saturating_sub(300)),
+        in_use: in_use.filter(|_| same),
+        maximum,
         source,
         counts: true,
-    });
+    }
+}
+
+/// Below this no number is given out again after the first wrap (the kernel's `RESERVED_PIDS`).
+const RESERVED: u64 = 300;
+
+/// Tasks visible in /proc, zombies included, with numbers that are given out in turn.
+fn numbers_in_turn() -> Option<u64> {
+    each_process(|directory| {
+        let tasks = fs::read_dir(directory.join("task")).into_iter().flatten();
+        let numbers = tasks.flatten().filter_map(|task| {
+            let name = task.file_name();
+            name.to_str()?.parse::<u64>().ok()
+        });
+        numbers.filter(|number| *number >= RESERVED).count() as u64
+    })
 }
 
 /// Tasks of a real user, as far as /proc shows them.
@@ -277,14 +366,6 @@ fn tasks_of_user(uid: u32) -> Option<u64> {
             Some(owner) if owner == uid => status.threads.unwrap_or(1),
             _ => 0,
         }
-    })
-}
-
-fn visible_tasks() -> Option<u64> {
-    each_process(|directory| {
-        Status::read_from(&c_string(&format!("{}/status", directory.display())))
-            .threads
-            .unwrap_or(1)
     })
 }
 
@@ -338,21 +419,29 @@ fn memory(
     limits_file: &CStr,
     directory: &str,
     mappings_per_thread: u64,
+    own: bool,
+    initial_user: bool,
 ) {
-    let maps = fs::read(format!("{directory}/maps")).ok().map(|text| {
-        let lines = text.split(|byte| *byte == b'\n').filter(|line| {
-            // Not a mapping of the process but a page of the kernel's.
-            !line.is_empty() && !line.ends_with(b"[vsyscall]")
-        });
-        lines.count() as u64
-    });
+    let maps = Maps::read(directory);
     list.push(HeadroomLimit {
         cause: CauseKind::MapCount,
         unit: Unit::Mappings,
-        in_use: maps,
+        in_use: maps.as_ref().map(|maps| maps.count),
         maximum: limits::number_in(c"/proc/sys/vm/max_map_count"),
         source: format!("{directory}/maps, /proc/sys/vm/max_map_count"),
         counts: mappings_per_thread > 0,
+    });
+    list.push(HeadroomLimit {
+        cause: CauseKind::AddressSpaceExhausted,
+        unit: Unit::Bytes,
+        in_use: status.mapped,
+        // Stacks need room in one piece each; what is left is the largest.
+        maximum: status
+            .mapped
+            .zip(maps)
+            .map(|(mapped, maps)| mapped.saturating_add(maps.largest_gap)),
+        source: format!("{directory}/status VmSize, and the largest gap of {directory}/maps"),
+        counts: true,
     });
     for (cause, limited, in_use, field) in [
         (
@@ -369,10 +458,24 @@ fn memory(
             "VmLck",
         ),
     ] {
-        let locked = cause == CauseKind::LockedMemory;
         let mut source = format!("{directory}/status {field}, {directory}/limits");
-        if locked {
-            source.push_str("; counts for locked stacks and under mlockall(MCL_FUTURE)");
+        let mut counts = true;
+        if cause == CauseKind::LockedMemory {
+            let exempt = status.has(limits::CAP_IPC_LOCK) && initial_user;
+            let future = match own {
+                true => future_is_locked(),
+                false => None,
+            };
+            counts = future == Some(true) && !exempt;
+            source.push_str(match future {
+                _ if exempt => "; this process is exempt",
+                Some(true) => "; mlockall(MCL_FUTURE) is in force",
+                Some(false) => "; counts for locked stacks, mlockall(MCL_FUTURE) is not in force",
+                None if own => "; counts for locked stacks and under mlockall(MCL_FUTURE)",
+                None => {
+                    "; counts for locked stacks and under mlockall(MCL_FUTURE), of which only the process itself can tell"
+                }
+            });
         }
         list.push(HeadroomLimit {
             cause,
@@ -380,7 +483,7 @@ fn memory(
             in_use,
             maximum: soft(limits_file, limited),
             source,
-            counts: !locked,
+            counts,
         });
     }
     let strict = limits::number_in(c"/proc/sys/vm/overcommit_memory") == Some(2);

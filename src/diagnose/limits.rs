@@ -367,6 +367,18 @@ pub(crate) fn tasks(calls: Calls) -> Option<u64> {
     number(text.get(slash + 1..)?).filter(|tasks| *tasks > 0)
 }
 
+/// The number given out last in the reader's pid namespace: the last field of /proc/loadavg.
+pub(crate) fn last_pid_number() -> Option<u64> {
+    let mut last = None;
+    lines(c"/proc/loadavg", |line| {
+        let field = line.rsplit(u8::is_ascii_whitespace).next();
+        last = field.and_then(number);
+        ControlFlow::Break(())
+    })
+    .ok()?;
+    last
+}
+
 pub(crate) fn threads_max() -> Option<u64> {
     number_in(c"/proc/sys/kernel/threads-max")
 }

@@ -83,6 +83,29 @@ pub(crate) fn guard() -> Option<Result<(), Errno>> {
     Some(result.map(drop))
 }
 
+/// Whether mappings made from now on are locked (mlockall(MCL_FUTURE)). `None` if not even a page was granted.
+///
+/// No file says so; but `MADV_DONTNEED` is refused for what is locked.
+pub(crate) fn future_is_locked() -> Option<bool> {
+    // SAFETY: a fresh private mapping at an address the kernel chooses disturbs nothing.
+    let start = unsafe {
+        let flags = MAP_PRIVATE | MAP_ANONYMOUS;
+        libc::mmap(ptr::null_mut(), PAGE, PROT_READ, flags, -1, 0)
+    };
+    if start == libc::MAP_FAILED {
+        return None;
+    }
+    // SAFETY: the mapping just made, which holds nothing.
+    let dropped = Errno::result(unsafe { libc::madvise(start, PAGE, libc::MADV_DONTNEED) });
+    // SAFETY: exactly the mapping just made, which nobody else knows.
+    unsafe { libc::munmap(start, PAGE) };
+    match dropped {
+        Ok(_) => Some(false),
+        Err(Errno::EINVAL) => Some(true),
+        Err(_) => None,
+    }
+}
+
 /// The page size of x86-64, which the kernel fixes.
 const PAGE: usize = 4096;
 
