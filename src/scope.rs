@@ -44,12 +44,12 @@ impl Latch {
 
     /// A thread whose handle is gone, and that dies of a bare exit(2) or a filter, says nothing to the
     /// latch: its remains do, once somebody looks. Seldom, because that looks at every stack.
-    fn wait(&self) {
+    fn wait(self: &Arc<Latch>) {
         let mut patience = SHORTEST;
         let mut running = self.running.lock();
         while *running > 0 {
             if self.empty.wait_for(&mut running, patience).timed_out() {
-                MutexGuard::unlocked(&mut running, StackCache::bury_dead);
+                MutexGuard::unlocked(&mut running, || StackCache::bury_dead_of(self));
                 patience = (patience * 2).min(LONGEST);
             }
         }
@@ -58,6 +58,12 @@ impl Latch {
 
 /// A closure that may still use what the scope borrows.
 pub(crate) struct Entered(Arc<Latch>);
+
+impl Entered {
+    pub(crate) fn is_of(&self, latch: &Arc<Latch>) -> bool {
+        Arc::ptr_eq(&self.0, latch)
+    }
+}
 
 impl Drop for Entered {
     fn drop(&mut self) {

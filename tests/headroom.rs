@@ -100,6 +100,7 @@ fn a_pid_space_has_the_room_that_is_said() {
             for _ in 0..500 {
                 // SAFETY: the child makes one system call and never returns.
                 match unsafe { libc::fork() } {
+                    // SAFETY: ends the child, of which nothing is wanted.
                     0 => unsafe { libc::_exit(0) },
                     // SAFETY: a child of ours.
                     pid => unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) },

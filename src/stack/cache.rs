@@ -7,7 +7,9 @@ use super::caps::Caps;
 use super::ledger::{Budget, Ledger, State, Stats, Victims};
 use super::{Life, Lock, Stack};
 use crate::failures::FAILURES;
+use crate::scope::Latch;
 use crate::tcb::Runtime;
+use std::sync::Arc;
 use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
@@ -398,17 +400,15 @@ impl StackCache {
     /// Takes back the stacks of detached threads that died without their last frame: by a bare
     /// exit(2), or killed by a seccomp filter. Nobody else would ever look at them.
     fn sweep(&self) {
-        self.unmap(self.find_dead());
+        self.unmap(self.0.ledger.sweep(Stack::claim_orphan, Stack::bury));
     }
 
-    fn find_dead(&self) -> Victims<'static, Stack> {
-        self.0.ledger.sweep(Stack::claim_orphan, Stack::bury)
-    }
-
-    /// The same in every cache.
-    pub(crate) fn bury_dead() {
+    /// The same in every cache, for the threads of one scope: what others left is not for its thread to
+    /// drop, which can hold any lock.
+    pub(crate) fn bury_dead_of(latch: &Arc<Latch>) {
         for cache in instances().filter_map(Instance::handle) {
-            cache.sweep();
+            let claim = |stack: &Stack| stack.is_orphan_of(latch) && stack.claim_orphan();
+            cache.unmap(cache.0.ledger.sweep(claim, Stack::bury));
         }
     }
 
@@ -449,10 +449,10 @@ impl StackCache {
             round
         };
         let mut count = 0;
-        for cache in instances().filter_map(Instance::handle) {
-            count += unmap(cache.find_dead()).unmapped;
+        // Not swept: what dead threads left has destructors of the program's, and those may allocate (rule 4).
+        for instance in instances() {
             loop {
-                let round = unmap(cache.0.ledger.clear());
+                let round = unmap(instance.ledger.clear());
                 count += round.unmapped;
                 if !round.is_worth_another() {
                     break;

@@ -20,6 +20,7 @@ pub(crate) use lock::Lock;
 
 use crate::clone::{self, sys};
 use crate::error::{StackFate, Step};
+use crate::scope::Latch;
 use crate::tcb::{Block, BlockState, Enlisted, Runtime};
 use cache::StackCache;
 use class::Class;
@@ -27,6 +28,7 @@ use layout::Layout;
 use ledger::{Entry, Links};
 use nix::errno::Errno;
 use std::cell::{Cell, UnsafeCell};
+use std::sync::Arc;
 use std::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
 };
@@ -470,6 +472,18 @@ impl Stack {
         self.life.load(Ordering::Acquire) == Life::Detached as u8
             && self.is_released()
             && self.change_life(Life::Detached, Life::Ending)
+    }
+
+    /// Whether it is an orphan, and of a thread of this scope. Called with the ledger's lock held, as
+    /// [`Stack::claim_orphan`].
+    pub(crate) fn is_orphan_of(&self, latch: &Arc<Latch>) -> bool {
+        if self.life.load(Ordering::Acquire) != Life::Detached as u8 || !self.is_released() {
+            return false;
+        }
+        // SAFETY: the thread is gone, and has no handle; whoever claims the stack does so under the lock.
+        let message = unsafe { (*self.start.get()).as_ref() };
+        let entered = message.and_then(|start| start.latch.as_ref());
+        entered.is_some_and(|entered| entered.is_of(latch))
     }
 
     /// Lends the name to the record for as long as the thread runs: what an overflow report, a
