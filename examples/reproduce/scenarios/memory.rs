@@ -1,10 +1,8 @@
 //! What refuses the stack's mapping, or the kernel's own memory for a task.
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -56,8 +54,18 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "memory-cgroup",
         what: "the memory cgroup has no room for a task's kernel memory",
-        needs: &[Need::Root, Need::MemoryCgroup],
-        sandbox: |child| Ok(child.cgroup(&Cgroup::memory()?.nested()?)),
+        needs: &[Need::Root, Need::MemoryCgroupV1],
+        sandbox: |child| {
+            let cgroup = Cgroup::memory()?;
+            if cgroup.is_unified() {
+                return Err(
+                    "under v2 the pages of the process are charged to the same cgroup as its \
+                            kernel memory, and it would be killed instead of refused"
+                        .to_owned(),
+                );
+            }
+            Ok(child.cgroup(&cgroup.nested()?))
+        },
         provoke: memory_cgroup,
     },
 ];
@@ -301,113 +309,32 @@ fn overcommit_0(ask: &mut Asker<'_>) -> Result<(), String> {
     Ok(())
 }
 
+/// A process's pages are charged to the cgroup of its first thread, a new task's kernel memory to that of the
+/// thread that creates it. So the asking thread alone enters the limited cgroup: there it can be refused, but
+/// never be made to wait for a page.
 fn memory_cgroup(ask: &mut Asker<'_>) -> Result<(), String> {
+    const PATIENCE: Duration = Duration::from_secs(10);
     ask.calibrate()?;
     let cgroup = inherited_cgroup(0);
-    match cgroup.is_unified() {
-        true => memory_cgroup_v2(ask, cgroup.path()),
-        false => memory_cgroup_v1(ask, cgroup.path()),
-    }
-}
-
-/// While `work` runs on a thread: if it takes too long, gives it the memory that it waits for.
-fn with_patience(
-    work: impl FnOnce() -> Result<(), String> + Send,
-    relent: impl Fn() -> Result<(), String>,
-) -> Result<(), String> {
-    const PATIENCE: Duration = Duration::from_secs(10);
+    let inner = cgroup.path();
+    let outer = inner.parent().ok_or("a cgroup without a parent")?;
+    write(outer.join("cgroup.procs"), 0)?;
+    // Refuse instead of killing the thread that asks.
+    write(inner.join("memory.oom_control"), 1)?;
     std::thread::scope(|scope| {
-        let thread = scope.spawn(work);
+        let thread = scope.spawn(|| ask_in_memory_cgroup(ask, inner, outer));
         // A thread that is granted at the limit can fault where a page table is to be had, and then waits
         // for memory, because nobody is to be killed for it; and with it whoever joins it.
         let began = Instant::now();
         while !thread.is_finished() {
             if began.elapsed() > PATIENCE {
-                relent()?;
+                write(inner.join("memory.limit_in_bytes"), -1)?;
             }
             std::thread::sleep(Duration::from_millis(5));
         }
         let ended = thread.join();
         ended.unwrap_or_else(|_| Err("the asking thread panicked".to_owned()))
     })
-}
-
-/// A process's pages are charged to the cgroup of its first thread, a new task's kernel memory to that of the
-/// thread that creates it. So the asking thread alone enters the limited cgroup: there it can be refused, but
-/// never be made to wait for a page.
-fn memory_cgroup_v1(ask: &mut Asker<'_>, inner: &Path) -> Result<(), String> {
-    let outer = inner.parent().ok_or("a cgroup without a parent")?;
-    write(outer.join("cgroup.procs"), 0)?;
-    // Refuse instead of killing the thread that asks.
-    write(inner.join("memory.oom_control"), 1)?;
-    with_patience(
-        || ask_in_memory_cgroup(ask, inner, outer),
-        || write(inner.join("memory.limit_in_bytes"), -1),
-    )
-}
-
-/// In v2 the pages of a process are charged where its tasks are. Where nobody may be killed for them, a task is
-/// refused; and so that nobody waits for a page, everything that is asked for has been there before.
-fn memory_cgroup_v2(ask: &mut Asker<'_>, inner: &Path) -> Result<(), String> {
-    const UNKILLABLE: i32 = -1000;
-    write("/proc/self/oom_score_adj", UNKILLABLE)?;
-    let set_limit = File::options().write(true).open(inner.join("memory.max"));
-    let set_limit = set_limit.map_err(|e| e.to_string())?;
-    with_patience(
-        || ask_at_memory_max(ask, inner, &set_limit),
-        || set_limit.write_all_at(b"max", 0).map_err(|e| e.to_string()),
-    )
-}
-
-fn ask_at_memory_max(ask: &mut Asker<'_>, inner: &Path, set_limit: &File) -> Result<(), String> {
-    /// For the evidence, which needs files opened; a task needs more.
-    const SLACK: u64 = 12 << 10;
-    const TRIES: usize = 20;
-    let usage = File::open(inner.join("memory.current")).map_err(|e| e.to_string())?;
-    let set = |text: &str| {
-        let written = set_limit.write_all_at(text.as_bytes(), 0);
-        written.map_err(|e| e.to_string())
-    };
-    let mut text = String::with_capacity(32);
-    let mut allowed = 0;
-    let mut full = false;
-    for _ in 0..TRIES {
-        // With everything allowed: what these open and touch for the first time is charged now. Their stacks
-        // stay in caches, with the pages that a thread on them needs.
-        ask.ask_others();
-        ask.ask_nptl();
-        ask.forget();
-        // The kernel frees ended tasks late.
-        std::thread::sleep(Duration::from_millis(50));
-        // Takes back what the CPUs have charged in advance.
-        set("4096")?;
-        let mut digits = [0; 32];
-        let length = usage.read_at(&mut digits, 0).map_err(|e| e.to_string())?;
-        let digits = std::str::from_utf8(&digits[..length]).unwrap_or_default();
-        allowed = digits.trim().parse::<u64>().map_err(|e| e.to_string())? + SLACK;
-        text.clear();
-        write!(text, "{allowed}").map_err(|e| e.to_string())?;
-        set(&text)?;
-        full = ask.ask_pthread() != 0;
-        if full {
-            break;
-        }
-        set("max")?;
-    }
-    if full {
-        ask.ask_std();
-        for _ in 0..ask.rounds {
-            ask.ask_nptl();
-        }
-    }
-    set("max")?;
-    match ask.nptl_refusals() {
-        0 => Err("other tasks ended meanwhile, and left room".to_owned()),
-        _ => {
-            tell_kernel_memory(ask, inner, 2, allowed);
-            Ok(())
-        }
-    }
 }
 
 /// Threads of pthread_create that wait for the end of a pipe; dropped, they are joined.
@@ -518,11 +445,6 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
     if ask.nptl_refusals() == 0 {
         return Err("other tasks ended meanwhile, and left room".to_owned());
     }
-    tell_kernel_memory(ask, inner, 1, allowed);
-    Ok(())
-}
-
-fn tell_kernel_memory(ask: &Asker<'_>, inner: &Path, truth: u8, allowed: u64) {
     // Either: the usage falls when the kernel has freed what earlier tasks were charged for, which it does
     // late. A cgroup that is not nearly full when it is looked at is not named; another never is.
     ask.tell(Right::Either, |error| {
@@ -551,7 +473,7 @@ fn tell_kernel_memory(ask: &Asker<'_>, inner: &Path, truth: u8, allowed: u64) {
                 ..
             } => {
                 same("the directory", directory.to_str(), inner.to_str())?;
-                same("the version", version, truth)?;
+                same("the version", version, 1)?;
                 same("the limit", limit, Some(allowed))?;
                 same("a counted failure", failures > Some(0), true)?;
                 same(
@@ -572,4 +494,5 @@ fn tell_kernel_memory(ask: &Asker<'_>, inner: &Path, truth: u8, allowed: u64) {
             ref other => other_cause(other),
         })
     });
+    Ok(())
 }

@@ -38,8 +38,8 @@ pub enum Need {
     UserNamespace,
     /// `kernel.pid_max` of a pid namespace of its own.
     Kernel6_14,
-    /// A hierarchy with the memory controller, v1 or v2.
-    MemoryCgroup,
+    /// A v1 hierarchy with the memory controller.
+    MemoryCgroupV1,
     /// A hierarchy with the pids controller, v1 or v2.
     PidsCgroup,
     /// A v2 hierarchy with the pids controller.
@@ -57,7 +57,7 @@ impl Need {
             Need::RootToBeSure => "root, to be sure to meet it",
             Need::UserNamespace => "root or user namespaces",
             Need::Kernel6_14 => "Linux 6.14",
-            Need::MemoryCgroup => "a memory cgroup",
+            Need::MemoryCgroupV1 => "a v1 memory cgroup",
             Need::PidsCgroup => "a pids cgroup",
             Need::PidsCgroupV2 => "a v2 pids cgroup",
             Need::MachineWide => "--machine-wide",
