@@ -234,8 +234,12 @@ fn no_heap_is_lost_however_stacks_come_and_go() {
             while std::fs::read_dir("/proc/self/task").expect("tasks").count() > 2 {
                 std::thread::yield_now();
             }
-            StackCache::global().clear();
-            assert_eq!(StackCache::global().stats().mapped_stacks, 0);
+            // A directory that changes while it is read can leave out a thread that lives. A stack that is
+            // lost keeps this from ending.
+            while StackCache::global().stats().mapped_stacks > 0 {
+                StackCache::global().clear();
+                std::thread::yield_now();
+            }
         }),
     ];
     if let Some(name) = case() {
