@@ -10,8 +10,15 @@ use std::fmt::Write;
 /// Entries that are kept.
 const KEPT: usize = 16;
 
-/// Bytes of text an entry holds; a longer report is cut.
-const TEXT: usize = 1536;
+/// Bytes of text an entry holds: the longest report, with a name and the path of a cgroup as long as they are
+/// kept. A longer one would be cut, and say so.
+const TEXT: usize = 2816;
+
+/// Bytes of a thread's name that an entry holds: a name of any length must not push the report out.
+const NAME: usize = 64;
+
+/// Where something was cut.
+const CUT: &str = "...";
 
 /// One refusal. The layout is read by `gdb/nptl.py`.
 #[repr(C)]
@@ -85,12 +92,18 @@ pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
     (entry.seconds, entry.nanoseconds) = now.map_or((0, 0), |now| (now.tv_sec(), now.tv_nsec()));
     entry.tid = nix::unistd::gettid().as_raw();
     entry.length = 0;
-    let mut text = Text(entry);
+    let mut text = Text::new(&mut entry.text);
     let _ = write!(text, "{refusal}");
     if let Some(name) = name {
-        let _ = write!(text, " name={name:?}");
+        let (kept, cut) = match name.split_at_checked(name.floor_char_boundary(NAME)) {
+            Some((kept, "")) => (kept, ""),
+            Some((kept, _)) => (kept, CUT),
+            None => (name, ""),
+        };
+        let _ = write!(text, " name={kept:?}{cut}");
     }
     let _ = write!(text, "\n{}", refusal.report());
+    entry.length = text.length as u32;
     entry.refusal = Some(*refusal);
     crate::debug::publish_failures(&Directory {
         entries: ring.entries.as_ptr().addr(),
@@ -117,20 +130,167 @@ pub fn last_failure() -> Option<SpawnError> {
     Some(Reserve::new().refuse(refusal))
 }
 
-/// Writes into an entry, and cuts what does not fit.
-struct Text<'a>(&'a mut Failure);
+/// Writes into an entry, and cuts what does not fit between two characters.
+struct Text<'a> {
+    bytes: &'a mut [u8],
+    length: usize,
+    cut: bool,
+}
+
+impl Text<'_> {
+    fn new(bytes: &mut [u8]) -> Text<'_> {
+        Text {
+            bytes,
+            length: 0,
+            cut: false,
+        }
+    }
+
+    fn push(&mut self, text: &str) {
+        let end = self.length + text.len();
+        if let Some(to) = self.bytes.get_mut(self.length..end) {
+            to.copy_from_slice(text.as_bytes());
+            self.length = end;
+        }
+    }
+}
 
 impl Write for Text<'_> {
     fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        let start = self.0.length as usize;
-        let Some(free) = self.0.text.get_mut(start..) else {
+        if self.cut {
             return Ok(());
-        };
-        let length = text.floor_char_boundary(free.len());
-        if let (Some(to), Some(from)) = (free.get_mut(..length), text.as_bytes().get(..length)) {
-            to.copy_from_slice(from);
-            self.0.length += length as u32;
+        }
+        // The mark always fits.
+        let free = (self.bytes.len() - CUT.len()).saturating_sub(self.length);
+        let kept = text.floor_char_boundary(free);
+        self.push(text.get(..kept).unwrap_or_default());
+        if kept < text.len() {
+            self.push(CUT);
+            self.cut = true;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnose::{CauseKind, CgroupPlace};
+    use crate::{Cause, InlinePath, Step};
+
+    fn written(size: usize, parts: &[&str]) -> String {
+        let mut bytes = vec![0; size];
+        let mut text = Text::new(&mut bytes);
+        for part in parts {
+            text.write_str(part).expect("never fails");
+        }
+        let length = text.length;
+        String::from_utf8(bytes[..length].to_vec()).expect("whole characters")
+    }
+
+    #[test]
+    fn what_does_not_fit_is_cut_between_characters_and_marked() {
+        assert_eq!(written(10, &["four", "ly"]), "fourly");
+        assert_eq!(written(10, &["seven b", ""]), "seven b");
+        // The mark's place is kept free.
+        assert_eq!(written(10, &["eight by"]), "eight b...");
+        assert_eq!(written(10, &["eight b", "y", "more"]), "eight b...");
+        // Three bytes each.
+        assert_eq!(written(10, &["€€€"]), "€€...");
+        assert_eq!(written(11, &["€€€"]), "€€...");
+        assert_eq!(written(12, &["€€€"]), "€€€");
+        assert_eq!(written(3, &["a"]), "...");
+    }
+
+    fn longest() -> Refusal {
+        let mut refusal = Refusal {
+            step: Step::PrepareStack,
+            errno: nix::errno::Errno::EAGAIN,
+            stack_size: usize::MAX,
+            bytes: usize::MAX,
+            stack: crate::StackOutcome {
+                origin: crate::StackOrigin::Cache,
+                fate: crate::StackFate::Cached,
+            },
+            attempts: u32::MAX,
+            reclaimed: usize::MAX,
+            calibration: true,
+            verdict: crate::diagnose::Verdict::NONE,
+        };
+        refusal.verdict.alternatives = CauseKind::ALL.into_iter().collect();
+        refusal.verdict.transient = true;
+        refusal.verdict.spent = std::time::Duration::from_micros(123_456);
+        refusal
+    }
+
+    /// The longest of each kind of thing that is kept: no report of a cause is cut.
+    #[test]
+    fn the_longest_report_fits() {
+        // Quoted, so that the command with it is the longest; cut where a path is.
+        for path in [
+            format!("/sys/fs/cgroup/{}", " ".repeat(InlinePath::CAPACITY - 15)),
+            format!("/sys/fs/cgroup/{}", "x".repeat(4096)),
+        ] {
+            let directory = InlinePath::new(path.as_bytes());
+            let mut lengths = Vec::new();
+            for (cause, alternatives) in [
+                (
+                    Cause::PidsCgroup {
+                        directory,
+                        place: CgroupPlace::Ancestor,
+                        version: 2,
+                        current: Some(u64::MAX - 1),
+                        maximum: Some(u64::MAX - 1),
+                        refusals: Some(u64::MAX - 1),
+                    },
+                    vec![
+                        CauseKind::UserProcesses,
+                        CauseKind::ThreadsMax,
+                        CauseKind::SiblingExec,
+                        CauseKind::PidNumbers,
+                    ],
+                ),
+                (
+                    Cause::KernelMemory {
+                        directory,
+                        version: 1,
+                        usage: Some(u64::MAX - 1),
+                        limit: Some(u64::MAX - 1),
+                        failures: Some(u64::MAX - 1),
+                        unread: None,
+                    },
+                    vec![
+                        CauseKind::DyingPidNamespace,
+                        CauseKind::AddressSpace,
+                        CauseKind::MapCount,
+                        CauseKind::Overcommit,
+                    ],
+                ),
+            ] {
+                let mut refusal = longest();
+                refusal.verdict.cause = cause;
+                refusal.verdict.alternatives = alternatives.into_iter().collect();
+                let line = format!("{refusal} name={:?}{CUT}", "\u{7f}".repeat(NAME));
+                lengths.push(format!("{line}\n{}", refusal.report()).len());
+            }
+            println!("{lengths:?}");
+            assert!(lengths.iter().all(|length| *length <= TEXT - CUT.len()));
+        }
+    }
+
+    /// A thread's name can be as long as it likes.
+    #[test]
+    fn a_long_name_does_not_push_the_report_out() {
+        let name = format!("{}€{}", "n".repeat(NAME - 1), "n".repeat(100_000));
+        record(&longest(), Some(&name));
+        let ring = FAILURES.lock();
+        let newest = ring.entries.iter().max_by_key(|entry| entry.number);
+        let entry = newest.expect("the one recorded");
+        let text = std::str::from_utf8(&entry.text[..entry.length as usize]).expect("characters");
+        assert!(
+            text.contains(&format!(" name={:?}...\n", "n".repeat(NAME - 1))),
+            "{text}"
+        );
+        assert!(text.ends_with("(found out in 123.5ms)"), "{text}");
     }
 }

@@ -186,12 +186,25 @@ fn attempt(
 
     // 6. and 7. TLS and clone. The analysis of a refused clone repeats it: what the kernel says
     // between two refusals is what refuses.
-    let (step, errno, call) = match enter(request, runtime, &idle, &message) {
+    let mut reclaimed = 0;
+    let before = StackCache::reclaimed();
+    let mut entered = enter(request, runtime, &idle, &message);
+    // Cached stacks have resident pages, which a memory cgroup counts together with the kernel's memory for a
+    // task. Not for TLS: to ask for it again is to allocate after a refusal (rule 4).
+    if let Err((Step::Clone, Errno::ENOMEM, _)) = entered
+        && request.retry.repeats()
+        && give_back(runtime, before, &mut reclaimed)
+    {
+        *attempts += 1;
+        entered = enter(request, runtime, &idle, &message);
+    }
+    let (step, errno, call) = match entered {
         Ok(tid) => return Ok(running(name, idle, tid)),
         Err(refused) => refused,
     };
     if step != Step::Clone {
-        let refused = Refused::explained(step, errno, 0, Detail::default());
+        let mut refused = Refused::explained(step, errno, 0, Detail::default());
+        refused.reclaimed = reclaimed;
         return Err(give_up(idle, refused));
     }
     let mut tid = None;
@@ -218,7 +231,7 @@ fn attempt(
                 errno,
                 bytes: 0,
                 stack: StackOutcome::NONE,
-                reclaimed: 0,
+                reclaimed,
                 calibration: false,
                 verdict,
             };
@@ -300,16 +313,14 @@ fn obtain(
         Ok(idle) => return Ok(idle),
         // EAGAIN: RLIMIT_MEMLOCK after mlockall(MCL_FUTURE), towards which cached stacks count as well.
         Err(shortage) if matches!(shortage.errno, Errno::ENOMEM | Errno::EAGAIN) => {
-            reclaimed = StackCache::reclaim_all(runtime);
-            // Another thread, refused at the same time, may have done so instead.
-            if StackCache::reclaimed() == before {
-                shortage
-            } else {
+            if give_back(runtime, before, &mut reclaimed) {
                 *attempts += 1;
                 match attempt() {
                     Ok(idle) => return Ok(idle),
                     Err(shortage) => shortage,
                 }
+            } else {
+                shortage
             }
         }
         Err(shortage) => shortage,
@@ -327,6 +338,13 @@ fn obtain(
         };
     }
     Err(refused)
+}
+
+/// Unmaps what the caches hold, and counts it. Whether anything was since `before`: another thread, refused at the same
+/// time, may have done so instead.
+fn give_back(runtime: &'static Runtime, before: usize, count: &mut usize) -> bool {
+    *count = StackCache::reclaim_all(runtime);
+    StackCache::reclaimed() != before
 }
 
 /// Step 5, if need be after giving back what the caches hold: a stack stays locked in the cache. The error

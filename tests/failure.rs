@@ -406,6 +406,60 @@ fn every_step_is_refused_and_leaves_nothing() {
 /// Which of [`CASES`] the supervisor plays.
 static CURRENT: AtomicI32 = AtomicI32::new(0);
 
+/// A memory cgroup counts the pages of cached stacks together with what the kernel needs for a task: they are
+/// given back before the lack of memory is reported.
+#[test]
+fn cached_stacks_make_room_for_a_task() {
+    const CACHED: usize = 3;
+    let test = "cached_stacks_make_room_for_a_task";
+    if case().is_some() {
+        let active = &AtomicBool::new(false);
+        let result = supervised(
+            &CALLS_OF_A_SPAWN,
+            |call| match call.number {
+                // A stack goes: there is memory again.
+                libc::SYS_munmap if active.load(Ordering::Acquire) => {
+                    active.store(false, Ordering::Release);
+                    None
+                }
+                libc::SYS_clone3 if active.load(Ordering::Acquire) => Some(libc::ENOMEM),
+                _ => None,
+            },
+            || {
+                let cache = StackCache::new(StackCacheConfig::default());
+                let build = |size| Builder::new().stack_cache(&cache).stack_size(size);
+                let start = || build(64 << 10).spawn(|| ()).expect("a thread");
+                let handles: Vec<_> = (0..CACHED).map(|_| start()).collect();
+                for handle in handles {
+                    handle.join().expect("its end");
+                }
+                assert_eq!(cache.stats().cached_stacks, CACHED);
+                // Another size, so that the stack is a new one.
+                active.store(true, Ordering::Release);
+                let never = build(256 << 10).retry(nptl::RetryPolicy::never());
+                let error = never.spawn(|| ()).expect_err("tried once");
+                assert_eq!(
+                    (error.errno(), error.attempts()),
+                    (Errno::ENOMEM, 1),
+                    "{error}"
+                );
+                active.store(true, Ordering::Release);
+                let handle = build(256 << 10).spawn(|| 7).expect("room");
+                assert_eq!(handle.join().expect("its end"), 7);
+                let stats = cache.stats();
+                assert!(stats.cached_stacks <= 1, "{stats:?}");
+            },
+        );
+        or_skip!(result);
+        report("granted", "yes");
+        return;
+    }
+    let output = or_skip!(child(test, "full").run()).success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("granted"), Some("yes"), "{output}");
+    }
+}
+
 /// Where munmap is refused at the same time, the stack cannot go, and the error says where it is.
 #[test]
 fn a_stack_that_cannot_be_unmapped_is_kept() {

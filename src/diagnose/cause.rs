@@ -31,7 +31,11 @@ impl InlinePath {
 
     pub(crate) fn new(path: &[u8]) -> InlinePath {
         let mut inline = InlinePath::EMPTY;
-        let length = path.len().min(InlinePath::CAPACITY);
+        let mut length = path.len().min(InlinePath::CAPACITY);
+        // Cut between two characters: a byte that continues one does not begin the rest.
+        while length > 0 && path.get(length).is_some_and(|byte| byte & 0xC0 == 0x80) {
+            length -= 1;
+        }
         if let (Some(to), Some(from)) = (inline.bytes.get_mut(..length), path.get(..length)) {
             to.copy_from_slice(from);
         }

@@ -519,3 +519,19 @@ fn no_command_has_a_name_that_was_cut() {
         assert!(text.contains("of that cgroup"), "{text}");
     }
 }
+
+#[test]
+fn a_path_is_cut_between_characters_and_marked() {
+    let whole = "/".to_owned() + &"€".repeat(84);
+    assert_eq!(whole.len(), InlinePath::CAPACITY);
+    for (path, shown) in [
+        (whole.clone(), whole.clone()),
+        (format!("{whole}/"), format!("{whole}...")),
+        (format!("/{whole}"), format!("/{}...", &whole[..250])),
+        (format!("//{whole}"), format!("//{}...", &whole[..250])),
+    ] {
+        let inline = InlinePath::new(path.as_bytes());
+        assert_eq!(inline.to_string(), shown);
+        assert_eq!(inline.to_str().is_none(), shown.ends_with("..."));
+    }
+}
