@@ -1,7 +1,7 @@
 //! Provokes every cause of a refused thread for real, and shows what pthread_create, std::thread and nptl say.
 //!
 //! ```text
-//! cargo run --release --example reproduce -- [--list] [--only NAME]... [--json] [--rounds N] [--machine-wide]
+//! cargo run --release --example reproduce -- [--list] [--only NAME]... [--json] [--report] [--rounds N] [--machine-wide]
 //! ```
 //!
 //! Exit code 1: an answer was wrong. 2: a name or an option is unknown.
@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use serde::Serialize;
 
-use scenarios::{Outcome, Scenario, Verdict};
+use scenarios::{Outcome, Scenario, Times, Verdict};
 
 /// Provoke every cause of a refused thread for real, each in a process of its own, and ask pthread_create,
 /// std::thread and nptl what is wrong.
@@ -148,7 +148,7 @@ fn print(outcome: &Outcome, report: bool) {
 /// Refusals that say the same are one line, however often they came.
 fn print_nptl(outcome: &Outcome, report: bool) {
     if outcome.nptl_granted > 0 {
-        println!("  nptl            granted {} times", outcome.nptl_granted);
+        println!("  nptl            granted {}", Times(outcome.nptl_granted));
     }
     let mut rest: Vec<_> = outcome.answers.iter().collect();
     while let Some(&first) = rest.first() {
@@ -176,6 +176,10 @@ fn print_nptl(outcome: &Outcome, report: bool) {
             },
         );
         println!("                  {}", first.text);
+        if !first.alternatives.is_empty() {
+            let others = first.alternatives.join(", ");
+            println!("                  could also be: {others}");
+        }
         if report {
             for line in first.report.lines() {
                 println!("                  | {line}");

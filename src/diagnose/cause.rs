@@ -1100,8 +1100,8 @@ impl Cause {
                 ),
             },
             Cause::AddressSpace { .. } => f.write_str(
-                "Raise the limit (ulimit -v KIB, prlimit --pid PID --as=BYTES:BYTES, LimitAS=BYTES in the systemd unit, as in\n  \
-                 /etc/security/limits.conf), or use smaller stacks.",
+                "Raise the limit (ulimit -v KIB, prlimit --pid PID --as=BYTES:BYTES, LimitAS=BYTES in the systemd unit, the\n  \
+                 item as in /etc/security/limits.conf), or use smaller stacks.",
             ),
             Cause::DataSegment { .. } => f.write_str(
                 "Raise the limit (ulimit -d KIB, prlimit --pid PID --data=BYTES:BYTES, LimitDATA=BYTES in the systemd unit,\n  \

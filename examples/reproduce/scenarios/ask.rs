@@ -36,6 +36,18 @@ impl Tally {
     }
 }
 
+/// How often.
+pub struct Times(pub u64);
+
+impl fmt::Display for Times {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            1 => f.write_str("once"),
+            count => write!(f, "{count} times"),
+        }
+    }
+}
+
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let alone = self.granted + self.refusals() == 1;
@@ -44,14 +56,14 @@ impl fmt::Display for Tally {
             match (alone, self.granted) {
                 (_, 0) => f.write_str("not asked")?,
                 (true, _) => f.write_str("granted")?,
-                (false, count) => write!(f, "granted {count} times")?,
+                (false, count) => write!(f, "granted {}", Times(count))?,
             }
             separator = ", ";
         }
         for (text, count) in &self.refused {
             match alone {
                 true => write!(f, "{separator}{text}")?,
-                false => write!(f, "{separator}refused {count} times: {text}")?,
+                false => write!(f, "{separator}refused {}: {text}", Times(*count))?,
             }
             separator = ", ";
         }

@@ -883,9 +883,10 @@ fn dying_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
             "the moment between the end of a namespace and that of its processes was never met in {namespaces} tries"
         ));
     }
-    tell_note(format_args!(
-        "{namespaces} namespaces with {MEMBERS} members each had to end for it"
-    ));
+    tell_note(match namespaces {
+        1 => format!("a namespace with {MEMBERS} members had to end for it"),
+        _ => format!("{namespaces} namespaces with {MEMBERS} members each had to end for it"),
+    });
     tell_granted(0);
     Ok(())
 }

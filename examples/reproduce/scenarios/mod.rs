@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub use ask::{Answer, Tally};
+pub use ask::{Answer, Tally, Times};
 
 use crate::support::{Child, Output, is_root};
 use ask::{Asker, tell_failure, tell_skip};
