@@ -339,7 +339,7 @@ pub enum Cause {
     UnsharedPidNamespace {
         /// Inode of /proc/thread-self/ns/pid.
         own: Option<u64>,
-        /// Inode of /proc/thread-self/ns/pid_for_children; none while the new namespace is still empty.
+        /// Inode of /proc/thread-self/ns/pid_for_children; up to Linux 6.18 none while the new namespace is empty.
         for_children: Option<u64>,
     },
     /// pids.max of a cgroup.
