@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use serde::Serialize;
 
-use scenarios::{Outcome, Scenario, Times, Verdict};
+use scenarios::{Outcome, Scenario, Verdict};
 
 /// Provoke every cause of a refused thread for real, each in a process of its own, and ask pthread_create,
 /// std::thread and nptl what is wrong.
@@ -147,8 +147,10 @@ fn print(outcome: &Outcome, report: bool) {
 
 /// Refusals that say the same are one line, however often they came.
 fn print_nptl(outcome: &Outcome, report: bool) {
-    if outcome.nptl_granted > 0 {
-        println!("  nptl            granted {}", Times(outcome.nptl_granted));
+    match outcome.nptl_granted {
+        0 => {}
+        1 => println!("  nptl            granted once"),
+        count => println!("  nptl            granted {count} times"),
     }
     let mut rest: Vec<_> = outcome.answers.iter().collect();
     while let Some(&first) = rest.first() {

@@ -37,7 +37,7 @@ impl Tally {
 }
 
 /// How often.
-pub struct Times(pub u64);
+struct Times(u64);
 
 impl fmt::Display for Times {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

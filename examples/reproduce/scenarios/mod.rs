@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub use ask::{Answer, Tally, Times};
+pub use ask::{Answer, Tally};
 
 use crate::support::{Child, Output, is_root};
 use ask::{Asker, tell_failure, tell_skip};
