@@ -91,8 +91,6 @@ struct Stack {
     keep: usize,
     /// When its last thread was started, in steps.
     started: usize,
-    /// Its last thread did not discard anything.
-    died: bool,
 }
 
 /// Bytes of signal stack and TLS block; the same for all.
@@ -107,12 +105,8 @@ impl Overhead {
 
     fn resident(self, stack: &Stack) -> usize {
         let size = KINDS[stack.kind].0;
-        let kept = if stack.died {
-            size
-        } else {
-            stack.keep.min(size)
-        };
-        kept + self.0
+        // Of a thread that died as well: whoever buries it discards what it used.
+        stack.keep.min(size) + self.0
     }
 }
 
@@ -232,7 +226,6 @@ impl Model {
         let stack = found.and_then(|at| self.cached.remove(at));
         stack.map(|stack| Stack {
             keep: self.keep,
-            died: false,
             ..stack
         })
     }
@@ -387,7 +380,6 @@ impl Both {
             kind,
             keep: self.model.keep,
             started: self.step,
-            died: false,
         };
         self.threads.push(Thread {
             stack: Stack {
@@ -402,7 +394,7 @@ impl Both {
 
     fn exit(&mut self, which: usize, end: End) {
         let mut thread = self.threads.swap_remove(which);
-        let mut stack = thread.stack;
+        let stack = thread.stack;
         let handle = thread.handle.take().expect("nobody took it");
         let dies = matches!(end, End::Died | End::Orphaned);
         let keeps_handle = matches!(end, End::Joined | End::Dropped | End::Died);
@@ -417,7 +409,6 @@ impl Both {
         }
         match end {
             End::Orphaned => {
-                stack.died = true;
                 self.model.orphans.push(stack);
                 return;
             }
