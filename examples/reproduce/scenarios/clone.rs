@@ -499,7 +499,7 @@ fn unshared_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
         return Err(format!("unshare: {}", io::Error::last_os_error()));
     }
     // Some kernels (7.2) show the new namespace before its first process, others (up to 6.18) do not.
-    let empty = inode("/proc/self/ns/pid_for_children");
+    let empty = inode("/proc/thread-self/ns/pid_for_children");
     ask.ask();
     ask.tell(Right::Refused, |error| {
         let expected = Expected {
