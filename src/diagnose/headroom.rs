@@ -226,7 +226,10 @@ impl Maps {
             count: 0,
             largest_gap: 0,
         };
-        let mut free_from = limits::number_in(c"/proc/sys/vm/mmap_min_addr").unwrap_or(64 << 10);
+        /// What an LSM adds to the sysctl, which shows its own part only (`CONFIG_LSM_MMAP_MIN_ADDR`).
+        const LSM_MIN_ADDR: u64 = 64 << 10;
+        let min_addr = limits::number_in(c"/proc/sys/vm/mmap_min_addr").unwrap_or(0);
+        let mut free_from = min_addr.max(LSM_MIN_ADDR);
         for line in text.lines() {
             // Not a mapping of the process but a page of the kernel's.
             if line.ends_with("[vsyscall]") {
