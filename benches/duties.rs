@@ -15,16 +15,6 @@ use measure::summary::Figure;
 use measure::workload::{self, Row, Workload};
 use measure::{Body, Runner, Subject, floor, pthread, rust};
 
-const FLAGS: libc::c_int = libc::CLONE_VM
-    | libc::CLONE_FS
-    | libc::CLONE_FILES
-    | libc::CLONE_SYSVSEM
-    | libc::CLONE_SIGHAND
-    | libc::CLONE_THREAD
-    | libc::CLONE_SETTLS
-    | libc::CLONE_PARENT_SETTID
-    | libc::CLONE_CHILD_CLEARTID;
-
 const PAGE: usize = 4096;
 /// What stays resident of a stack: the cache's default.
 const KEEP: usize = 32 << 10;
@@ -275,7 +265,7 @@ impl Subject for Dutiful {
         let tid = unsafe {
             let page = slot.page();
             clone_child(
-                FLAGS,
+                floor::FLAGS,
                 page as *mut u8,
                 slot.tid(),
                 (page + PAGE / 2) as *mut u8,

@@ -1,16 +1,28 @@
 //! The stack ledger alone: random steps against a model made of plain vectors, and what a forked
 //! child finds.
 
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    reason = "the crate's own file, of which a part is used here"
+)]
 #[path = "../src/stack/class.rs"]
 mod class;
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    reason = "the crate's own file, of which a part is used here"
+)]
 #[path = "../src/stack/futex.rs"]
 mod futex;
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    reason = "the crate's own file, of which a part is used here"
+)]
 #[path = "../src/stack/ledger.rs"]
 mod ledger;
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    reason = "the crate's own file, of which a part is used here"
+)]
 #[path = "../src/stack/lock.rs"]
 mod lock;
 

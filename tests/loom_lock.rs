@@ -7,7 +7,10 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::thread;
 
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    reason = "the crate's own file, of which a part is used here"
+)]
 #[path = "../src/stack/lock.rs"]
 mod lock;
 

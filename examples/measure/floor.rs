@@ -19,7 +19,7 @@ pub const AVAILABLE: bool = cfg!(target_arch = "x86_64");
 
 /// NPTL's own flags. Valgrind and qemu-user accept no other combination, and the kernel's work
 /// depends on them.
-const FLAGS: libc::c_int = libc::CLONE_VM
+pub const FLAGS: libc::c_int = libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
     | libc::CLONE_SYSVSEM

@@ -461,7 +461,7 @@ pub enum Cause {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 #[non_exhaustive]
-#[allow(missing_docs)] // each is documented at `Cause`
+#[allow(missing_docs, reason = "each is documented at `Cause`")]
 pub enum CauseKind {
     InvalidAttribute,
     UnsupportedRuntime,
