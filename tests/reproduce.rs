@@ -121,9 +121,10 @@ fn collect(policy: RetryPolicy, judge: impl Fn(&SpawnError) -> Result<(), String
 
 /// The thread that is asked for is the first that meets the limit: nptl has prepared itself before.
 fn prepare() {
+    let threads = scenarios::ask::threads();
     let thread = nptl::spawn(|| ()).expect("a thread without limits");
     thread.join().expect("its end");
-    std::thread::sleep(Duration::from_millis(30));
+    scenarios::ask::await_reaping(threads);
 }
 
 fn named(error: &SpawnError, kinds: &[CauseKind]) -> Result<(), String> {

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nptl::{Builder, Cause, CauseKind, Certainty, RetryPolicy, SpawnError, StackCache, Step};
@@ -230,6 +230,26 @@ pub fn ask_nptl(builder: Builder) -> Result<(), SpawnError> {
     Ok(())
 }
 
+/// How many threads of this process the kernel counts, those it has still to take back among them. `None` where
+/// no /proc tells.
+pub fn threads() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let mut lines = status.lines();
+    lines.find_map(|line| line.strip_prefix("Threads:")?.trim().parse().ok())
+}
+
+/// Waits until no more than `most` are left: a joined thread counts until the kernel has taken it back, on a busy
+/// machine for a long time.
+pub fn await_reaping(most: Option<u64>) {
+    if most.is_none() {
+        return std::thread::sleep(Duration::from_millis(30));
+    }
+    let start = Instant::now();
+    while threads() > most && start.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Asks, and keeps the answers until there is memory to tell them.
 pub struct Asker<'a> {
     /// How often nptl is asked; the others are asked once.
@@ -241,6 +261,8 @@ pub struct Asker<'a> {
     pthread: Vec<i32>,
     std: Vec<i32>,
     nptl: Vec<Result<(), SpawnError>>,
+    /// Which of nptl's refusals came while the obstacle stood for longer than the policy waits.
+    outlasted: Vec<usize>,
 }
 
 /// The most requests of one kind in one scenario.
@@ -256,6 +278,7 @@ impl<'a> Asker<'a> {
             pthread: Vec::with_capacity(MOST),
             std: Vec::with_capacity(MOST),
             nptl: Vec::with_capacity(MOST),
+            outlasted: Vec::with_capacity(MOST),
         }
     }
 
@@ -276,12 +299,13 @@ impl<'a> Asker<'a> {
     /// thread that the kernel may still be reaping.
     pub fn calibrate(&self) -> Result<(), String> {
         let small = 64 << 10;
+        let threads = threads();
         if ask_pthread(small) != 0 || ask_std(small) != 0 {
             return Err("no thread can be created here even without the limit".to_owned());
         }
         ask_nptl(Builder::new().stack_size(small)).map_err(|error| error.to_string())?;
         StackCache::global().clear();
-        std::thread::sleep(Duration::from_millis(30));
+        await_reaping(threads);
         Ok(())
     }
 
@@ -318,11 +342,18 @@ impl<'a> Asker<'a> {
         granted
     }
 
+    /// The last refusal came while what passes by itself was still there: the policy's time was too short for this
+    /// machine, and waiting for that long would not have helped.
+    pub fn outlasted(&mut self) {
+        self.outlasted.extend(self.nptl.len().checked_sub(1));
+    }
+
     /// Drops the answers so far.
     pub fn forget(&mut self) {
         self.pthread.clear();
         self.std.clear();
         self.nptl.clear();
+        self.outlasted.clear();
     }
 
     pub fn nptl_refusals(&self) -> usize {
@@ -344,10 +375,10 @@ impl<'a> Asker<'a> {
         tell(PTHREAD, &self.pthread, errno_name);
         tell(STD, &self.std, io_text);
         let mut granted = 0;
-        for result in &self.nptl {
+        for (index, result) in self.nptl.iter().enumerate() {
             match result {
                 Ok(()) => granted += 1,
-                Err(error) if right == Right::Granted => {
+                Err(error) if right == Right::Granted && !self.outlasted.contains(&index) => {
                     let judgement = judge(error).and_then(|()| {
                         Err(format!(
                             "refused, although waiting for some milliseconds would have helped: {error}"
@@ -359,6 +390,9 @@ impl<'a> Asker<'a> {
             }
         }
         tell_granted(granted);
+        if right == Right::Granted && granted == 0 {
+            tell_failure("nptl was granted no thread, although waiting helps");
+        }
         if right == Right::Refused && granted > 0 {
             tell_failure("nptl was granted a thread although the limit stands");
         }

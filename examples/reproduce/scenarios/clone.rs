@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -19,8 +19,8 @@ use nptl::{
 };
 
 use super::ask::{
-    Asker, Expected, Right, ask_nptl, ask_pthread, ask_std, other_cause, reports, same,
-    tell_answer, tell_failure, tell_granted, tell_note, tell_pthread, tell_std,
+    Asker, Expected, Right, ask_nptl, ask_pthread, ask_std, await_reaping, other_cause, reports,
+    same, tell_answer, tell_failure, tell_granted, tell_note, tell_pthread, tell_std, threads,
 };
 use super::{Need, Scenario, number_in, plain, privileged};
 use crate::support::{
@@ -200,11 +200,9 @@ fn leave_room_for_one() -> Result<u64, String> {
 
 fn leaves_room(limit: u64) -> bool {
     set_rlimit(libc::RLIMIT_NPROC, limit);
+    let threads = threads();
     let granted = ask_pthread(64 << 10) == 0;
-    if granted {
-        // The kernel counts it until it is reaped.
-        std::thread::sleep(Duration::from_millis(30));
-    }
+    await_reaping(threads);
     granted
 }
 
@@ -668,6 +666,8 @@ fn pids_cgroup_hidden(ask: &mut Asker<'_>) -> Result<(), String> {
 /// kernel take its counts back. To leave it needs the lock that every change of the mappings holds, and a thread
 /// of this value changes a large one on demand, whose pages are all the kernel's one page of zeroes.
 struct SlowReaping {
+    /// Of this process, this value's among them, when none is about to be taken back.
+    threads: Option<u64>,
     demand: Sender<()>,
     answer: Receiver<()>,
 }
@@ -723,7 +723,11 @@ impl SlowReaping {
         };
         let thread = std::thread::Builder::new().spawn(work);
         thread.map_err(|error| error.to_string())?;
-        Ok(SlowReaping { demand, answer })
+        Ok(SlowReaping {
+            threads: threads(),
+            demand,
+            answer,
+        })
     }
 
     /// Runs `work` while threads are taken back slowly.
@@ -735,8 +739,13 @@ impl SlowReaping {
         work();
         self.answer.recv().map_err(|_| gone)?;
         // So that the next one does not meet a thread of this one's.
-        std::thread::sleep(Duration::from_millis(2));
+        await_reaping(self.threads);
         Ok(())
+    }
+
+    /// Whether an ended thread still counts.
+    fn lasts(&self) -> bool {
+        threads() > self.threads
     }
 }
 
@@ -764,9 +773,11 @@ fn join_often(
             break;
         }
     }
-    std::thread::sleep(Duration::from_millis(30));
     Ok(())
 }
+
+/// For how long the default policy repeats what can be transient.
+const DEFAULT_PATIENCE: Duration = Duration::from_millis(20);
 
 fn join_and_spawn(ask: &mut Asker<'_>, right: Right) -> Result<(), String> {
     let slow = SlowReaping::new()?;
@@ -781,7 +792,11 @@ fn join_and_spawn(ask: &mut Asker<'_>, right: Right) -> Result<(), String> {
         ask.ask_std();
     })?;
     join_often(ask, &slow, |ask| {
-        ask.ask_nptl();
+        let start = Instant::now();
+        // A busy machine may keep the ended thread from its end for longer than the default policy waits.
+        if !ask.ask_nptl() && slow.lasts() && start.elapsed() >= DEFAULT_PATIENCE {
+            ask.outlasted();
+        }
     })?;
     if !leaves_room(limit) || leaves_room(limit - 1) {
         return Err("other tasks of this user came or went meanwhile".to_owned());

@@ -4,7 +4,7 @@
 //! Shared by the example `reproduce` and the test of that name: both start themselves again for each process
 //! of a scenario, each in its own way ([`Start`]).
 
-mod ask;
+pub mod ask;
 mod clone;
 pub mod guardian;
 mod machine;
