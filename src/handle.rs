@@ -117,7 +117,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if !self.stack.change_life(Life::Attached, Life::Detached) {
+        if self.stack.leave_handle() {
             self.cache.give(self.stack);
         }
     }

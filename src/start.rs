@@ -184,7 +184,7 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     if !stack.change_life(Life::Attached, Life::Ending) {
         // `Detached` says that this thread will give its stack back. It has: left standing, the word
         // would make an orphan of the stack in its next life (`StackCache::sweep`).
-        stack.change_life(Life::Detached, Life::Ending);
+        stack.change_life(Life::Detached, Life::Given);
         cache.give(stack);
     }
     drop(cache);
@@ -213,7 +213,7 @@ unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
     // gives. From `unlist` on nothing but inline assembly runs (rule 11).
     unsafe {
         runtime.mark_exiting();
-        stack.discard();
+        stack.discard_at_end();
         stack.mark_ended();
         runtime.unlist(stack.block.thread_pointer(), stack.block.listed());
     }

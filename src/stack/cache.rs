@@ -717,6 +717,7 @@ fn forget_parent(prepared: bool) {
         unsafe { runtime.repair_lists(own_threads()) };
     }
     Runtime::after_fork();
+    super::forget_discards();
     for instance in instances() {
         let in_use = |stack: &Stack, state: State| {
             if is_own(stack) {

@@ -38,8 +38,10 @@ use std::sync::atomic::{
 /// ```text
 ///  handle dropped:  Attached ─► Detached    the thread gives it back on its way out: ─► Ending
 ///  thread at its end: Attached ─► Ending    the handle does, after the join or when it is dropped
+///  the handle, then: Ending ─► Given
+///  or the thread's last frame: Ending ─► Deferred    what it used is left to the handle to discard
 /// ```
-/// Exactly one side sees the other's mark, so a stack is given back once.
+/// Exactly one side sees the other's mark, so a stack is given back, and discarded, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Life {
@@ -49,6 +51,27 @@ pub(crate) enum Life {
     Detached = 1,
     /// The thread has passed the point where it would have given its stack back.
     Ending = 2,
+    /// Nobody will look at the stack any more before the cache does.
+    Given = 3,
+    /// As `Ending`, and what the thread used of its stack is still there.
+    Deferred = 4,
+}
+
+/// Bit 0: an ending thread discards what it used of its stack just now. The rest: twice the number of threads that
+/// have left that to their handles.
+///
+/// While two tasks of a process are inside madvise(2), the kernel cannot know whose stale addresses a CPU has seen
+/// (`mm_tlb_flush_nested`): each then flushes them on every CPU that runs the process, which costs an interrupt
+/// there and 8 µs, although neither had a page to discard. One that is preempted inside does this to all others
+/// until it runs again, so that a burst of ending threads paid it for each. Hence one at a time, never waiting:
+/// whoever comes second leaves the discarding to its handle, and so does everyone until the handles are done.
+static DISCARDS: AtomicU32 = AtomicU32::new(0);
+const DISCARDING: u32 = 1;
+const DEFERRED: u32 = 2;
+
+/// In a forked child: whoever was inside is not here.
+fn forget_discards() {
+    DISCARDS.fetch_and(!DISCARDING, Ordering::Relaxed);
 }
 
 /// The record of one stack.
@@ -566,6 +589,46 @@ impl Stack {
             // SAFETY: below the remainder there is nothing but the dead frames of this thread.
             let _ = unsafe { sys::madvise(self.bottom(), size - keep, libc::MADV_DONTNEED) };
         }
+    }
+
+    /// The same, at the end of the stack's own thread, if no other is at it now; else the handle will do it, if
+    /// there is one that has not given the stack back.
+    ///
+    /// # Safety
+    /// As for [`Stack::discard`].
+    #[inline(always)]
+    pub(crate) unsafe fn discard_at_end(&self) {
+        let alone = DISCARDS
+            .compare_exchange(0, DISCARDING, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok();
+        // From here on the handle may discard: it leaves alone what `discard` leaves alone, the frames of this
+        // thread's last steps.
+        if !alone && self.change_life(Life::Ending, Life::Deferred) {
+            DISCARDS.fetch_add(DEFERRED, Ordering::Relaxed);
+            return;
+        }
+        // SAFETY: passed on.
+        unsafe { self.discard() };
+        if alone {
+            DISCARDS.fetch_sub(DISCARDING, Ordering::Release);
+        }
+    }
+
+    /// The handle is dropped. Whether the stack is now its to give back: the thread has passed its end, and has
+    /// discarded what it used or is about to.
+    pub(crate) fn leave_handle(&self) -> bool {
+        let attached = self.life.load(Ordering::Relaxed) == Life::Attached as u8;
+        if attached && self.change_life(Life::Attached, Life::Detached) {
+            return false;
+        }
+        if !self.change_life(Life::Ending, Life::Given)
+            && self.change_life(Life::Deferred, Life::Given)
+        {
+            // SAFETY: the thread has left this to us, and uses no more than its last frames if it is not gone.
+            unsafe { self.discard() };
+            DISCARDS.fetch_sub(DEFERRED, Ordering::Relaxed);
+        }
+        true
     }
 
     /// The thread ended normally: its heap cache goes on to the next one here (rule 9).
