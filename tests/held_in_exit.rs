@@ -4,91 +4,11 @@
 
 mod support;
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
-use support::{Call, Listener, burst, case, child, is_mapped, listen, or_skip, report};
-
-/// Holds the exits of chosen threads, and lets all others pass.
-struct Warden {
-    listener: Listener,
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    /// Threads whose exit is to be held.
-    wanted: Vec<i32>,
-    held: Vec<Call>,
-}
-
-impl Warden {
-    /// Only threads that the calling one starts from now on are behind its filter.
-    fn new() -> Result<Arc<Warden>, String> {
-        // The thread that answers must be outside, so it has to be there first.
-        let (send, receive) = std::sync::mpsc::channel::<Arc<Warden>>();
-        std::thread::spawn(move || {
-            let Ok(warden) = receive.recv() else { return };
-            while let Some(call) = warden.listener.next() {
-                let mut state = warden.state.lock().unwrap();
-                if state.wanted.contains(&call.tid) {
-                    state.held.push(call);
-                    warden.changed.notify_all();
-                } else {
-                    warden.listener.proceed(&call);
-                }
-            }
-        });
-        let warden = Arc::new(Warden {
-            listener: listen(&[libc::SYS_exit])?,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-        });
-        send.send(Arc::clone(&warden)).map_err(|e| e.to_string())?;
-        Ok(warden)
-    }
-
-    fn hold(&self, tid: i32) {
-        self.state.lock().unwrap().wanted.push(tid);
-    }
-
-    /// Returns when the thread stands in exit(2).
-    fn wait_until_held(&self, tid: i32) {
-        let held = |state: &State| state.held.iter().any(|call| call.tid == tid);
-        let state = self.state.lock().unwrap();
-        drop(
-            self.changed
-                .wait_while(state, |state| !held(state))
-                .unwrap(),
-        );
-    }
-
-    fn release(&self, tid: i32) {
-        let mut state = self.state.lock().unwrap();
-        state.wanted.retain(|&wanted| wanted != tid);
-        state.held.retain(|call| {
-            if call.tid == tid {
-                self.listener.proceed(call);
-            }
-            call.tid != tid
-        });
-    }
-}
-
-/// Waits until the kernel has let go of a thread: a pidfd tells the end of what comes after that.
-fn wait_for_end(pidfd: &OwnedFd) {
-    let mut entry = libc::pollfd {
-        fd: pidfd.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one valid entry.
-    let answer = unsafe { libc::poll(&raw mut entry, 1, 60_000) };
-    assert_eq!(answer, 1, "the thread never ends");
-}
+use support::{Warden, burst, case, child, is_mapped, or_skip, report, wait_for_end};
 
 /// A thread that is held in its exit, with what the tests need of it.
 struct Held {
@@ -138,7 +58,7 @@ fn alone(test: &str, work: impl FnOnce(&Warden)) {
         if !support::kernel_at_least(6, 9) {
             support::skip!("pidfds of threads need kernel 6.9");
         }
-        let warden = or_skip!(Warden::new());
+        let warden = or_skip!(Warden::new(&[libc::SYS_exit]));
         work(&warden);
         report("done", "yes");
         return;

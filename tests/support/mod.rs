@@ -36,6 +36,7 @@ mod notify;
 mod seccomp;
 mod snapshot;
 mod threads;
+mod warden;
 
 pub use cgroup::{Cgroup, CgroupDir, inherited_cgroup};
 pub use child::{Child, Output, Running, alone, case, child, kernel_at_least, program, report};
@@ -47,6 +48,7 @@ pub use seccomp::{
 };
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
 pub use threads::{burst, is_mapped, listed_threads, private, resident_pages, tid};
+pub use warden::{Warden, wait_for_end};
 
 /// Prints `skipped: why` and returns from the test.
 ///
