@@ -53,25 +53,33 @@ impl Duties {
     const MASKS_OF_CHILD: u32 = 8;
     const DISCARD: u32 = 16;
     const MASKS_OF_CREATOR: u32 = 32;
+    const DISCARD_AT_JOIN: u32 = 64;
     const ALL: u32 = 63;
+    /// Ending threads that discard at once pay for each other (see `DISCARDS` in src/stack/mod.rs).
+    const ALL_BUT_AT_JOIN: u32 = Self::ALL & !Self::DISCARD | Self::DISCARD_AT_JOIN;
 
     fn has(self, bit: u32) -> bool {
         self.0 & bit != 0
     }
 }
 
-const SUBJECTS: [(&str, Duties); 8] = [
+const SUBJECTS: [(&str, Duties); 10] = [
     ("floor", Duties(0)),
     ("+ set_robust_list", Duties(Duties::ROBUST_LIST)),
     ("+ rseq", Duties(Duties::RSEQ)),
     ("+ sigaltstack", Duties(Duties::SIGNAL_STACK)),
     ("+ child's 2 rt_sigprocmask", Duties(Duties::MASKS_OF_CHILD)),
     ("+ madvise(DONTNEED)", Duties(Duties::DISCARD)),
+    ("+ the same by the joiner", Duties(Duties::DISCARD_AT_JOIN)),
     (
         "+ creator's 2 rt_sigprocmask",
         Duties(Duties::MASKS_OF_CREATOR),
     ),
-    ("+ all of them", Duties(Duties::ALL)),
+    ("+ all, madvise at the end", Duties(Duties::ALL)),
+    (
+        "+ all, madvise by the joiner",
+        Duties(Duties::ALL_BUT_AT_JOIN),
+    ),
 ];
 
 /// A mapping as nptl's, guard and stack, with a last page for what libc keeps in the block.
@@ -126,11 +134,17 @@ impl Slot {
         self.page() as *mut u32
     }
 
+    /// What a thread may have used and does not keep: address and length.
+    fn discarded(&self) -> (usize, usize) {
+        let bottom = self.base + PAGE;
+        (bottom, self.page() - KEEP - bottom)
+    }
+
     /// Fills in the plan of the next child.
     fn prepare(&mut self, duties: Duties, gate: *const Gate) {
         let page = self.page();
         let (robust, rseq, signal_stack, set) = (page + 64, page + 128, page + 256, page + 320);
-        let (bottom, top) = (self.base + PAGE, page);
+        let bottom = self.base + PAGE;
         // SAFETY: places in the slot's own page, which no child uses now.
         unsafe {
             (robust as *mut [usize; 3]).write([robust, 0_usize.wrapping_sub(32), 0]);
@@ -162,14 +176,8 @@ impl Slot {
             ),
             call(Duties::MASKS_OF_CHILD, libc::SYS_rt_sigprocmask, mask),
         ];
-        let discard = [
-            bottom,
-            top - KEEP - bottom,
-            libc::MADV_DONTNEED as usize,
-            0,
-            0,
-            0,
-        ];
+        let (start, length) = self.discarded();
+        let discard = [start, length, libc::MADV_DONTNEED as usize, 0, 0, 0];
         let after = [
             call(Duties::MASKS_OF_CHILD, libc::SYS_rt_sigprocmask, mask),
             call(Duties::DISCARD, libc::SYS_madvise, discard),
@@ -283,6 +291,11 @@ impl Subject for Dutiful {
 
     fn join(&self, slot: Slot) {
         slot.wait_for_exit();
+        if self.duties.has(Duties::DISCARD_AT_JOIN) {
+            let (start, length) = slot.discarded();
+            // SAFETY: the stack of a child that is gone.
+            unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_DONTNEED) };
+        }
         self.ready.lock().expect("no panic before").push(slot);
     }
 }

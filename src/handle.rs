@@ -255,7 +255,9 @@ impl<T> JoinHandle<T> {
     /// its panic. A thread that died without returning (a bare exit(2), a seccomp filter, or it
     /// stayed behind in the parent of a fork) gives an `Err` with a `&str`.
     ///
-    /// Waits with FUTEX_WAIT until the kernel has cleared the thread's tid word.
+    /// Waits with FUTEX_WAIT until the kernel has cleared the thread's tid word. Its stack then goes back to the
+    /// cache: madvise with `MADV_DONTNEED` if the thread has left that to its handle (see
+    /// [`keep_resident`](crate::StackCacheConfig::keep_resident)), munmap for what the budget does not hold.
     pub fn join(self) -> Outcome<T> {
         self.0.join()
     }

@@ -11,7 +11,7 @@
 //!                                  glibc's count of threads; the last one exits the process
 //!  application signals blocked     what was registered or set meanwhile is cleared
 //!                                  nobody can send to the tid any more
-//!                                  MADV_DONTNEED below the warm remainder
+//!                                  MADV_DONTNEED below the warm remainder, or the handle's turn to do it
 //!                                  off glibc's list: from here on inline assembly only
 //!                                  exit
 //! ```

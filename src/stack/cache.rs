@@ -80,6 +80,10 @@ impl StackCacheConfig {
     /// pages; what it used below is given back with `MADV_DONTNEED`. The next thread on the stack
     /// finds whatever the last one left in them, unless the cache is [`zeroed`](Self::zeroed). At
     /// least one page stays: the thread's last frames are in it.
+    ///
+    /// The thread does that as it ends; but if another is doing it at the same moment, and there is a handle,
+    /// the one who joins or drops the handle does. (Two at once would pay for a flush of every CPU's TLB, 8 µs
+    /// each in a burst.)
     pub fn keep_resident(self, bytes: usize) -> Self {
         StackCacheConfig {
             keep_resident: bytes,
