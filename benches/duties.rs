@@ -1,18 +1,20 @@
 //! What the system calls cost that a thread of glibc has to make and the floor's child does not:
 //! `cargo bench --bench duties`. Each is added to the floor alone, then all of them, interleaved round
 //! by round, beside pthread_create and nptl. It says how near to the floor a thread can come that keeps
-//! the rules (facts/glibc-rules.md), whatever its user space costs.
+//! the rules (facts/glibc-rules.md), whatever its user space costs. Then the same without a cache, where
+//! each thread also has its mapping made and undone.
 
 #[path = "../examples/measure/mod.rs"]
 mod measure;
 
 use std::io;
+use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
 
 use measure::gate::Gate;
 use measure::summary::Figure;
-use measure::workload::{self, Row, Workload};
+use measure::workload::{self, COLD_TUNABLE, Row, Workload};
 use measure::{Body, Runner, Subject, floor, pthread, rust};
 
 const PAGE: usize = 4096;
@@ -38,6 +40,7 @@ const END: Call = Call {
 #[repr(C)]
 struct Plan {
     gate: *const Gate,
+    touch: usize,
     before: [Call; 6],
     after: [Call; 4],
 }
@@ -55,6 +58,12 @@ impl Duties {
     const MASKS_OF_CREATOR: u32 = 32;
     const DISCARD_AT_JOIN: u32 = 64;
     const ALL: u32 = 63;
+    /// The floor with a mapping of its own for each child, which is unmapped after it.
+    const MAPPING: u32 = 128;
+    const GUARD: u32 = 256;
+    /// The first touch of the stack's topmost page, below the one that the tid word is in.
+    const TOUCH: u32 = 512;
+    const FRESH: u32 = Self::MAPPING | Self::GUARD | Self::TOUCH;
     /// Ending threads that discard at once pay for each other (see `DISCARDS` in src/stack/mod.rs).
     const ALL_BUT_AT_JOIN: u32 = Self::ALL & !Self::DISCARD | Self::DISCARD_AT_JOIN;
 
@@ -82,6 +91,14 @@ const SUBJECTS: [(&str, Duties); 10] = [
     ),
 ];
 
+const COLD_SUBJECTS: [(&str, Duties); 5] = [
+    ("floor", Duties(0)),
+    ("+ mmap, munmap", Duties(Duties::MAPPING)),
+    ("+ guard", Duties(Duties::MAPPING | Duties::GUARD)),
+    ("+ first touch", Duties(Duties::FRESH)),
+    ("+ all of the above", Duties(Duties::FRESH | Duties::ALL)),
+];
+
 /// A mapping as nptl's, guard and stack, with a last page for what libc keeps in the block.
 struct Slot {
     base: usize,
@@ -93,7 +110,8 @@ struct Slot {
 unsafe impl Send for Slot {}
 
 impl Slot {
-    fn new(stack_bytes: usize) -> io::Result<Slot> {
+    fn new(stack_bytes: usize, duties: Duties) -> io::Result<Slot> {
+        let warm = !duties.has(Duties::MAPPING);
         let length = PAGE + stack_bytes + PAGE;
         // SAFETY: a new mapping, of which the guard is never touched.
         let base = unsafe {
@@ -108,16 +126,22 @@ impl Slot {
             if base == libc::MAP_FAILED {
                 return Err(io::Error::last_os_error());
             }
-            // As a warm stack is; where the kernel has no such guards, there is none.
-            libc::madvise(base, PAGE, MADV_GUARD_INSTALL);
+            // Where the kernel has no such guards, there is none.
+            if warm || duties.has(Duties::GUARD) {
+                libc::madvise(base, PAGE, MADV_GUARD_INSTALL);
+            }
             base as usize
         };
         let plan = Box::new(Plan {
             gate: std::ptr::null(),
+            touch: 0,
             before: [END; 6],
             after: [END; 4],
         });
         let slot = Slot { base, length, plan };
+        if !warm {
+            return Ok(slot);
+        }
         for page in (slot.page() - KEEP..=slot.page()).step_by(PAGE) {
             // SAFETY: inside the mapping, above the guard.
             unsafe { (page as *mut u8).write_volatile(0) };
@@ -189,6 +213,7 @@ impl Slot {
             }
         }
         self.plan.gate = gate;
+        self.plan.touch = duties.has(Duties::TOUCH).into();
         fill(&mut self.plan.before, &before);
         fill(&mut self.plan.after, &after);
     }
@@ -263,7 +288,7 @@ impl Subject for Dutiful {
         let slot = self.ready.lock().expect("no panic before").pop();
         let mut slot = match slot {
             Some(slot) => slot,
-            None => Slot::new(self.stack_bytes)?,
+            None => Slot::new(self.stack_bytes, self.duties)?,
         };
         slot.prepare(self.duties, gate);
         let masks = self.duties.has(Duties::MASKS_OF_CREATOR);
@@ -296,7 +321,9 @@ impl Subject for Dutiful {
             // SAFETY: the stack of a child that is gone.
             unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_DONTNEED) };
         }
-        self.ready.lock().expect("no panic before").push(slot);
+        if !self.duties.has(Duties::MAPPING) {
+            self.ready.lock().expect("no panic before").push(slot);
+        }
     }
 }
 
@@ -326,6 +353,10 @@ unsafe extern "C" fn clone_child(
         "2:",                    // the child, on its own stack, with nothing on it
         "xor ebp, ebp",
         "mov rbx, r9",           // rbx: the plan; r12: the next call
+        "cmp qword ptr [rbx + {touch}], 0",
+        "je 1f",
+        "mov qword ptr [rsp - 64], 0",
+        "1:",
         "lea r12, [rbx + {before}]",
         "call 7f",
         "mov r13, [rbx]",
@@ -368,6 +399,7 @@ unsafe extern "C" fn clone_child(
         futex = const libc::SYS_futex,
         wait = const libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
         exit = const libc::SYS_exit,
+        touch = const std::mem::offset_of!(Plan, touch),
         before = const std::mem::offset_of!(Plan, before),
         after = const std::mem::offset_of!(Plan, after),
         size = const size_of::<Call>(),
@@ -387,7 +419,9 @@ unsafe fn clone_child(
 
 fn measure_row(row: &Row) -> io::Result<()> {
     let mut subjects: Vec<Box<dyn Runner>> = Vec::new();
-    for (name, duties) in SUBJECTS {
+    let cold = row.workload == Workload::Cold;
+    let list: &[_] = if cold { &COLD_SUBJECTS } else { &SUBJECTS };
+    for &(name, duties) in list {
         subjects.push(Box::new(Dutiful {
             name,
             duties,
@@ -396,7 +430,10 @@ fn measure_row(row: &Row) -> io::Result<()> {
         }));
     }
     subjects.push(Box::new(pthread::Pthread::new(row.stack_bytes)?));
-    subjects.push(Box::new(rust::Nptl::new(row.stack_bytes)));
+    subjects.push(Box::new(match cold {
+        true => rust::Nptl::cold(row.stack_bytes),
+        false => rust::Nptl::new(row.stack_bytes),
+    }));
 
     let mut samples = vec![Vec::with_capacity(row.rounds); subjects.len()];
     for subject in &subjects {
@@ -439,10 +476,23 @@ fn main() -> io::Result<()> {
         println!("skipped: the child is written in assembly, and not for this architecture");
         return Ok(());
     }
+    let (name, value) = COLD_TUNABLE;
+    let cold = std::env::var_os(name).is_some_and(|set| set == value);
     for row in workload::rows() {
-        if matches!(row.workload, Workload::Hot | Workload::Burst) {
+        if match cold {
+            true => row.workload == Workload::Cold,
+            false => matches!(row.workload, Workload::Hot | Workload::Burst),
+        } {
             measure_row(&row)?;
         }
+    }
+    if cold {
+        return Ok(());
+    }
+    // glibc reads its tunables once, at start.
+    let status = Command::new("/proc/self/exe").env(name, value).status()?;
+    if !status.success() {
+        return Err(io::Error::other(format!("the cold row: {status}")));
     }
     Ok(())
 }
