@@ -249,9 +249,14 @@ pub(super) struct ModuleTable {
     length: usize,
     next: usize,
     slots: usize,
-    slot_size: usize,
-    generation: usize,
-    module: usize,
+}
+
+/// A slot of [`ModuleTable`]. glibc writes both words atomically.
+#[repr(C)]
+struct Slot {
+    generation: AtomicUsize,
+    /// 0: no module.
+    module: AtomicUsize,
 }
 
 impl ModuleTable {
@@ -264,16 +269,16 @@ impl ModuleTable {
             && dtv.offset == 0
             && word(c"_thread_db_dtv_t_pointer_val")? == 0
             && word(c"_thread_db_dtv_t_counter")? == 0;
+        let slots_are_known = slots.bits as usize == 8 * size_of::<Slot>()
+            && word(c"_thread_db_dtv_slotinfo_gen")? == std::mem::offset_of!(Slot, generation)
+            && word(c"_thread_db_dtv_slotinfo_map")? == std::mem::offset_of!(Slot, module);
         let table = ModuleTable {
             head: rtld_global + word(c"_thread_db_rtld_global__dl_tls_dtv_slotinfo_list")?,
             length: word(c"_thread_db_dtv_slotinfo_list_len")?,
             next: word(c"_thread_db_dtv_slotinfo_list_next")?,
             slots: slots.offset,
-            slot_size: slots.bits as usize / 8,
-            generation: word(c"_thread_db_dtv_slotinfo_gen")?,
-            module: word(c"_thread_db_dtv_slotinfo_map")?,
         };
-        dtv_is_known.then_some(table)
+        (dtv_is_known && slots_are_known).then_some(table)
     }
 
     /// A number that tells the last dlopen or dlclose of a module with TLS: the largest generation of
@@ -286,35 +291,28 @@ impl ModuleTable {
         if !self.is_all() {
             return None;
         }
-        let (first, step) = (self.first() + self.slots + self.generation, self.slot_size);
-        let generation = |index| {
-            // SAFETY: a word of a slot within the array, which is never freed; glibc writes it atomically.
-            let slot = unsafe { &*((first + index * step) as *const AtomicUsize) };
-            slot.load(Ordering::Relaxed)
-        };
-        // Two at a time, because each has to wait for the one before it. This is on the way of every spawn.
-        let capacity = self.capacity();
-        let (mut even, mut odd) = (0, 0);
-        for index in (0..capacity / 2 * 2).step_by(2) {
-            even = even.max(generation(index));
-            odd = odd.max(generation(index + 1));
+        // Four at a time, because each has to wait for the one before it. This is on the way of every spawn.
+        let generation = |slot: &Slot| slot.generation.load(Ordering::Relaxed);
+        let (fours, rest) = self.array().as_chunks::<4>();
+        let mut largest = [0; 4];
+        for four in fours {
+            for (largest, slot) in largest.iter_mut().zip(four) {
+                *largest = generation(slot).max(*largest);
+            }
         }
-        if !capacity.is_multiple_of(2) {
-            even = even.max(generation(capacity - 1));
-        }
-        Some(1 + even.max(odd))
+        let largest = largest.into_iter().chain(rest.iter().map(generation)).max();
+        largest.map(|largest| largest + 1)
     }
 
     /// Number of modules with TLS, whatever their link namespace. Slot 0 is not for modules.
     pub(super) fn modules(&self) -> usize {
-        (1..self.capacity())
-            .filter(|&index| self.word(index, self.module).load(Ordering::Relaxed) != 0)
-            .count()
+        let used = |slot: &&Slot| slot.module.load(Ordering::Relaxed) != 0;
+        self.array().iter().skip(1).filter(used).count()
     }
 
     /// There is no other array of slots behind the first.
     fn is_all(&self) -> bool {
-        // SAFETY: as in `capacity`; glibc writes the link atomically.
+        // SAFETY: as in `array`; glibc writes the link atomically.
         let next = unsafe { &*((self.first() + self.next) as *const AtomicUsize) };
         next.load(Ordering::Acquire) == 0
     }
@@ -324,16 +322,13 @@ impl ModuleTable {
         unsafe { (self.head as *const usize).read() }
     }
 
-    fn capacity(&self) -> usize {
-        // SAFETY: the first array is never freed, nor does its length change.
-        unsafe { ((self.first() + self.length) as *const usize).read() }
-    }
-
-    /// One word of a slot. glibc writes both of them atomically.
-    fn word(&self, index: usize, offset: usize) -> &AtomicUsize {
-        let slot = self.first() + self.slots + index * self.slot_size;
-        // SAFETY: a word of a slot within the array, which is never freed.
-        unsafe { &*((slot + offset) as *const AtomicUsize) }
+    fn array(&self) -> &[Slot] {
+        let first = self.first();
+        // SAFETY: the first array is never freed, nor does its length change; the slots are as `find` has checked.
+        unsafe {
+            let capacity = ((first + self.length) as *const usize).read();
+            std::slice::from_raw_parts((first + self.slots) as *const Slot, capacity)
+        }
     }
 }
 
