@@ -1,7 +1,7 @@
 //! [`JoinHandle`]: what the creator keeps of a thread.
 
 use crate::scope::Latch;
-use crate::stack::cache::StackCache;
+use crate::stack::cache::{self, StackCache};
 use crate::stack::fallible::Shared;
 use crate::stack::{Life, Stack, StackInfo};
 use crate::start::Body;
@@ -117,6 +117,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        cache::notice_fork();
         if self.stack.leave_handle() {
             self.cache.give(self.stack);
         }

@@ -288,3 +288,58 @@ fn a_detached_thread_ends_in_a_bare_child() {
         done.store(true, Ordering::Relaxed);
     });
 }
+
+/// The same for whatever else asks a cache something first: nothing waits for the thread that held the lock.
+#[test]
+fn a_cache_answers_in_a_bare_child() {
+    let name = "a_cache_answers_in_a_bare_child";
+    const ROUNDS: usize = 30;
+    let ask: [(&str, &dyn Fn()); 6] = [
+        ("stats", &|| {
+            nptl::StackCache::global().stats();
+        }),
+        ("trim", &|| nptl::StackCache::global().trim(0)),
+        ("clear", &|| nptl::StackCache::global().clear()),
+        ("set_config", &|| {
+            nptl::StackCache::global().set_config(nptl::StackCacheConfig::default());
+        }),
+        ("new", &|| {
+            drop(nptl::StackCache::new(nptl::StackCacheConfig::default()));
+        }),
+        ("drop of a handle", &|| {}),
+    ];
+    if case().is_none() {
+        let output = support::or_skip!(child(name, "run").run()).success();
+        for (what, _) in ask {
+            assert_eq!(output.all(what), ["0"; ROUNDS], "{output}");
+        }
+        return;
+    }
+    spawn_and_join();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                nptl::StackCache::global().stats();
+            }
+        });
+        for (what, ask) in ask {
+            for _ in 0..ROUNDS {
+                let mut handle = Some(nptl::spawn(|| ()).unwrap());
+                // SAFETY: the child uses this crate only.
+                let status = in_child(
+                    || unsafe { _Fork() },
+                    || {
+                        if what == "drop of a handle" {
+                            handle.take();
+                        }
+                        ask();
+                    },
+                );
+                report(what, status);
+                handle.take().unwrap().join().unwrap();
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}

@@ -337,6 +337,7 @@ impl StackCache {
 
     /// A private cache.
     pub fn new(config: StackCacheConfig) -> StackCache {
+        notice_fork();
         for instance in instances() {
             let free =
                 instance
@@ -371,6 +372,7 @@ impl StackCache {
     /// StackCache::global().set_config(StackCacheConfig::default().resident_budget(512 << 20));
     /// ```
     pub fn set_config(&self, config: StackCacheConfig) {
+        notice_fork();
         let adding = ADDING.lock();
         self.0.configure(config);
         drop(adding);
@@ -379,6 +381,7 @@ impl StackCache {
 
     /// The accounts.
     pub fn stats(&self) -> StackCacheStats {
+        notice_fork();
         StackCacheStats::of(&self.0.ledger.stats())
     }
 
@@ -388,6 +391,7 @@ impl StackCache {
     /// A process at `vm.max_map_count` may not unmap what lies between two stacks in use, because that
     /// makes two mappings of one: such a stack stays cached, without its memory.
     pub fn trim(&self, resident_bytes: usize) {
+        notice_fork();
         self.sweep();
         while self
             .unmap(self.0.ledger.trim(resident_bytes))
@@ -397,6 +401,7 @@ impl StackCache {
 
     /// Unmaps every cached stack, with the exception that [`trim`](Self::trim) names.
     pub fn clear(&self) {
+        notice_fork();
         self.sweep();
         while self.unmap(self.0.ledger.clear()).is_worth_another() {}
     }
@@ -629,7 +634,7 @@ fn register_handlers() {
 }
 
 /// Whether this process is a child of fork whose `after_fork` did not run: `_Fork` and bare clones
-/// skip the handlers. Asked at every spawn and join, so it costs one load.
+/// skip the handlers. Asked before any lock is taken, also at every spawn and join, so it costs one load.
 pub(crate) fn notice_fork() {
     if fork_mark::is_missing() {
         forget_parent(false);
