@@ -265,7 +265,7 @@ fn enter(
 
     // 7. Clone.
     let start = Start {
-        body: message.body.clone(),
+        body: Some(message.body.clone()),
         latch: message.latch.map(Latch::enter),
         runtime,
         cache: request.cache.clone(),

@@ -36,8 +36,8 @@ use std::sync::Arc;
 
 /// What the creator hands to the new thread.
 pub(crate) struct Start {
-    /// The closure and the place for its result, kept alive by both sides.
-    pub body: Shared<dyn Body>,
+    /// The closure and the place for its result, kept alive by both sides. `None` from the end of its life on.
+    pub body: Option<Shared<dyn Body>>,
     /// Left when the body is gone: in this order, also where the message is dropped.
     pub latch: Option<Entered>,
     pub runtime: &'static Runtime,
@@ -156,23 +156,26 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     sys::set_signal_mask(start.mask);
 
     // SAFETY: this very thread's stack; a body does not unwind.
-    unsafe { runtime.with_unwind_buffer(stack.signal_stack().0, || start.body.run()) };
+    unsafe {
+        runtime.with_unwind_buffer(stack.signal_stack().0, || {
+            if let Some(body) = &start.body {
+                body.run();
+            }
+        });
+    }
 
-    // SAFETY: the borrow from above has ended, and nobody else looks at the message of a thread that
-    // lives.
+    // The last reference, if there is no handle: the closure's result is dropped here, while thread-locals still
+    // work. Alone, because its destructor can end the thread by a bare exit, and then the rest must be found.
+    // SAFETY: the borrow from above has ended, and nobody else looks at the message of a thread that lives.
+    drop(unsafe { stack.take_body() });
+    // SAFETY: as above.
     let Some(start) = (unsafe { stack.take_start() }) else {
         sys::exit_thread()
     };
     let Start {
-        body,
-        latch,
-        cache,
-        name,
-        ..
+        latch, cache, name, ..
     } = start;
-    // The last reference, if there is no handle: the closure's result is dropped here, while
-    // thread-locals still work. The latch of its scope comes after it, because it may borrow from there.
-    drop(body);
+    // The latch of its scope comes after the body, because that may borrow from there.
     drop(latch);
 
     // What comes next is of this process: the closure can have forked without handlers, while another thread

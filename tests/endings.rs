@@ -575,6 +575,15 @@ fn what_a_dead_thread_held_goes_with_it() {
     }
 }
 
+/// Ends the thread that drops it.
+struct DiesWhenDropped(Death);
+
+impl Drop for DiesWhenDropped {
+    fn drop(&mut self) {
+        die(self.0);
+    }
+}
+
 /// A scope waits for what its threads borrow. One that died, with nobody to join it, borrows nothing.
 #[test]
 fn a_scope_outlives_threads_that_died() {
@@ -589,6 +598,16 @@ fn a_scope_outlives_threads_that_died() {
                 living.join().expect("its end")
             });
             assert_eq!(living, number);
+            // The result has nobody else to drop it.
+            nptl::scope(|scope| {
+                let (go, wait) = std::sync::mpsc::channel::<()>();
+                let body = move || {
+                    let _ = wait.recv();
+                    DiesWhenDropped(how)
+                };
+                drop(scope.spawn(body).expect("a thread"));
+                drop(go);
+            });
         }
         change_user();
         return;

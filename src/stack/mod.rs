@@ -21,9 +21,11 @@ pub(crate) use lock::Lock;
 use crate::clone::{self, sys};
 use crate::error::{StackFate, Step};
 use crate::scope::Latch;
+use crate::start::Body;
 use crate::tcb::{Block, BlockState, Enlisted, Runtime};
 use cache::StackCache;
 use class::Class;
+use fallible::Shared;
 use layout::Layout;
 use ledger::{Entry, Links};
 use nix::errno::Errno;
@@ -554,6 +556,15 @@ impl Stack {
     pub(crate) unsafe fn take_start(&self) -> Option<crate::start::Start> {
         // SAFETY: by the caller's promise nobody else reaches it.
         unsafe { (*self.start.get()).take() }
+    }
+
+    /// The body alone; the rest of the message stays.
+    ///
+    /// # Safety
+    /// As for [`Stack::take_start`].
+    pub(crate) unsafe fn take_body(&self) -> Option<Shared<dyn Body>> {
+        // SAFETY: passed on; the borrow ends here.
+        unsafe { (*self.start.get()).as_mut() }.and_then(|start| start.body.take())
     }
 
     /// Drops what a thread that died on its way has left.
