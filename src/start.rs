@@ -11,8 +11,9 @@
 //!                                  glibc's count of threads; the last one exits the process
 //!  application signals blocked     what was registered or set meanwhile is cleared
 //!                                  nobody can send to the tid any more
-//!                                  MADV_DONTNEED below the warm remainder, or the handle's turn to do it
+//!                                  MADV_DONTNEED below the warm remainder, if no other thread is at it
 //!                                  off glibc's list: from here on inline assembly only
+//!                                  else it is the handle's turn to do that
 //!                                  exit
 //! ```
 //!
@@ -216,9 +217,12 @@ unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
     // gives. From `unlist` on nothing but inline assembly runs (rule 11).
     unsafe {
         runtime.mark_exiting();
-        stack.discard_at_end();
+        let discarded = stack.discard_at_end();
         stack.mark_ended();
         runtime.unlist(stack.block.thread_pointer(), stack.block.listed());
+        if !discarded {
+            stack.defer_discard();
+        }
     }
     // 32 and 33 are still open, but nobody who walks the list finds a thread to send them to.
     sys::exit_thread()

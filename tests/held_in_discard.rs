@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use nptl::{Builder, JoinHandle, StackInfo};
+use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig, StackInfo};
 use support::{Warden, case, child, or_skip, report, resident_pages, wait_for_end};
 
 const KIB: usize = 1024;
@@ -216,4 +216,138 @@ fn nothing_is_left_of_a_burst() {
             }
         }
     });
+}
+
+/// Waits until a thread of this process sleeps in a private FUTEX_WAIT, which is how glibc's locks wait (std's
+/// waits are FUTEX_WAIT_BITSET).
+fn wait_for_glibc_lock(tid: i32) {
+    let start = std::time::Instant::now();
+    loop {
+        let call = std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall"));
+        let call = call.expect("the system call of a thread");
+        let mut words = call.split_whitespace();
+        let number = words.next().and_then(|word| word.parse().ok());
+        if number == Some(libc::SYS_futex) && words.nth(1) == Some("0x80") {
+            return;
+        }
+        assert!(start.elapsed() < Duration::from_secs(30), "it is in {call}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// glibc's set-id signal reaches an ending thread until it is off glibc's list. Where the thread has no signal stack,
+/// the handler's frame lies on the stack, deeper than a cache need keep: no handle may discard it under the handler.
+#[test]
+fn a_handle_leaves_the_frame_of_the_set_id_handler_alone() {
+    let test = "a_handle_leaves_the_frame_of_the_set_id_handler_alone";
+    if case().is_some() {
+        if !support::kernel_at_least(6, 9) {
+            support::skip!("pidfds of threads need kernel 6.9");
+        }
+        if std::fs::read_to_string("/proc/thread-self/syscall").is_err() {
+            support::skip!("no /proc/thread-self/syscall");
+        }
+        assert!(nptl::disable_overflow_reports());
+        nptl::spawn(|| ()).unwrap().join().unwrap();
+        let calls = [libc::SYS_madvise, libc::SYS_tgkill, libc::SYS_setresuid];
+        let warden = or_skip!(Warden::new(&calls));
+
+        // One is inside its madvise, so that the next leaves its own to its handle.
+        let (inside, end) = deep();
+        warden.hold(inside.tid().as_raw());
+        drop(end);
+        warden.wait_until_held(inside.tid().as_raw());
+
+        let cache = StackCache::new(StackCacheConfig::default().keep_resident(0));
+        let (end, wait) = channel::<()>();
+        let body = move || {
+            let _ = wait.recv();
+        };
+        let ending = Builder::new().stack_cache(&cache).spawn(body);
+        let ending = ending.expect("a thread");
+        let (tid, pidfd) = (ending.tid().as_raw(), ending.pidfd().expect("a pidfd"));
+
+        // A broadcast that holds the list's lock and has not yet sent its signals.
+        let ((say, says), (go, wait)) = (channel(), channel::<()>());
+        let broadcast = std::thread::spawn(move || {
+            say.send(support::tid()).unwrap();
+            let _ = wait.recv();
+            // SAFETY: changes nothing, which glibc tells all threads.
+            unsafe { libc::setresuid(u32::MAX, u32::MAX, u32::MAX) }
+        });
+        let broadcaster = says.recv().unwrap();
+        warden.hold(broadcaster);
+        drop(go);
+        warden.wait_until_held(broadcaster);
+
+        // The thread comes as far as that lock, and handles the signal there.
+        warden.hold(tid);
+        drop(end);
+        wait_for_glibc_lock(tid);
+        warden.release(broadcaster);
+        warden.wait_until_held(tid);
+        drop(ending);
+        warden.release(tid);
+        warden.release(inside.tid().as_raw());
+        assert_eq!(broadcast.join().unwrap(), 0);
+        wait_for_end(&pidfd);
+        inside.join().expect("its end");
+        report("done", "yes");
+        return;
+    }
+    let child = child(test, "run").time_limit(Duration::from_secs(60));
+    let output = or_skip!(child.run()).success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("done"), Some("yes"), "{output}");
+    }
+}
+
+/// A handle that goes while the thread still stands in its last system call discards, and leaves that thread what it
+/// needs to come to its end.
+#[test]
+fn a_handle_dropped_before_the_last_instruction_discards() {
+    let test = "a_handle_dropped_before_the_last_instruction_discards";
+    if case().is_some() {
+        if !support::kernel_at_least(6, 9) {
+            support::skip!("pidfds of threads need kernel 6.9");
+        }
+        nptl::spawn(|| ()).unwrap().join().unwrap();
+        let warden = or_skip!(Warden::new(&[libc::SYS_madvise, libc::SYS_exit]));
+        let (inside, end) = deep();
+        warden.hold(inside.tid().as_raw());
+        drop(end);
+        warden.wait_until_held(inside.tid().as_raw());
+
+        let cache = StackCache::new(StackCacheConfig::default().keep_resident(0));
+        let (end, wait) = channel::<()>();
+        let body = move || {
+            touch(DEEP);
+            let _ = wait.recv();
+        };
+        let builder = Builder::new().stack_size(1024 * KIB).stack_cache(&cache);
+        let ending = builder.clone().spawn(body).expect("a thread");
+        let (tid, pidfd) = (ending.tid().as_raw(), ending.pidfd().expect("a pidfd"));
+        let stack = ending.stack();
+        warden.hold(tid);
+        drop(end);
+        warden.wait_until_held(tid);
+        assert_left(used(stack), true);
+        drop(ending);
+        assert!(used(stack) <= 4 * KIB, "{} bytes are left", used(stack));
+        warden.release(tid);
+        wait_for_end(&pidfd);
+        let next = builder.spawn(|| ()).expect("a thread");
+        assert_eq!(next.stack().base, stack.base, "never given back");
+        next.join().expect("its end");
+
+        warden.release(inside.tid().as_raw());
+        inside.join().expect("its end");
+        report("done", "yes");
+        return;
+    }
+    let child = child(test, "run").time_limit(Duration::from_secs(60));
+    let output = or_skip!(child.run()).success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("done"), Some("yes"), "{output}");
+    }
 }

@@ -38,12 +38,12 @@ use std::sync::atomic::{
 /// Who gives the stack back when its thread has ended.
 ///
 /// ```text
-///  handle dropped:  Attached ─► Detached    the thread gives it back on its way out: ─► Ending
-///  thread at its end: Attached ─► Ending    the handle does, after the join or when it is dropped
-///  the handle, then: Ending ─► Given
-///  or the thread's last frame: Ending ─► Deferred    what it used is left to the handle to discard
+///  handle dropped:  Attached ─► Detached    the thread gives it back on its way out: ─► Given
+///  thread at its end: Attached ─► Ending    the handle does, after the join or when it is dropped: ─► Given
+///  thread off glibc's list: Ending ─► Deferred    the handle also discards what the thread used
+///  died, or not in this process: Attached or Detached ─► Ending
 /// ```
-/// Exactly one side sees the other's mark, so a stack is given back, and discarded, once.
+/// Exactly one side sees the other's mark, so a stack is given back once, and somebody discards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Life {
@@ -53,9 +53,9 @@ pub(crate) enum Life {
     Detached = 1,
     /// The thread has passed the point where it would have given its stack back.
     Ending = 2,
-    /// Nobody will look at the stack any more before the cache does.
+    /// It is given back, or about to be: whoever runs on the stack discards for himself.
     Given = 3,
-    /// As `Ending`, and what the thread used of its stack is still there.
+    /// As `Ending`, and what the thread used of its stack is still there. The thread is off glibc's list.
     Deferred = 4,
 }
 
@@ -484,6 +484,7 @@ impl Stack {
     }
 
     /// `from` becomes `to`; what it was otherwise.
+    #[inline(always)]
     pub(crate) fn change_life(&self, from: Life, to: Life) -> bool {
         self.life
             .compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Acquire)
@@ -591,7 +592,8 @@ impl Stack {
     /// stays warm. Only inline assembly; madvise(MADV_DONTNEED) is in every VMM's filter.
     ///
     /// # Safety
-    /// Called by the ending thread on its own stack, with nothing deeper than the remainder in use.
+    /// Called by the ending thread on its own stack, or by whoever the stack is left to; nothing deeper than the
+    /// remainder is in use, and nothing can come to be.
     #[inline(always)]
     pub(crate) unsafe fn discard(&self) {
         let keep = self.keep.load(Ordering::Relaxed);
@@ -602,26 +604,43 @@ impl Stack {
         }
     }
 
-    /// The same, at the end of the stack's own thread, if no other is at it now; else the handle will do it, if
-    /// there is one that has not given the stack back.
+    /// The same, at the end of the stack's own thread, if no other is at it now or nobody else would do it. False:
+    /// it is for [`Stack::defer_discard`].
     ///
     /// # Safety
     /// As for [`Stack::discard`].
     #[inline(always)]
-    pub(crate) unsafe fn discard_at_end(&self) {
+    pub(crate) unsafe fn discard_at_end(&self) -> bool {
         let alone = DISCARDS
             .compare_exchange(0, DISCARDING, Ordering::Acquire, Ordering::Relaxed)
             .is_ok();
-        // From here on the handle may discard: it leaves alone what `discard` leaves alone, the frames of this
-        // thread's last steps.
-        if !alone && self.change_life(Life::Ending, Life::Deferred) {
-            DISCARDS.fetch_add(DEFERRED, Ordering::Relaxed);
-            return;
+        if !alone && self.life.load(Ordering::Relaxed) == Life::Ending as u8 {
+            return false;
         }
         // SAFETY: passed on.
         unsafe { self.discard() };
         if alone {
             DISCARDS.fetch_sub(DISCARDING, Ordering::Release);
+        }
+        true
+    }
+
+    /// Leaves the discarding to the handle, or does it, if that is gone by now.
+    ///
+    /// From here on the handle may discard while this thread still runs. So not before glibc's list is done with:
+    /// until then the set-id signal can come (rule 3), and where the thread has no signal stack, or not that of its
+    /// record, its frame lies here, deeper than the page that is always kept. What is in use now, the frames of
+    /// `start::main` and `start::leave`, is in that page.
+    ///
+    /// # Safety
+    /// As for [`Stack::discard`]; the thread is off glibc's list, with application signals blocked.
+    #[inline(always)]
+    pub(crate) unsafe fn defer_discard(&self) {
+        if self.change_life(Life::Ending, Life::Deferred) {
+            DISCARDS.fetch_add(DEFERRED, Ordering::Relaxed);
+        } else {
+            // SAFETY: passed on.
+            unsafe { self.discard() };
         }
     }
 
