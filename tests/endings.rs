@@ -256,6 +256,68 @@ fn a_filter_that_kills_on_the_way_out() {
     }
 }
 
+/// Of threads that end at once only one discards what it used (`DISCARDING` in src/stack/mod.rs). One that a filter
+/// kills there is in the way of the others until somebody looks after its stack, and no longer.
+#[test]
+fn a_thread_killed_in_its_discard_holds_up_no_other() {
+    const USED: usize = 64 << 10;
+    const KEPT: usize = 16 << 10;
+    if case().is_some() {
+        if !support::kernel_at_least(6, 9) {
+            support::skip!("pidfds of threads need kernel 6.9");
+        }
+        let cache = StackCache::new(StackCacheConfig::default().keep_resident(KEPT));
+        let build = || Builder::new().stack_cache(&cache).stack_size(128 << 10);
+        let end_one = |last: fn()| {
+            let handle = build().spawn(move || {
+                let used = [1_u8; USED];
+                std::hint::black_box(&used);
+                last();
+            });
+            let handle = handle.expect("a thread");
+            support::wait_for_end(&handle.pidfd().expect("a pidfd"));
+            handle
+        };
+        let left = |handle: &JoinHandle<()>| {
+            let stack = handle.stack();
+            support::resident_pages(stack.base, stack.size).expect("a mapping") * 4096
+        };
+        let kill = || kill_thread_on(libc::SYS_madvise);
+        let good = || {
+            let handle = end_one(|| ());
+            assert!(left(&handle) <= KEPT, "{} bytes are left", left(&handle));
+            handle.join().expect("its end");
+        };
+        let endings: [&dyn Fn(JoinHandle<()>); 3] = [
+            &|handle| handle.join().expect("a result"),
+            // Reused.
+            &|handle| {
+                drop(handle);
+                build().spawn(|| ()).unwrap().join().unwrap();
+            },
+            &|handle| {
+                drop(handle);
+                cache.clear();
+            },
+        ];
+        good();
+        for end in endings {
+            let dead = end_one(kill);
+            assert!(left(&dead) >= USED, "not killed there");
+            end(dead);
+            good();
+        }
+        report("good", "yes");
+        return;
+    }
+    let test = "a_thread_killed_in_its_discard_holds_up_no_other";
+    let output = or_skip!(child(test, "run").time_limit(Duration::from_secs(60)).run());
+    let output = output.success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("good"), Some("yes"), "{output}");
+    }
+}
+
 struct RobustMutex(std::cell::UnsafeCell<libc::pthread_mutex_t>);
 // SAFETY: it is a mutex.
 unsafe impl Sync for RobustMutex {}

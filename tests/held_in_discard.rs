@@ -181,6 +181,32 @@ fn a_forked_process_discards_as_ever() {
     });
 }
 
+/// One that has left its discard to a handle which nobody drops is in nobody's way, nor in a forked process without
+/// that handle.
+#[test]
+fn a_handle_that_is_kept_holds_up_no_other() {
+    let kept = Cell::new(None);
+    while_one_discards("a_handle_that_is_kept_holds_up_no_other", |busy| {
+        let (handle, left) = after_end(deep());
+        assert_left(left, busy);
+        if busy {
+            kept.set(Some(handle));
+            return;
+        }
+        // SAFETY: the child uses what is usable in a forked child, and ends without returning.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let (_handle, left) = after_end(deep());
+            // SAFETY: no destructor of this copy may run.
+            unsafe { libc::_exit(i32::from(left > KEPT)) };
+        }
+        let mut status = 0;
+        // SAFETY: a child of ours, and a valid place for its status.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!(status, 0);
+    });
+}
+
 /// Many at once, joined in any order and by several threads: nothing is left of any.
 #[test]
 fn nothing_is_left_of_a_burst() {

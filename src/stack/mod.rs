@@ -59,21 +59,20 @@ pub(crate) enum Life {
     Deferred = 4,
 }
 
-/// Bit 0: an ending thread discards what it used of its stack just now. The rest: twice the number of threads that
-/// have left that to their handles.
+/// The stack whose ending thread discards what it used just now; never followed, only compared.
 ///
 /// While two tasks of a process are inside madvise(2), the kernel cannot know whose stale addresses a CPU has seen
 /// (`mm_tlb_flush_nested`): each then flushes them on every CPU that runs the process, which costs an interrupt
 /// there and 8 µs, although neither had a page to discard. One that is preempted inside does this to all others
 /// until it runs again, so that a burst of ending threads paid it for each. Hence one at a time, never waiting:
-/// whoever comes second leaves the discarding to its handle, and so does everyone until the handles are done.
-static DISCARDS: AtomicU32 = AtomicU32::new(0);
-const DISCARDING: u32 = 1;
-const DEFERRED: u32 = 2;
+/// whoever comes second leaves the discarding to its handle.
+///
+/// It guards no memory, so Relaxed will do everywhere.
+static DISCARDING: AtomicPtr<Stack> = AtomicPtr::new(std::ptr::null_mut());
 
 /// In a forked child: whoever was inside is not here.
 fn forget_discards() {
-    DISCARDS.fetch_and(!DISCARDING, Ordering::Relaxed);
+    DISCARDING.store(std::ptr::null_mut(), Ordering::Relaxed);
 }
 
 /// The record of one stack.
@@ -573,6 +572,10 @@ impl Stack {
     /// # Safety
     /// The caller is the idle stack's only owner.
     unsafe fn drop_remains(&self) {
+        if std::ptr::eq(DISCARDING.load(Ordering::Relaxed), self) {
+            // A filter killed it there: nobody else would ever be alone again.
+            self.end_discard();
+        }
         // SAFETY: passed on. The name goes with the message that it is borrowed from.
         // A closure that never ran may be among them: its packet keeps a panic of it to itself.
         unsafe {
@@ -611,16 +614,14 @@ impl Stack {
     /// As for [`Stack::discard`].
     #[inline(always)]
     pub(crate) unsafe fn discard_at_end(&self) -> bool {
-        let alone = DISCARDS
-            .compare_exchange(0, DISCARDING, Ordering::Acquire, Ordering::Relaxed)
-            .is_ok();
+        let alone = self.begin_discard();
         if !alone && self.life.load(Ordering::Relaxed) == Life::Ending as u8 {
             return false;
         }
         // SAFETY: passed on.
         unsafe { self.discard() };
         if alone {
-            DISCARDS.fetch_sub(DISCARDING, Ordering::Release);
+            self.end_discard();
         }
         true
     }
@@ -636,12 +637,24 @@ impl Stack {
     /// As for [`Stack::discard`]; the thread is off glibc's list, with application signals blocked.
     #[inline(always)]
     pub(crate) unsafe fn defer_discard(&self) {
-        if self.change_life(Life::Ending, Life::Deferred) {
-            DISCARDS.fetch_add(DEFERRED, Ordering::Relaxed);
-        } else {
+        if !self.change_life(Life::Ending, Life::Deferred) {
             // SAFETY: passed on.
             unsafe { self.discard() };
         }
+    }
+
+    #[inline(always)]
+    fn begin_discard(&self) -> bool {
+        let this = std::ptr::from_ref(self).cast_mut();
+        let nobody = std::ptr::null_mut();
+        DISCARDING
+            .compare_exchange(nobody, this, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    #[inline(always)]
+    fn end_discard(&self) {
+        DISCARDING.store(std::ptr::null_mut(), Ordering::Relaxed);
     }
 
     /// The handle is dropped. Whether the stack is now its to give back: the thread has passed its end, and has
@@ -656,7 +669,6 @@ impl Stack {
         {
             // SAFETY: the thread has left this to us, and uses no more than its last frames if it is not gone.
             unsafe { self.discard() };
-            DISCARDS.fetch_sub(DEFERRED, Ordering::Relaxed);
         }
         true
     }
