@@ -602,8 +602,17 @@ impl Stack {
         let keep = self.keep.load(Ordering::Relaxed);
         let size = self.size();
         if keep < size {
+            let call = [
+                self.bottom(),
+                size - keep,
+                libc::MADV_DONTNEED as usize,
+                0,
+                0,
+                0,
+            ];
+            // Not by `sys::madvise`, which looks the errno up by a call.
             // SAFETY: below the remainder there is nothing but the dead frames of this thread.
-            let _ = unsafe { sys::madvise(self.bottom(), size - keep, libc::MADV_DONTNEED) };
+            unsafe { clone::syscall(libc::SYS_madvise, call) };
         }
     }
 
