@@ -129,7 +129,10 @@ fn circumstances(
         bytes,
         clone_call,
         flags: crate::clone::FLAGS,
-        reaping: cache::thread_ended_lately(),
+        reaping: cache::thread_ended_within(20),
+        known_threads: Runtime::existing()
+            .filter(|_| cache::thread_ended_within(2000))
+            .map(Runtime::count),
         what: detail,
     }
 }

@@ -58,6 +58,9 @@ pub(crate) struct Circumstances<'a> {
     /// Whether threads of this crate have ended within the last milliseconds: until the kernel has reaped them
     /// they count, so that a full counter is worth a retry.
     pub(crate) reaping: bool,
+    /// How many threads glibc counts, if one of this crate's has ended within the last seconds: while the kernel
+    /// counts more, it has still to reap one, which on a busy machine takes longer.
+    pub(crate) known_threads: Option<u64>,
     /// What an invalid attribute or a failed check was, for those steps.
     pub(crate) what: &'a Detail,
 }
@@ -575,6 +578,8 @@ fn refused_for_now(
     repetition: &mut Repetition<'_>,
 ) -> Result<Naming, Granted> {
     let calls = status.calls();
+    let more = |known: u64| status.threads.is_some_and(|threads| threads > known);
+    let reaping = c.reaping || c.known_threads.is_some_and(more);
     let ask = |readings: &mut Readings| probe::ask(&mut readings.oracle, c.flags, calls);
     let mut tally = Tally::default();
     let mut limits: Option<ProcessLimits> = None;
@@ -615,7 +620,7 @@ fn refused_for_now(
                     _ => Judgement::Open,
                 };
                 if let Some(naming) = pids_cgroup(&judgement, pids.as_ref(), agree, first, limits) {
-                    return Ok(naming.transient_if(c.reaping || !agree));
+                    return Ok(naming.transient_if(reaping || !agree));
                 }
                 if matches!(judgement, Judgement::Open) {
                     cgroups_open += 2;
@@ -668,7 +673,7 @@ fn refused_for_now(
             _ if tally.exec > 0 => sibling_exec(limits, status, calls, readings, &tally),
             _ => Naming::unknown().transient(),
         };
-        return Ok(naming.transient_if(c.reaping && naming.cause.is_some()));
+        return Ok(naming.transient_if(reaping && naming.cause.is_some()));
     }
 }
 

@@ -181,6 +181,7 @@ fn circumstances(
         clone_call: call,
         flags: THREAD_FLAGS,
         reaping: false,
+        known_threads: None,
         what: &Detail { what: "", value: 0 },
     }
 }

@@ -581,11 +581,10 @@ fn now() -> u64 {
     })
 }
 
-/// Whether a thread of this crate has ended so lately that the kernel may still count it.
-pub(crate) fn thread_ended_lately() -> bool {
-    const LATELY: u64 = 20;
+/// Whether a thread of this crate has ended within so many milliseconds.
+pub(crate) fn thread_ended_within(milliseconds: u64) -> bool {
     let last = LAST_END.load(Ordering::Relaxed);
-    last != 0 && now().saturating_sub(last) <= LATELY
+    last != 0 && now().saturating_sub(last) <= milliseconds
 }
 
 /// [`GUARD`]: the handlers are registered.

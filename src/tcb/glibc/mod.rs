@@ -359,6 +359,12 @@ impl Runtime {
         block.uncount() && self.symbols.nthreads().fetch_sub(1, Ordering::AcqRel) == 1
     }
 
+    /// How many threads glibc counts, this crate's and the main thread among them.
+    pub(crate) fn count(&self) -> u64 {
+        let threads = self.symbols.nthreads().load(Ordering::Relaxed);
+        u64::try_from(threads).unwrap_or(0)
+    }
+
     fn count_up(&self) {
         self.symbols.nthreads().fetch_add(1, Ordering::AcqRel);
     }
