@@ -456,11 +456,15 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
             certainty: &[Certainty::Proven, Certainty::Inferred],
         };
         expected.judge(error, |cause| match *cause {
-            // Without memory for a task there is none to open the cgroup's files either.
+            // Without memory for a task there is none to open the cgroup's files either; and where it lacks that for
+            // an inode, /proc says that the file does not exist (proc_pident_instantiate).
             Cause::KernelMemory {
                 unread: Some(errno),
                 ..
-            } => same("why the files were not read", errno, Errno::ENOMEM),
+            } => match errno {
+                Errno::ENOENT => Ok(()),
+                errno => same("why the files were not read", errno, Errno::ENOMEM),
+            },
             Cause::KernelMemory { directory, .. } if directory.to_str().is_none() => {
                 reports(error, &[&"memory.limit_in_bytes"])
             }
