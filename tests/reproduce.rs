@@ -84,6 +84,7 @@ scenarios! {
     memlock "memlock"
     overcommit_0 "overcommit-0"
     memory_cgroup "memory-cgroup"
+    memory_cgroup_ancestor "memory-cgroup-ancestor"
     virtual_machines "virtual-machines"
     threads_max "threads-max"
     overcommit_2 "overcommit-2"

@@ -12,7 +12,7 @@ use nptl::{Cause, CauseKind, Certainty, SpawnError, Step};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::clone::become_limited_user;
-use super::{Need, Scenario, number_in, plain, write};
+use super::{Need, Scenario, memory_v2, number_in, plain, write};
 use crate::support::{Cgroup, Mappings, inherited_cgroup, set_rlimit};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -54,19 +54,25 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "memory-cgroup",
         what: "the memory cgroup has no room for a task's kernel memory",
-        needs: &[Need::Root, Need::MemoryCgroupV1],
+        needs: &[Need::Root, Need::MemoryCgroup],
         sandbox: |child| {
             let cgroup = Cgroup::memory()?;
-            if cgroup.is_unified() {
-                return Err(
-                    "under v2 the pages of the process are charged to the same cgroup as its \
-                            kernel memory, and it would be killed instead of refused"
-                        .to_owned(),
-                );
+            match cgroup.is_unified() {
+                true => memory_v2::sandbox(child, &cgroup),
+                false => Ok(child.cgroup(&cgroup.nested()?)),
             }
-            Ok(child.cgroup(&cgroup.nested()?))
         },
-        provoke: memory_cgroup,
+        provoke: |ask| match inherited_cgroup(0).is_unified() {
+            true => memory_v2::own(ask),
+            false => memory_cgroup(ask),
+        },
+    },
+    Scenario {
+        name: "memory-cgroup-ancestor",
+        what: "a memory cgroup above the process's own has no room for a task's kernel memory",
+        needs: &[Need::Root, Need::MemoryCgroupV2],
+        sandbox: memory_v2::sandbox_below,
+        provoke: memory_v2::ancestor,
     },
 ];
 
@@ -309,7 +315,7 @@ fn overcommit_0(ask: &mut Asker<'_>) -> Result<(), String> {
     Ok(())
 }
 
-/// A process's pages are charged to the cgroup of its first thread, a new task's kernel memory to that of the
+/// Under v1. A process's pages are charged to the cgroup of its first thread, a new task's kernel memory to that of the
 /// thread that creates it. So the asking thread alone enters the limited cgroup: there it can be refused, but
 /// never be made to wait for a page.
 fn memory_cgroup(ask: &mut Asker<'_>) -> Result<(), String> {

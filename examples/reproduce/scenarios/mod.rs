@@ -9,6 +9,7 @@ mod clone;
 pub mod guardian;
 mod machine;
 mod memory;
+mod memory_v2;
 mod virtual_machines;
 
 use std::path::Path;
@@ -38,8 +39,10 @@ pub enum Need {
     UserNamespace,
     /// `kernel.pid_max` of a pid namespace of its own.
     Kernel6_14,
-    /// A v1 hierarchy with the memory controller.
-    MemoryCgroupV1,
+    /// A hierarchy with the memory controller, v1 or v2.
+    MemoryCgroup,
+    /// A v2 hierarchy with the memory controller.
+    MemoryCgroupV2,
     /// A hierarchy with the pids controller, v1 or v2.
     PidsCgroup,
     /// A v2 hierarchy with the pids controller.
@@ -57,7 +60,8 @@ impl Need {
             Need::RootToBeSure => "root, to be sure to meet it",
             Need::UserNamespace => "root or user namespaces",
             Need::Kernel6_14 => "Linux 6.14",
-            Need::MemoryCgroupV1 => "a v1 memory cgroup",
+            Need::MemoryCgroup => "a memory cgroup",
+            Need::MemoryCgroupV2 => "a v2 memory cgroup",
             Need::PidsCgroup => "a pids cgroup",
             Need::PidsCgroupV2 => "a v2 pids cgroup",
             Need::MachineWide => "--machine-wide",
