@@ -47,7 +47,7 @@ pub use seccomp::{
     firecracker_vcpu_filter,
 };
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
-pub use threads::{burst, is_mapped, listed_threads, private, resident_pages, tid};
+pub use threads::{await_reaping, burst, is_mapped, listed_threads, private, resident_pages, tid};
 pub use warden::{Warden, wait_for_end};
 
 /// Prints `skipped: why` and returns from the test.

@@ -2,26 +2,31 @@
 
 use std::ffi::CStr;
 use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 
 pub fn tid() -> i32 {
     // SAFETY: gettid has no preconditions.
     unsafe { libc::gettid() }
 }
 
+/// A symbol that glibc has for libthread_db.
+fn symbol(name: &CStr) -> *mut libc::c_void {
+    // SAFETY: the name is NUL-terminated.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    assert!(!found.is_null(), "{name:?}");
+    found
+}
+
+/// Where a field lies in its structure.
+fn offset(name: &CStr) -> usize {
+    // SAFETY: these symbols are of type uint32_t[3]: bits, elements, offset.
+    let [_, _, offset] = unsafe { symbol(name).cast::<[u32; 3]>().read() };
+    offset as usize
+}
+
 /// The descriptors (`pthread_t`) on glibc's lists of live threads. Without the list's lock: nothing else may be
 /// starting or ending threads.
 pub fn listed_threads() -> Vec<usize> {
-    let symbol = |name: &CStr| {
-        // SAFETY: the name is NUL-terminated.
-        let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
-        assert!(!found.is_null(), "{name:?}");
-        found
-    };
-    let offset = |name: &CStr| {
-        // SAFETY: these symbols are of type uint32_t[3]: bits, elements, offset.
-        let [_, _, offset] = unsafe { symbol(name).cast::<[u32; 3]>().read() };
-        offset as usize
-    };
     // SAFETY: a pointer variable of libc.
     let global = unsafe { symbol(c"__nptl_rtld_global").cast::<usize>().read() };
     let link = offset(c"_thread_db_pthread_list");
@@ -41,6 +46,31 @@ pub fn listed_threads() -> Vec<usize> {
     }
     found.sort_unstable();
     found
+}
+
+/// Waits until the kernel has no thread that glibc does not list: a joined one is off glibc's lists, and counts until
+/// the kernel has taken it back. As for [`listed_threads`], nothing else may be starting or ending threads.
+#[track_caller]
+pub fn await_reaping() {
+    let tid = offset(c"_thread_db_pthread_tid");
+    let start = Instant::now();
+    loop {
+        // SAFETY: an int in the descriptor of a thread that is listed, and so has not been given back.
+        let number = |descriptor: usize| unsafe { ((descriptor + tid) as *const i32).read() };
+        let listed: Vec<i32> = listed_threads().into_iter().map(number).collect();
+        let tasks = std::fs::read_dir("/proc/self/task").expect("/proc/self/task");
+        let mut left: Vec<i32> = tasks
+            .flatten()
+            .filter_map(|task| task.file_name().to_str()?.parse().ok())
+            .collect();
+        left.retain(|task| !listed.contains(task));
+        if left.is_empty() {
+            return;
+        }
+        let patience = Duration::from_secs(30);
+        assert!(start.elapsed() < patience, "{left:?} are not in {listed:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// `count` threads of this crate that are all alive at once and then joined in the order of their start: the
