@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
 use support::{
-    Snapshot, allow_only, case, child, firecracker_vcpu_filter, listed_threads, or_skip, report,
+    Snapshot, allow_only, await_reaping, case, child, firecracker_vcpu_filter, listed_threads,
+    or_skip, report,
 };
 
 unsafe extern "C-unwind" {
@@ -131,6 +132,7 @@ fn a_thread_that_dies_without_returning_leaves_nothing() {
         }
         cache.clear();
         drop((Snapshot::take(), Snapshot::take()));
+        await_reaping();
         let (before, listed) = (Snapshot::take(), listed_threads());
         for round in 0..20 {
             let result = one(how).join();
@@ -166,6 +168,7 @@ fn a_thread_that_dies_without_returning_leaves_nothing() {
             }
         }
         cache.clear();
+        await_reaping();
         before.diff(&Snapshot::take()).expect_nothing_left();
 
         // Detached: nobody looks at them but clear and trim.

@@ -1,7 +1,7 @@
 //! Many threads one after another and beside each other: in this process for valgrind to look at, and in a
 //! child process of its own for counting what they leave behind. (tests/soak.rs has the large numbers.)
 
-use crate::support::{Snapshot, case, child, malloc_in_use, or_skip};
+use crate::support::{Snapshot, await_reaping, case, child, malloc_in_use, or_skip};
 use crate::{private_cache, rounds, wait_until, wait_until_unused};
 use nptl::{Builder, StackCache, StackCacheConfig};
 use std::hint::black_box;
@@ -58,6 +58,7 @@ fn threads_leave_nothing_behind() {
     };
     const COUNT: i64 = 5_000;
     spawn_and_join(500);
+    await_reaping();
     let before = Snapshot::take();
     let in_use = malloc_in_use();
     spawn_and_join(COUNT as usize);
