@@ -197,11 +197,17 @@ fn files_of_the_evidence(member: &Path) -> Vec<File> {
         .collect()
 }
 
-/// Every page of this process, and what its stack will grow to, is in place afterwards, copied where it was shared
-/// with another one.
+/// Every page of this process, and what its stack and its heap will grow to, is in place afterwards, copied where it
+/// was shared with another one.
 fn touch_everything() -> Result<(), String> {
     let mut deep = [1_u8; 512 << 10];
     std::hint::black_box(&mut deep);
+    // Else the heap shrinks after the telling of an answer, and grows again at the limit.
+    // SAFETY: sets a number.
+    unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX) };
+    // Each too small for a mapping of its own.
+    let blocks: Vec<Vec<u8>> = (0..32).map(|_| vec![1; 64 << 10]).collect();
+    drop(std::hint::black_box(blocks));
     // SAFETY: populates what is mapped; no memory changes.
     let locked = unsafe { libc::mlockall(libc::MCL_CURRENT) };
     if locked != 0 {
