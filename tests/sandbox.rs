@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::io::{PipeReader, PipeWriter, Read};
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::Duration;
 
@@ -375,6 +377,64 @@ fn seccomp_allow_list_kills() {
                 "{bad}"
             );
         }
+    }
+}
+
+/// A joined thread counts until the kernel has taken it back. A tracer that does not look at its end makes that last.
+#[test]
+fn joined_threads_are_awaited() {
+    if case().is_some() {
+        nptl::spawn(|| ()).unwrap().join().unwrap();
+        support::await_reaping();
+        let before = Snapshot::take().kernel_threads;
+        let (end, wait) = std::sync::mpsc::channel::<()>();
+        let thread = nptl::spawn(move || wait.recv().is_err()).expect("a thread");
+        let (mut ready, ready_end) = std::io::pipe().expect("a pipe");
+        let (go_end, go) = std::io::pipe().expect("a pipe");
+        // SAFETY: a number, which lets any process of this user trace this one where Yama would not.
+        unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY) };
+        // SAFETY: the child makes only system calls, on what was prepared before, and never returns.
+        let tracer = unsafe { libc::fork() };
+        assert_ne!(tracer, -1, "{}", std::io::Error::last_os_error());
+        if tracer == 0 {
+            trace(thread.tid().as_raw(), &ready_end, (&go_end, &go));
+        }
+        let mut answer = [0];
+        ready.read_exact(&mut answer).expect("an answer");
+        if answer != *b"y" {
+            support::skip!("a process may not trace its parent");
+        }
+        drop(end);
+        assert!(thread.join().expect("its end"));
+        assert_eq!(Snapshot::take().kernel_threads, before + 1);
+        drop((go_end, go));
+        support::await_reaping();
+        assert_eq!(Snapshot::take().kernel_threads, before);
+        report("awaited", "yes");
+        return;
+    }
+    let output = or_skip!(child("joined_threads_are_awaited", "traced").run()).success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("awaited"), Some("yes"), "{output}");
+    }
+}
+
+/// The tracer's whole life: holds the thread, and lets it go a little after its parent has closed `go`.
+fn trace(tid: i32, ready: &PipeWriter, (go_end, go): (&PipeReader, &PipeWriter)) -> ! {
+    // SAFETY: system calls on plain numbers and valid places.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::close(go.as_raw_fd());
+        let nothing = std::ptr::null_mut::<libc::c_void>();
+        let answer = match libc::ptrace(libc::PTRACE_SEIZE, tid, nothing, nothing) {
+            0 => c"y",
+            _ => c"n",
+        };
+        libc::write(ready.as_raw_fd(), answer.as_ptr().cast(), 1);
+        let mut byte = 0_u8;
+        libc::read(go_end.as_raw_fd(), (&raw mut byte).cast(), 1);
+        libc::usleep(100_000);
+        libc::_exit(0)
     }
 }
 
