@@ -23,7 +23,7 @@ use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::{number_in, write};
 use crate::support::{Cgroup, Child, inherited_cgroup};
 
-/// What the limit leaves: room for the files of the evidence, but not for a task. Its stack alone takes as much, and
+/// What the limit leaves nptl: room for the files of the evidence, but not for a task. Its stack alone takes as much, and
 /// its structure another 10 KiB.
 const SLACK: u64 = 16 << 10;
 
@@ -77,7 +77,7 @@ fn provoke(ask: &mut Asker<'_>, member: &Path, limited: &Path) -> Result<(), Str
     write(member.join("cgroup.procs"), 0)?;
     // What is opened in a cgroup for the first time, and the whole way of a refusal.
     ask_all(ask);
-    limit.tighten()?;
+    limit.tighten(SLACK)?;
     ask.ask_nptl();
     limit.lift()?;
     ask.forget();
@@ -87,10 +87,14 @@ fn provoke(ask: &mut Asker<'_>, member: &Path, limited: &Path) -> Result<(), Str
     let mut round = 0;
     // A few more where the cgroup could not be named yet: with hardly any memory not every question is answered.
     while round < ask.rounds || named.get() == 0 && round < ask.rounds + MORE {
-        let allowed = limit.tighten()?;
         if round == 0 {
-            ask.ask_others();
+            // Without any room: a thread of std that is granted and then refused its signal stack aborts the process.
+            limit.tighten(0)?;
+            ask.ask_std();
+            limit.tighten(0)?;
+            ask.ask_pthread();
         }
+        let allowed = limit.tighten(SLACK)?;
         ask.ask_nptl();
         // Whatever follows allocates: the answer is told before the next is asked for.
         limit.lift()?;
@@ -260,8 +264,8 @@ impl Limit {
         number.ok_or_else(|| "memory.current: no number".to_owned())
     }
 
-    /// Leaves room for a few pages, and returns the limit in bytes.
-    fn tighten(&self) -> Result<u64, String> {
+    /// Leaves room for so many bytes, and returns the limit.
+    fn tighten(&self, slack: u64) -> Result<u64, String> {
         // What the CPUs have charged in advance could pay for a task. They give it back under a limit that is
         // exceeded, and ended tasks what they were charged for: both late.
         let mut usage = self.usage()?;
@@ -273,7 +277,7 @@ impl Limit {
                 break;
             }
         }
-        let allowed = usage + SLACK;
+        let allowed = usage + slack;
         // Formatted on the stack.
         let mut text = [0_u8; 20];
         let mut rest = &mut text[..];
