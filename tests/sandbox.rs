@@ -380,6 +380,32 @@ fn seccomp_allow_list_kills() {
     }
 }
 
+#[test]
+fn std_threads_go_without_signal_stacks() {
+    if let Some(case) = case() {
+        let disabled = std::thread::spawn(|| {
+            // SAFETY: all zeroes is a valid structure, and a place for the result.
+            unsafe {
+                let mut stack: libc::stack_t = std::mem::zeroed();
+                libc::sigaltstack(std::ptr::null(), &raw mut stack);
+                stack.ss_flags & libc::SS_DISABLE != 0
+            }
+        });
+        report("disabled", disabled.join().expect("its end"));
+        if case == "without" {
+            // SAFETY: none: this address is nobody's.
+            unsafe { std::ptr::without_provenance_mut::<u8>(4096).write_volatile(1) };
+        }
+        return;
+    }
+    let name = "std_threads_go_without_signal_stacks";
+    let with = or_skip!(child(name, "with").run()).success();
+    assert_eq!(with.get("disabled"), Some("false"), "{with}");
+    let without = or_skip!(child(name, "without").no_signal_stacks().run());
+    assert_eq!(without.get("disabled"), Some("true"), "{without}");
+    assert_eq!(without.signal(), Some(libc::SIGSEGV), "{without}");
+}
+
 /// A joined thread counts until the kernel has taken it back. A tracer that does not look at its end makes that last.
 #[test]
 fn joined_threads_are_awaited() {

@@ -115,6 +115,7 @@ pub struct Child {
     user_namespace: bool,
     pid_namespaces: Vec<Option<u32>>,
     proc: Proc,
+    no_signal_stacks: bool,
 }
 
 /// This test binary again, for exactly the test `test` (its full path, as `--list` prints it), with
@@ -131,6 +132,7 @@ pub fn child(test: &str, case: &str) -> Child {
         user_namespace: false,
         pid_namespaces: Vec::new(),
         proc: Proc::Inherited,
+        no_signal_stacks: false,
     }
 }
 
@@ -198,6 +200,13 @@ impl Child {
     /// An empty directory in the place of `/proc`.
     pub fn hide_proc(mut self) -> Child {
         self.proc = Proc::Hidden;
+        self
+    }
+
+    /// Threads of the standard library get no signal stack, for want of which it would abort: it leaves the handling of
+    /// bad addresses to a program that was started with these signals ignored. They still kill.
+    pub fn no_signal_stacks(mut self) -> Child {
+        self.no_signal_stacks = true;
         self
     }
 
@@ -301,6 +310,7 @@ impl Child {
                 .map(|pid_max| pid_max.map(|value| value.to_string()))
                 .collect(),
             proc: self.proc,
+            no_signal_stacks: self.no_signal_stacks,
         })
     }
 }
@@ -382,6 +392,7 @@ struct Sandbox {
     id_maps: Option<[String; 2]>,
     pid_namespaces: Vec<Option<String>>,
     proc: Proc,
+    no_signal_stacks: bool,
 }
 
 impl Sandbox {
@@ -401,6 +412,12 @@ impl Sandbox {
                     rlim_max: value,
                 },
             )?;
+        }
+        if self.no_signal_stacks {
+            for signal in [libc::SIGSEGV, libc::SIGBUS] {
+                // SAFETY: ignores a signal in this forked process.
+                unsafe { libc::signal(signal, libc::SIG_IGN) };
+            }
         }
         if let Some([uid_map, gid_map]) = &self.id_maps {
             self.begin(2);

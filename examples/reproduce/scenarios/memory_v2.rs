@@ -47,6 +47,8 @@ pub(super) fn sandbox_below(child: Child) -> Result<Child, String> {
 
 /// The last one is where the child starts.
 fn inside(child: Child, parent: &Cgroup, member: &Cgroup) -> Result<Child, String> {
+    // One of std's threads can be granted at the limit and then refused a signal stack.
+    let child = child.no_signal_stacks();
     Ok(child.cgroup(member).cgroup(&parent.nested()?))
 }
 
@@ -88,11 +90,9 @@ fn provoke(ask: &mut Asker<'_>, member: &Path, limited: &Path) -> Result<(), Str
     // A few more where the cgroup could not be named yet: with hardly any memory not every question is answered.
     while round < ask.rounds || named.get() == 0 && round < ask.rounds + MORE {
         if round == 0 {
-            // Without any room: a thread of std that is granted and then refused its signal stack aborts the process.
+            // These need no files.
             limit.tighten(0)?;
-            ask.ask_std();
-            limit.tighten(0)?;
-            ask.ask_pthread();
+            ask.ask_others();
         }
         let allowed = limit.tighten(SLACK)?;
         ask.ask_nptl();
