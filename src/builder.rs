@@ -3,12 +3,11 @@
 use crate::error::SpawnError;
 use crate::handle::{JoinHandle, Packet, ScopedJoinHandle};
 use crate::retry::RetryPolicy;
-use crate::scope::Scope;
+use crate::scope::{Latch, Scope};
 use crate::stack::Wanted;
 use crate::stack::cache::StackCache;
 use crate::stack::fallible::Shared;
 use crate::start;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// std's default.
@@ -183,17 +182,21 @@ impl Builder {
         T: Send + 'scope,
     {
         let request = self.request();
-        let packet = Packet::new(f, Some(Arc::clone(scope.latch())));
+        let packet = Packet::new(f, scope.latch().cloned());
         // A refused closure is dropped here, in its caller's hands: a panic of it goes on from here.
+        let refused = |packet: Packet<F, T>, bytes| {
+            let error = crate::spawn::refused_memory(&request, bytes);
+            drop(packet.into_work());
+            Err(error)
+        };
+        let Some(latch) = scope.latch() else {
+            return refused(packet, size_of::<Latch>());
+        };
         let packet = match Shared::try_new(packet) {
             Ok(packet) => packet,
-            Err(packet) => {
-                let error = crate::spawn::refused_memory(&request, size_of::<Packet<F, T>>());
-                drop(packet.into_work());
-                return Err(error);
-            }
+            Err(packet) => return refused(packet, size_of::<Packet<F, T>>()),
         };
-        match start::spawn_scoped(&request, packet.clone().into_body(), scope.latch()) {
+        match start::spawn_scoped(&request, packet.clone().into_body(), latch) {
             Ok(running) => Ok(ScopedJoinHandle::new(running, packet)),
             Err(error) => {
                 drop(packet.take_work());

@@ -2,14 +2,13 @@
 
 use crate::scope::Latch;
 use crate::stack::cache::{self, StackCache};
-use crate::stack::fallible::Shared;
+use crate::stack::fallible::{self, Shared};
 use crate::stack::{Life, Stack, StackInfo};
 use crate::start::Body;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::thread::Result as Outcome;
 use std::time::Duration;
 
@@ -19,11 +18,11 @@ use std::time::Duration;
 pub(crate) struct Packet<F, T> {
     work: Mutex<Option<F>>,
     result: Mutex<Option<Outcome<T>>>,
-    scope: Option<Arc<Latch>>,
+    scope: Option<Shared<Latch>>,
 }
 
 impl<F, T> Packet<F, T> {
-    pub(crate) fn new(work: F, scope: Option<Arc<Latch>>) -> Packet<F, T> {
+    pub(crate) fn new(work: F, scope: Option<Shared<Latch>>) -> Packet<F, T> {
         Packet {
             work: Mutex::new(Some(work)),
             result: Mutex::new(None),
@@ -121,6 +120,7 @@ impl Drop for Running {
         if self.stack.leave_handle() {
             self.cache.give(self.stack);
         }
+        fallible::free_left();
     }
 }
 

@@ -25,6 +25,7 @@
 //! rt_sigprocmask, madvise with `MADV_DONTNEED`, and exit; futex with FUTEX_WAIT and FUTEX_WAKE
 //! (private or not) only under contention; munmap only where a detached thread's stack pushes others
 //! out of the cache. A seccomp filter installed by the closure must allow these.
+//! The crate uses no allocator at the end of a thread; destructors make calls of their own.
 
 #![debugger_visualizer(gdb_script_file = "../gdb/nptl.py")]
 

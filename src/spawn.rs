@@ -16,24 +16,24 @@ use crate::failures;
 use crate::handle::Running;
 use crate::scope::Latch;
 use crate::stack::cache::{self, StackCache};
-use crate::stack::fallible::Shared;
+use crate::stack::fallible::{self, Shared};
 use crate::stack::{Idle, Signals, overflow};
 use crate::start::{Body, Settings, Start};
 use crate::tcb::{Runtime, RuntimeError};
 use nix::errno::Errno;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// Creates the thread that runs `body`.
 pub(crate) fn spawn(
     request: &Request,
     body: &Shared<dyn Body>,
-    latch: Option<&Arc<Latch>>,
+    latch: Option<&Shared<Latch>>,
 ) -> Result<Running, SpawnError> {
     // The error's memory, while there is some.
     let reserve = Reserve::new();
     cache::guard_forks();
     cache::notice_fork();
+    fallible::free_left();
 
     let mut attempts = 0;
     let mut started = None;
@@ -140,7 +140,7 @@ fn circumstances(
 /// What the thread is told, for each attempt anew.
 struct Message<'a> {
     body: &'a Shared<dyn Body>,
-    latch: Option<&'a Arc<Latch>>,
+    latch: Option<&'a Shared<Latch>>,
     name: Option<&'a Shared<String>>,
 }
 
@@ -165,7 +165,7 @@ fn check(request: &Request) -> Result<Option<&Shared<String>>, Refused> {
 fn attempt(
     request: &Request,
     body: &Shared<dyn Body>,
-    latch: Option<&Arc<Latch>>,
+    latch: Option<&Shared<Latch>>,
     attempts: &mut u32,
 ) -> Result<Running, Refused> {
     *attempts += 1;

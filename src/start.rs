@@ -20,7 +20,7 @@
 //! System calls after the closure has started: rt_sigprocmask, madvise(MADV_DONTNEED), exit, and
 //! only under contention futex (WAIT, WAKE, private or not); munmap where a detached thread's stack
 //! pushes others out of the cache. All of them pass the vCPU filters of Firecracker and Cloud
-//! Hypervisor (facts/vmm.md).
+//! Hypervisor (facts/vmm.md). The allocator is not used, be it to free: `Shared::leave`.
 
 use crate::builder::Request;
 use crate::clone::sys;
@@ -33,7 +33,6 @@ use crate::stack::{self, Life, Stack};
 use crate::tcb::Runtime;
 use nix::errno::Errno;
 use std::cell::Cell;
-use std::sync::Arc;
 
 /// What the creator hands to the new thread.
 pub(crate) struct Start {
@@ -109,7 +108,7 @@ pub fn current_name() -> Option<String> {
 pub(crate) fn spawn_scoped<'scope>(
     request: &Request,
     body: Shared<dyn Body + 'scope>,
-    latch: &Arc<Latch>,
+    latch: &Shared<Latch>,
 ) -> Result<Running, SpawnError> {
     // SAFETY: each message to a thread enters the latch, and leaves it only after its reference to the
     // body is gone; a scope does not return before its latch is empty (`scope::scope` waits in every
@@ -168,7 +167,9 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // The last reference, if there is no handle: the closure's result is dropped here, while thread-locals still
     // work. Alone, because its destructor can end the thread by a bare exit, and then the rest must be found.
     // SAFETY: the borrow from above has ended, and nobody else looks at the message of a thread that lives.
-    drop(unsafe { stack.take_body() });
+    if let Some(body) = unsafe { stack.take_body() } {
+        body.leave();
+    }
     // SAFETY: as above.
     let Some(start) = (unsafe { stack.take_start() }) else {
         sys::exit_thread()
@@ -202,7 +203,9 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
         }
         stack.set_name(None);
     }
-    drop(name);
+    if let Some(name) = name {
+        name.leave_whole();
+    }
     runtime
 }
 

@@ -557,6 +557,47 @@ fn a_thread_behind_firecrackers_filter_ends_normally() {
     assert_eq!(output.success().get("good"), Some("yes"));
 }
 
+/// The list in the crate's documentation, as a filter, in its worst hour: many threads end at once, joined, detached
+/// and scoped, in a cache that holds few of them, with more of them than processors.
+#[test]
+fn an_ending_thread_makes_only_the_documented_calls() {
+    let test = "an_ending_thread_makes_only_the_documented_calls";
+    support::alone(test, || {
+        let documented = support::Documented::new();
+        let small = StackCache::new(
+            StackCacheConfig::default()
+                .keep_resident(4096)
+                .resident_budget(100 << 10),
+        );
+        for cache in [StackCache::global(), &small] {
+            for round in 0..200 {
+                let open = std::sync::RwLock::new(());
+                let shut = open.write().expect("not poisoned");
+                nptl::scope(|scope| {
+                    let build = || Builder::new().stack_cache(cache).stack_size(128 << 10);
+                    let body = || {
+                        drop(open.read().expect("not poisoned"));
+                        documented.install();
+                        // Something to discard.
+                        std::hint::black_box([1_u8; 32 << 10]);
+                    };
+                    let handles: Vec<_> = (0..16)
+                        .map(|_| build().spawn_scoped(scope, body).expect("a thread"))
+                        .collect();
+                    drop(shut);
+                    let mut handles = handles.into_iter();
+                    // Half of them nobody joins: the scope's end waits for those.
+                    handles
+                        .by_ref()
+                        .take(8)
+                        .for_each(|handle| handle.join().expect("its end"));
+                });
+                assert_eq!(support::undocumented_call(), None, "round {round}");
+            }
+        }
+    });
+}
+
 /// A panic behind the filter: the payload arrives. The hook is quiet, because printing a backtrace needs
 /// more than the filter allows.
 #[test]

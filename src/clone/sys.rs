@@ -50,15 +50,16 @@ pub(crate) fn exit_thread() -> ! {
 
 /// Waits with plain FUTEX_WAIT (operation 0: shared, relative time-out) while `word` holds
 /// `expected`. The kernel wakes a cleared tid word with a shared wake, and VMM filters allow this
-/// operation (facts/vmm.md). Returns early for any reason: the caller looks at the word again.
-pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
+/// operation (facts/vmm.md). Returns early for any reason, and says whether that was the time-out: the caller
+/// looks at the word again.
+pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) -> bool {
     let spec = timeout.map(|t| libc::timespec {
         tv_sec: t.as_secs().min(i64::MAX as u64) as i64,
         tv_nsec: i64::from(t.subsec_nanos()),
     });
     let spec = spec.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: the word and the timespec outlive the call.
-    unsafe {
+    let answer = unsafe {
         syscall(
             libc::SYS_futex,
             [
@@ -66,6 +67,25 @@ pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Durati
                 libc::FUTEX_WAIT as usize,
                 expected as usize,
                 spec as usize,
+                0,
+                0,
+            ],
+        )
+    };
+    errno_of(answer) == Some(Errno::ETIMEDOUT)
+}
+
+/// Wakes one thread that sleeps in [`futex_wait`].
+pub(crate) fn futex_wake(word: &AtomicU32) {
+    // SAFETY: a wake touches no memory.
+    unsafe {
+        syscall(
+            libc::SYS_futex,
+            [
+                (&raw const *word) as usize,
+                libc::FUTEX_WAKE as usize,
+                1,
+                0,
                 0,
                 0,
             ],

@@ -4,12 +4,12 @@
 //! kernel's side of eviction, the instances, and fork.
 
 use super::caps::Caps;
+use super::fallible::{self, Shared};
 use super::ledger::{Budget, Ledger, State, Stats, Victims};
 use super::{Life, Lock, Stack};
 use crate::failures::FAILURES;
 use crate::scope::Latch;
 use crate::tcb::Runtime;
-use std::sync::Arc;
 use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
@@ -377,6 +377,7 @@ impl StackCache {
         self.0.configure(config);
         drop(adding);
         self.unmap(self.0.ledger.trim(usize::MAX));
+        fallible::free_left();
     }
 
     /// The accounts.
@@ -397,11 +398,18 @@ impl StackCache {
             .unmap(self.0.ledger.trim(resident_bytes))
             .is_worth_another()
         {}
+        fallible::free_left();
     }
 
     /// Unmaps every cached stack, with the exception that [`trim`](Self::trim) names.
     pub fn clear(&self) {
         notice_fork();
+        self.unmap_all();
+        fallible::free_left();
+    }
+
+    /// Also for the ending thread that has the last handle.
+    fn unmap_all(&self) {
         self.sweep();
         while self.unmap(self.0.ledger.clear()).is_worth_another() {}
     }
@@ -414,7 +422,7 @@ impl StackCache {
 
     /// The same in every cache, for the threads of one scope: what others left is not for its thread to
     /// drop, which can hold any lock.
-    pub(crate) fn bury_dead_of(latch: &Arc<Latch>) {
+    pub(crate) fn bury_dead_of(latch: &Shared<Latch>) {
         for cache in instances().filter_map(Instance::handle) {
             let claim = |stack: &Stack| stack.is_orphan_of(latch) && stack.claim_orphan();
             cache.unmap(cache.0.ledger.sweep(claim, Stack::bury));
@@ -468,6 +476,7 @@ impl StackCache {
                 }
             }
         }
+        fallible::free_left();
         count
     }
 
@@ -502,11 +511,15 @@ impl Drop for StackCache {
         if self.0.is_global() || self.0.handles.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
-        self.clear();
+        self.unmap_all();
         // Whoever is still on its way out, the dropping thread's own stack included, is waited for
         // by the global cache.
         let late = self.0.ledger.hand_over(&GLOBAL_INSTANCE.ledger);
         self.unmap(late);
+        // A thread of this crate may be the last one with a handle because it ends.
+        if crate::start::current().is_none() {
+            fallible::free_left();
+        }
         IN_USE.fetch_sub(1, Ordering::Relaxed);
         self.0.unused.store(true, Ordering::Release);
     }

@@ -30,7 +30,6 @@ use layout::Layout;
 use ledger::{Entry, Links};
 use nix::errno::Errno;
 use std::cell::{Cell, UnsafeCell};
-use std::sync::Arc;
 use std::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
 };
@@ -501,7 +500,7 @@ impl Stack {
 
     /// Whether it is an orphan, and of a thread of this scope. Called with the ledger's lock held, as
     /// [`Stack::claim_orphan`].
-    pub(crate) fn is_orphan_of(&self, latch: &Arc<Latch>) -> bool {
+    pub(crate) fn is_orphan_of(&self, latch: &Shared<Latch>) -> bool {
         if self.life.load(Ordering::Acquire) != Life::Detached as u8 || !self.is_released() {
             return false;
         }

@@ -43,8 +43,8 @@ pub use child::{Child, Output, Running, alone, case, child, kernel_at_least, pro
 pub use limits::{Mappings, Sleepers, become_unused_user, is_root, set_rlimit, unused_uid};
 pub use notify::{Call, Listener, listen, supervised};
 pub use seccomp::{
-    Allow, Deny, MADV_GUARD_INSTALL, allow, allow_only, deny, deny_guard_marks,
-    firecracker_vcpu_filter,
+    Allow, Deny, Documented, MADV_GUARD_INSTALL, allow, allow_only, deny, deny_guard_marks,
+    firecracker_vcpu_filter, undocumented_call,
 };
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
 pub use threads::{await_reaping, burst, is_mapped, listed_threads, private, resident_pages, tid};

@@ -2,7 +2,9 @@
 
 use super::{KEY_BLOCKS, Runtime, calibrate::JoinMark, image, symbols};
 use crate::clone::{self, sys};
+use crate::stack::fallible::Left;
 use std::cell::{Cell, UnsafeCell};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
 /// The largest TLS segment of libc itself that is handed on; 128 to 144 bytes were seen.
@@ -231,6 +233,20 @@ impl Runtime {
         }
     }
 
+    /// As [`Runtime::release_dtv`], but whoever calls [`free_left`](crate::stack::fallible::free_left) frees it: the caller can be an ending
+    /// thread.
+    unsafe fn leave_dtv(&self, tp: usize) {
+        let dtv = (tp + self.symbols.dtv) as *mut usize;
+        // SAFETY: as there. The pointer leads to the first of the DTV's entries of two words, which holds its
+        // generation: `_dl_deallocate_tls` looks at the length before it and at the modules' behind.
+        unsafe {
+            if let Some(first) = NonNull::new(dtv.read() as *mut Left) {
+                dtv.write(0);
+                Left::place(first, free_dtv);
+            }
+        }
+    }
+
     /// Back to a fresh descriptor, by the thread that ends: known fields are reset, buffers and tables
     /// that hang off it stay and are used again (rule 5 among them). The static TLS likewise, if the
     /// modules are still those that it was allocated for.
@@ -348,7 +364,7 @@ impl Runtime {
         parked.present = true;
     }
 
-    /// Saves and frees what hangs off a block before its memory goes away: the heap cache stays
+    /// Saves, or leaves to be freed, what hangs off a block before its memory goes away: the heap cache stays
     /// with the record for the next block that it describes.
     ///
     /// # Safety
@@ -367,7 +383,7 @@ impl Runtime {
             if block.state() == BlockState::Fresh {
                 return;
             }
-            self.release_dtv(tp);
+            self.leave_dtv(tp);
             if block.state() == BlockState::Ended {
                 let parked = &mut *block.parked.get();
                 if !parked.present {
@@ -376,17 +392,46 @@ impl Runtime {
                 for index in 1..KEY_BLOCKS {
                     let table =
                         (tp + self.symbols.specific + index * 8) as *const *mut libc::c_void;
-                    libc::free(table.read());
+                    leave_allocation(table.read());
                 }
                 for buffer in [self.offsets.strsignal, self.offsets.strerror]
                     .into_iter()
                     .flatten()
                 {
-                    libc::free(((tp + buffer) as *const *mut libc::c_void).read());
+                    leave_allocation(((tp + buffer) as *const *mut libc::c_void).read());
                 }
             }
         }
         block.set_state(BlockState::Fresh);
+    }
+}
+
+/// Frees a DTV that has lost its block.
+unsafe fn free_dtv(first: NonNull<Left>) {
+    let Some(runtime) = Runtime::existing() else {
+        return;
+    };
+    // Nothing else of a block is looked at.
+    let mut header = [0_usize; 8];
+    if let Some(dtv) = header.get_mut(runtime.symbols.dtv / size_of::<usize>()) {
+        *dtv = first.as_ptr() as usize;
+        // SAFETY: the DTV of a block that is gone; false: the block itself is not to be freed.
+        unsafe { (runtime.symbols.deallocate_tls)(header.as_mut_ptr().cast(), false) };
+    }
+}
+
+/// As free(3), but it is [`free_left`](crate::stack::fallible::free_left) that calls it.
+///
+/// # Safety
+/// Null, or memory of malloc's that is the caller's. It is never less than three words.
+unsafe fn leave_allocation(memory: *mut libc::c_void) {
+    unsafe fn free(left: NonNull<Left>) {
+        // SAFETY: malloc's.
+        unsafe { libc::free(left.as_ptr().cast()) };
+    }
+    if let Some(left) = NonNull::new(memory.cast()) {
+        // SAFETY: by the caller's promise.
+        unsafe { Left::place(left, free) };
     }
 }
 
