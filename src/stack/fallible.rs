@@ -342,3 +342,59 @@ impl<T: Copy + 'static> Deref for Kept<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    struct Counts(Arc<AtomicUsize>);
+
+    impl Drop for Counts {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn what_is_left_goes_once() {
+        const THREADS: usize = 4;
+        const EACH: usize = 2000;
+        let dropped = Arc::new(AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                let dropped = &dropped;
+                scope.spawn(move || {
+                    for index in 0..EACH {
+                        let value = Counts(Arc::clone(dropped));
+                        let one = Shared::try_new(value).unwrap_or_else(|_| panic!("memory"));
+                        let other = one.clone();
+                        other.leave();
+                        if index % 2 == 0 {
+                            one.leave_whole();
+                        } else {
+                            one.leave();
+                        }
+                        if index % 50 == 0 {
+                            free_left();
+                        }
+                    }
+                });
+            }
+        });
+        free_left();
+        assert_eq!(dropped.load(Ordering::Relaxed), THREADS * EACH);
+    }
+
+    #[test]
+    fn a_value_does_not_wait_for_its_memory_to_be_freed() {
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let value = Counts(Arc::clone(&dropped));
+        let one = Shared::try_new(value).unwrap_or_else(|_| panic!("memory"));
+        let other = one.clone();
+        one.leave();
+        assert_eq!(dropped.load(Ordering::Relaxed), 0);
+        other.leave();
+        assert_eq!(dropped.load(Ordering::Relaxed), 1);
+    }
+}
