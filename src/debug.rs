@@ -3,9 +3,9 @@
 //! reads it and adds `nptl-failures` and `nptl-stacks`.
 
 use crate::failures;
-use crate::stack::Stack;
 use crate::stack::cache::StackCache;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use crate::stack::{Records, Stack};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The script, as gdb looks for it in a program: kind 4 (Python text), a name, the text, 0.
 ///
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 /// gdb runs it twice, and the commands are defined again. Part of the program's image, it stays where all else that
 /// is for debuggers is stripped.
 #[used]
+#[expect(unsafe_code, reason = "gdb reads this section")]
 #[unsafe(link_section = ".debug_gdb_scripts")]
 static SCRIPT: [u8; HEAD.len() + TEXT.len() + 1] = {
     let mut script = [0; HEAD.len() + TEXT.len() + 1];
@@ -33,8 +34,8 @@ pub(crate) struct Directory {
     failures: AtomicUsize,
     failure_count: AtomicUsize,
     failure_size: AtomicUsize,
-    /// The record of a stack that was made last.
-    records: AtomicPtr<Stack>,
+    /// The address of the record of a stack that was made last.
+    records: Records,
     /// The ledger of the global cache; every other is a private one's.
     global: AtomicUsize,
     offsets: [usize; 9],
@@ -44,13 +45,14 @@ const VERSION: usize = 2;
 
 /// Kept by the linker because the functions below use it; found by the name of its section, which a program has
 /// even when its symbols are stripped.
+#[expect(unsafe_code, reason = "a section of no program's but this crate's")]
 #[unsafe(link_section = ".nptl.directory")]
 static DIRECTORY: Directory = Directory {
     version: VERSION,
     failures: AtomicUsize::new(0),
     failure_count: AtomicUsize::new(0),
     failure_size: AtomicUsize::new(0),
-    records: AtomicPtr::new(std::ptr::null_mut()),
+    records: Records::new(),
     global: AtomicUsize::new(0),
     offsets: Stack::OFFSETS,
 };
@@ -64,30 +66,14 @@ pub(crate) fn publish_failures(ring: &failures::Directory) {
 
 /// All records, the newest first.
 pub(crate) fn records() -> impl Iterator<Item = &'static Stack> {
-    // SAFETY: null, or a record; records are never freed.
-    let newest = unsafe { DIRECTORY.records.load(Ordering::Acquire).as_ref() };
-    std::iter::successors(newest, |stack| stack.followed())
+    DIRECTORY.records.iter()
 }
 
-/// A record was made; records are never freed, so the list only grows.
+/// A record was made.
 pub(crate) fn publish_record(stack: &'static Stack) {
     let global = StackCache::global().ledger();
     DIRECTORY
         .global
         .store(std::ptr::from_ref(global).addr(), Ordering::Relaxed);
-    let new = std::ptr::from_ref(stack).cast_mut();
-    let mut last = DIRECTORY.records.load(Ordering::Relaxed);
-    loop {
-        stack.follow(last);
-        let changed = DIRECTORY.records.compare_exchange_weak(
-            last,
-            new,
-            Ordering::Release,
-            Ordering::Relaxed,
-        );
-        match changed {
-            Ok(_) => return,
-            Err(now) => last = now,
-        }
-    }
+    DIRECTORY.records.push(stack);
 }

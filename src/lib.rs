@@ -27,12 +27,15 @@
 //! out of the cache. A seccomp filter installed by the closure must allow these.
 //! The crate uses no allocator at the end of a thread; destructors make calls of their own.
 
+// Four rooms have unsafe code; the rest is safe Rust (rule 9 of the architecture).
+#![deny(unsafe_code)]
 #![debugger_visualizer(gdb_script_file = "../gdb/nptl.py")]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("nptl reimplements glibc's thread creation and supports Linux only");
 
 mod builder;
+#[allow(unsafe_code, reason = "rule 9")]
 mod clone;
 mod debug;
 mod diagnose;
@@ -42,8 +45,11 @@ mod handle;
 mod retry;
 mod scope;
 mod spawn;
+#[allow(unsafe_code, reason = "rule 9")]
 mod stack;
+#[allow(unsafe_code, reason = "rule 9")]
 mod start;
+#[allow(unsafe_code, reason = "rule 9")]
 mod tcb;
 
 pub use builder::{Builder, spawn};

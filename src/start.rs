@@ -136,6 +136,9 @@ pub(crate) unsafe extern "C" fn main(record: *mut libc::c_void) -> ! {
 ///
 /// What it holds stays in its message until its end: if it dies on the way (a bare exit, a filter), the
 /// one who buries it finds that there, and nothing is lost but what lies in the thread's frames.
+///
+/// # Safety
+/// Called once, by the thread whose message lies in `stack`, as the first thing that it does.
 unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // SAFETY: passed on. Without a message there is no thread to be: the creator always leaves one.
     let Some(start) = (unsafe { stack.start() }) else {
@@ -210,6 +213,9 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
 }
 
 /// The last frame. Nothing in it may need dropping.
+///
+/// # Safety
+/// Called by the thread on `stack` after [`live`].
 unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
     // 33 stays open: whoever broadcasts a set-id call holds the list's lock and waits for us.
     sys::set_signal_mask(sys::APPLICATION);

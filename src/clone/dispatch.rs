@@ -189,6 +189,9 @@ pub(crate) unsafe fn without_clone3<T>(work: impl FnOnce() -> T) -> Option<T> {
 }
 
 /// Uses neither libc nor thread-locals: it runs in the middle of either.
+///
+/// # Safety
+/// Called by the kernel as a handler of SIGSYS with SA_SIGINFO.
 unsafe extern "C" fn on_system_call(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes both to a handler with SA_SIGINFO.
     let (code, mut call) = unsafe { ((*info).si_code, arch::Trapped::new(context)) };

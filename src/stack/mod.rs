@@ -115,6 +115,39 @@ pub(crate) struct Stack {
 // by the creator after a refused clone: one owner at a time. All else is atomic or synchronised.
 unsafe impl Sync for Stack {}
 
+/// All records, which only grow in number: the newest, and from there each before it.
+#[repr(transparent)]
+pub(crate) struct Records(AtomicPtr<Stack>);
+
+impl Records {
+    pub(crate) const fn new() -> Records {
+        Records(AtomicPtr::new(std::ptr::null_mut()))
+    }
+
+    pub(crate) fn push(&self, stack: &'static Stack) {
+        let new = std::ptr::from_ref(stack).cast_mut();
+        let mut last = self.0.load(Ordering::Relaxed);
+        loop {
+            stack.next_record.store(last, Ordering::Relaxed);
+            match self
+                .0
+                .compare_exchange_weak(last, new, Ordering::Release, Ordering::Relaxed)
+            {
+                Ok(_) => return,
+                Err(now) => last = now,
+            }
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &'static Stack> {
+        let at = |place: &AtomicPtr<Stack>| {
+            // SAFETY: null, or what `push` was given; records are never freed.
+            unsafe { place.load(Ordering::Acquire).as_ref() }
+        };
+        std::iter::successors(at(&self.0), move |stack| at(&stack.next_record))
+    }
+}
+
 const NO_CLASS: u16 = u16::MAX;
 
 /// Records whose mappings are gone. They carry parked heap caches, so the last is used first.
@@ -160,17 +193,6 @@ impl Stack {
         std::mem::offset_of!(Stack, links) + Links::<Stack>::STATE_OFFSET,
         std::mem::offset_of!(Stack, links) + Links::<Stack>::OWNER_OFFSET,
     ];
-
-    /// Where a debugger goes from here.
-    pub(crate) fn follow(&self, record: *mut Stack) {
-        self.next_record.store(record, Ordering::Relaxed);
-    }
-
-    /// The record made before this one.
-    pub(crate) fn followed(&self) -> Option<&'static Stack> {
-        // SAFETY: null, or a record; records are never freed.
-        unsafe { self.next_record.load(Ordering::Relaxed).as_ref() }
-    }
 
     /// A record without a mapping: the one that lost its mapping last, or a new one. None: no memory.
     fn spare() -> Option<&'static Stack> {

@@ -91,6 +91,8 @@ pub(crate) fn use_signal_stack(stack: &Stack) -> Result<(), Errno> {
     Errno::result(answer).map(drop)
 }
 
+/// # Safety
+/// Called by the kernel as a handler with SA_SIGINFO, or so by a handler that chains to it.
 unsafe extern "C" fn handler(
     signal: libc::c_int,
     info: *mut libc::siginfo_t,
@@ -129,6 +131,8 @@ fn report(stack: &Stack) -> ! {
     unsafe { libc::abort() }
 }
 
+/// # Safety
+/// The arguments of a handler with SA_SIGINFO, passed on.
 unsafe fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let previous = SIGNALS
         .iter()

@@ -183,6 +183,9 @@ impl Runtime {
     }
 
     /// The state the block has once it is prepared, should nothing come of it.
+    ///
+    /// # Safety
+    /// As for [`Runtime::enlist`]: the block is idle, and the caller its only owner.
     unsafe fn prepare(&self, block: &Block, stack: (usize, usize, usize)) -> BlockState {
         let tp = block.thread_pointer();
         let (lowest, end) = self.extent(tp);
@@ -222,6 +225,9 @@ impl Runtime {
 
     /// Frees the DTV and dynamic TLS of the thread that was here, once: a refused
     /// `_dl_allocate_tls` leaves none.
+    ///
+    /// # Safety
+    /// `tp` is the thread pointer of an idle block, whose only owner the caller is.
     unsafe fn release_dtv(&self, tp: usize) {
         let dtv = (tp + self.symbols.dtv) as *mut usize;
         // SAFETY: the caller owns the idle block; the word is null or what _dl_allocate_tls wrote.
@@ -233,8 +239,11 @@ impl Runtime {
         }
     }
 
-    /// As [`Runtime::release_dtv`], but whoever calls [`free_left`](crate::stack::fallible::free_left) frees it: the caller can be an ending
-    /// thread.
+    /// As [`Runtime::release_dtv`], but it is freed by [`free_left`](crate::stack::fallible::free_left): the caller can
+    /// be an ending thread.
+    ///
+    /// # Safety
+    /// As for [`Runtime::release_dtv`]; the block has no use for its DTV any more.
     unsafe fn leave_dtv(&self, tp: usize) {
         let dtv = (tp + self.symbols.dtv) as *mut usize;
         // SAFETY: as there. The pointer leads to the first of the DTV's entries of two words, which holds its
@@ -273,6 +282,9 @@ impl Runtime {
 
     /// The rest of [`Runtime::reset`]: what glibc writes into the descriptor of a thread that has
     /// ended already (`pthread_setschedparam`), or what the thread needs until its end.
+    ///
+    /// # Safety
+    /// As for [`Runtime::release_dtv`].
     unsafe fn reset_shared(&self, tp: usize) {
         let (symbols, offsets) = (&self.symbols, &self.offsets);
         // SAFETY: offsets lie in the descriptor, which the caller owns.
@@ -290,6 +302,9 @@ impl Runtime {
 
     /// The non-zero fields of a descriptor at the moment of clone (facts/glibc.md). Those that only the
     /// thread itself looks at are left to [`Runtime::enter`].
+    ///
+    /// # Safety
+    /// As for [`Runtime::release_dtv`]; the range is that of the stack below the block.
     unsafe fn fill_descriptor(&self, tp: usize, (base, length, guard): (usize, usize, usize)) {
         let (symbols, offsets) = (&self.symbols, &self.offsets);
         let write = |at: usize, value: usize| {
@@ -317,6 +332,9 @@ impl Runtime {
 
     /// Makes room for another `_dl_allocate_tls`: saves libc's segment, frees the DTV, and zeroes the
     /// gaps between modules, which nobody else writes.
+    ///
+    /// # Safety
+    /// The block is idle, the caller its only owner, and its last thread has ended normally.
     unsafe fn release_tls(&self, block: &Block) {
         let tp = block.thread_pointer();
         let (lowest, _) = self.extent(tp);
@@ -333,6 +351,9 @@ impl Runtime {
     }
 
     /// [`image::learn`] from a block whose TLS was just allocated.
+    ///
+    /// # Safety
+    /// `tp` is the thread pointer of a block of the caller's, whose TLS was allocated in this `generation`.
     unsafe fn learn(&self, table: &symbols::ModuleTable, generation: usize, tp: usize) -> usize {
         let (lowest, _) = self.extent(tp);
         let rseq = self.symbols.rseq.map_or(0..0, |rseq| {
@@ -346,6 +367,8 @@ impl Runtime {
         }
     }
 
+    /// # Safety
+    /// `tp` is the thread pointer of an idle block of the caller's, whose last thread has ended normally.
     unsafe fn save_segment(&self, tp: usize, parked: &mut Parked) {
         let segment = &self.offsets.segment;
         let size = (segment.end - segment.start) as usize;
@@ -407,6 +430,9 @@ impl Runtime {
 }
 
 /// Frees a DTV that has lost its block.
+///
+/// # Safety
+/// `first` is the first entry of a DTV of the dynamic linker's that no block has any more.
 unsafe fn free_dtv(first: NonNull<Left>) {
     let Some(runtime) = Runtime::existing() else {
         return;
@@ -425,6 +451,8 @@ unsafe fn free_dtv(first: NonNull<Left>) {
 /// # Safety
 /// Null, or memory of malloc's that is the caller's. It is never less than three words.
 unsafe fn leave_allocation(memory: *mut libc::c_void) {
+    /// # Safety
+    /// Memory of malloc's that is the caller's.
     unsafe fn free(left: NonNull<Left>) {
         // SAFETY: malloc's.
         unsafe { libc::free(left.as_ptr().cast()) };

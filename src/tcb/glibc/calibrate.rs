@@ -145,6 +145,8 @@ fn first_allocation() {
     unsafe { libc::free(std::hint::black_box(libc::malloc(64))) };
 }
 
+/// # Safety
+/// `argument` is an `OnOurStack` whose owner waits for this thread's end.
 unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
     // SAFETY: the creator waits in pthread_join while this thread writes to what it passed.
     unsafe {
@@ -211,6 +213,8 @@ struct OnGlibcStack {
     done: AtomicU32,
 }
 
+/// # Safety
+/// `argument` is an `OnGlibcStack` whose owner waits for its `done`.
 unsafe extern "C" fn on_glibc_stack(argument: *mut c_void) -> *mut c_void {
     // SAFETY: the creator waits for `done`, the last access to what it passed.
     unsafe {
@@ -235,6 +239,9 @@ unsafe extern "C" fn on_glibc_stack(argument: *mut c_void) -> *mut c_void {
 }
 
 /// `pthread_create`, with the raw errno that it folds: glibc leaves it in `errno`.
+///
+/// # Safety
+/// As for pthread_create(3): `argument` is what `routine` expects, for as long as it runs.
 unsafe fn create(
     attributes: *const libc::pthread_attr_t,
     routine: unsafe extern "C" fn(*mut c_void) -> *mut c_void,

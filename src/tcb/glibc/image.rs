@@ -243,6 +243,8 @@ unsafe fn segments(tp: usize, dtv: usize, lowest: usize) -> Option<Segments> {
         lowest: usize,
         segments: Option<Segments>,
     }
+    /// # Safety
+    /// Called by dl_iterate_phdr(3) with a `Search` as its data.
     unsafe extern "C" fn visit(
         info: *mut libc::dl_phdr_info,
         _size: usize,

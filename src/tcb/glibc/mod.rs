@@ -222,6 +222,9 @@ impl Runtime {
 
     /// Registers this thread's rseq area; where that is not wanted or refused, `sched_getcpu` and
     /// friends learn from -2 that they must ask the kernel.
+    ///
+    /// # Safety
+    /// `tp` is the calling thread's own thread pointer.
     unsafe fn register_rseq(&self, tp: usize, wanted: bool) {
         const RSEQ_SIGNATURE: usize = 0x5305_3053;
         const REGISTRATION_FAILED: i32 = -2;
@@ -308,6 +311,9 @@ impl Runtime {
 
     /// One round over all values of pthread keys: each is cleared (rule 18), and its destructor runs
     /// if `run` says so. True: one ran, so that there may be new values.
+    ///
+    /// # Safety
+    /// Called by a thread of this crate, whose keys are looked at.
     unsafe fn clear_keys(&self, run: bool) -> bool {
         let tp = clone::thread_pointer();
         if let Some(used) = self.offsets.specific_used {

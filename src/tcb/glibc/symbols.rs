@@ -360,6 +360,8 @@ pub(super) fn libc_segment(tp: usize) -> Result<(isize, usize), RuntimeError> {
         errno: usize,
         found: Option<(usize, usize)>,
     }
+    /// # Safety
+    /// Called by dl_iterate_phdr(3) with a `Search` as its data.
     unsafe extern "C" fn visit(
         info: *mut libc::dl_phdr_info,
         _size: usize,
