@@ -198,6 +198,7 @@ impl fmt::Display for Report<'_> {
             cause: &verdict.cause,
             certainty: verdict.certainty,
             alternatives: verdict.alternatives,
+            silence: verdict.silence,
             transient: verdict.transient,
         };
         write!(f, "{explanation}")?;

@@ -194,6 +194,27 @@ pub struct Oracle {
     pub repeated: Answer,
 }
 
+impl Oracle {
+    /// Why the questions tell nothing, if they do not.
+    pub(crate) fn silence(&self) -> Option<&'static str> {
+        const ANSWERED: &str = "a filter or a tracer answers clone3 for the kernel, which cannot be asked what refused";
+        const MISSING: &str =
+            "no clone3 (Linux before 5.3, or a filter): the kernel cannot be asked what refused";
+        const OLD: &str = "Linux before 5.7: its clone3 does not know the questions";
+        match (self.clone3_empty, self.until_pid_number) {
+            (Answer::NotAsked, _) => None,
+            (Answer::Refused(Errno::ENOSYS), _) => Some(MISSING),
+            // Larger than the structure that the kernel knows.
+            (Answer::Refused(Errno::EINVAL), Answer::Refused(Errno::E2BIG)) => Some(OLD),
+            (
+                Answer::Refused(Errno::EINVAL),
+                Answer::NotAsked | Answer::Refused(Errno::EINVAL | Errno::EAGAIN | Errno::ENOMEM),
+            ) => None,
+            _ => Some(ANSWERED),
+        }
+    }
+}
+
 /// How far mmap gets, asked in the kernel's order of checks.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -1288,7 +1309,10 @@ impl fmt::Display for Cause {
             Cause::OutsideCpuset { .. } => {
                 f.write_str("none of the CPUs asked for is in the cpuset")
             }
-            Cause::Unknown { .. } => f.write_str("unknown"),
+            Cause::Unknown { oracle, .. } => match oracle.silence() {
+                Some(why) => write!(f, "unknown: {why}"),
+                None => f.write_str("unknown"),
+            },
         }
     }
 }
@@ -1352,6 +1376,8 @@ pub(crate) struct Explanation<'a> {
     pub(crate) cause: &'a Cause,
     pub(crate) certainty: Certainty,
     pub(crate) alternatives: Causes,
+    /// Why the kernel could not be asked what refused, where that is so.
+    pub(crate) silence: Option<&'static str>,
     pub(crate) transient: bool,
 }
 
@@ -1360,6 +1386,10 @@ impl fmt::Display for Explanation<'_> {
         writeln!(f, "cause: {} ({})", self.cause, self.certainty)?;
         if !self.alternatives.is_empty() {
             writeln!(f, "could also be: {}", self.alternatives)?;
+        }
+        // An unknown cause has it in its line.
+        if let (Certainty::Inferred, Some(why)) = (self.certainty, self.silence) {
+            writeln!(f, "not proven: {why}")?;
         }
         writeln!(f, "evidence:")?;
         self.cause.evidence(f)?;

@@ -79,6 +79,8 @@ pub(crate) struct Verdict {
     pub(crate) certainty: Certainty,
     /// What else it could be, when inferred.
     pub(crate) alternatives: Causes,
+    /// Why the kernel could not be asked what refused a clone, where that is so.
+    pub(crate) silence: Option<&'static str>,
     /// Whether retrying for some milliseconds is right.
     pub(crate) transient: bool,
     /// How often the refused call was repeated.
@@ -116,6 +118,7 @@ impl Verdict {
         },
         certainty: Certainty::Unknown,
         alternatives: Causes::NONE,
+        silence: None,
         transient: false,
         repeated: 0,
         spent: Duration::ZERO,
@@ -188,6 +191,7 @@ pub(crate) fn diagnose(circumstances: &Circumstances<'_>, again: Option<Again<'_
         cause,
         certainty: naming.certainty,
         alternatives: naming.alternatives,
+        silence: readings.oracle.silence(),
         transient: naming.transient,
         repeated: repetition.count,
         spent: start.elapsed(),

@@ -160,6 +160,7 @@ fn in_child(name: &str, body: impl FnOnce(&mut Report)) -> Option<Report> {
                     cause: &verdict.cause,
                     certainty: verdict.certainty,
                     alternatives: verdict.alternatives,
+                    silence: verdict.silence,
                     transient: verdict.transient
                 }
             );
@@ -353,7 +354,11 @@ fn nproc_by_legacy_clone() {
         filter(&[(libc::SYS_clone3, libc::ENOSYS)]);
         clones(report, CloneCall::Clone, true);
     });
-    // A filter's answer and execve cannot be excluded without clone3.
+    // A filter's answer and execve cannot be excluded without clone3, and the report says so.
+    if let Some(verdict) = report.as_ref().and_then(|report| report.last) {
+        let why = verdict.silence.expect("a reason");
+        assert!(why.starts_with("no clone3"), "{why}");
+    }
     expect(report, CauseKind::UserProcesses, Certainty::Inferred);
 }
 

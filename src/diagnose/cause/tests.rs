@@ -7,6 +7,7 @@ fn explain(cause: &Cause, transient: bool) -> String {
         cause,
         certainty: Certainty::Proven,
         alternatives: Causes::NONE,
+        silence: None,
         transient,
     }
     .to_string()
@@ -483,6 +484,82 @@ fn every_report_has_the_evidence_and_what_to_change() {
     }
     for kind in CauseKind::ALL {
         assert!(seen.contains(kind), "{kind:?} has no line in the table");
+    }
+}
+
+fn unknown(oracle: Oracle) -> Cause {
+    Cause::Unknown {
+        oracle,
+        memory: MemoryOracle::default(),
+        tasks: None,
+        threads_max: None,
+        nproc: None,
+        pid_max: None,
+        seccomp: None,
+    }
+}
+
+/// Where the questions are useless, both the line and the report say why.
+#[test]
+fn a_kernel_that_cannot_be_asked_is_named() {
+    use Answer::{Granted, NotAsked, Refused};
+    for (clone3_empty, until_pid_number, why) in [
+        (
+            Refused(Errno::EPERM),
+            NotAsked,
+            Some("a filter or a tracer answers clone3"),
+        ),
+        (
+            Granted,
+            NotAsked,
+            Some("a filter or a tracer answers clone3"),
+        ),
+        (
+            Refused(Errno::EINVAL),
+            Refused(Errno::EPERM),
+            Some("a filter or a tracer answers clone3"),
+        ),
+        (
+            Refused(Errno::ENOSYS),
+            NotAsked,
+            Some("no clone3 (Linux before 5.3, or a filter)"),
+        ),
+        (
+            Refused(Errno::EINVAL),
+            Refused(Errno::E2BIG),
+            Some("Linux before 5.7"),
+        ),
+        (Refused(Errno::EINVAL), Refused(Errno::EAGAIN), None),
+        (Refused(Errno::EINVAL), Refused(Errno::EINVAL), None),
+        (Refused(Errno::EINVAL), NotAsked, None),
+        (NotAsked, NotAsked, None),
+    ] {
+        let oracle = Oracle {
+            clone3_empty,
+            until_pid_number,
+            ..Oracle::default()
+        };
+        let silence = oracle.silence();
+        let inferred = Explanation {
+            cause: &numbers(PidLevel::Own),
+            certainty: Certainty::Inferred,
+            alternatives: Causes::NONE,
+            silence,
+            transient: false,
+        };
+        let (line, report) = (unknown(oracle).to_string(), inferred.to_string());
+        match why {
+            Some(why) => {
+                assert!(line.starts_with(&format!("unknown: {why}")), "{line}");
+                let start = format!("not proven: {why}");
+                let there = |line: &str| line.starts_with(&start) && line.len() <= 126;
+                assert!(report.lines().any(there), "{report}");
+            }
+            None => {
+                assert_eq!(line, "unknown");
+                assert!(!report.contains("not proven"), "{report}");
+            }
+        }
     }
 }
 
