@@ -9,7 +9,7 @@ use crate::stack::fallible::{self, Shared};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SHORTEST: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(5);
@@ -59,16 +59,22 @@ impl Latch {
         }
         latch.running.fetch_or(WAITED, Ordering::Relaxed);
         let mut patience = SHORTEST;
+        let mut look = Instant::now() + patience;
         loop {
             let count = latch.count();
             if count == 0 {
                 return;
             }
-            // Only the last one wakes: the others leave us asleep on a word that has changed meanwhile.
-            if sys::futex_wait(&latch.running, WAITED | count, Some(patience)) {
+            // By the clock: signals that come more often than our patience ends must not put it off for ever.
+            let left = look.saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 StackCache::bury_dead_of(latch);
                 patience = (patience * 2).min(LONGEST);
+                look = Instant::now() + patience;
+                continue;
             }
+            // Only the last one wakes: the others leave us asleep on a word that has changed meanwhile.
+            sys::futex_wait(&latch.running, WAITED | count, Some(left));
         }
     }
 }

@@ -721,3 +721,29 @@ fn a_scope_outlives_threads_that_died() {
     let output = child(name, "run").time_limit(Duration::from_secs(60));
     or_skip!(output.run()).success();
 }
+
+/// The scope looks for threads that died although signals keep waking its own thread: a profiler's, a timer's.
+#[test]
+fn signals_do_not_keep_a_scope_from_a_thread_that_died() {
+    extern "C" fn nothing(_: libc::c_int) {}
+    let name = "signals_do_not_keep_a_scope_from_a_thread_that_died";
+    if case().is_some() {
+        // SAFETY: a handler that does nothing.
+        unsafe { libc::signal(libc::SIGPROF, nothing as *const () as usize) };
+        // SAFETY: asks for the calling thread's own name.
+        let owner = unsafe { libc::pthread_self() };
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_millis(10));
+                // SAFETY: that thread waits in its scope for as long as the process lives.
+                unsafe { libc::pthread_kill(owner, libc::SIGPROF) };
+            }
+        });
+        nptl::scope(|scope| drop(scope.spawn(|| die(Death::Exit)).expect("a thread")));
+        report("scope", "over");
+        std::process::exit(0);
+    }
+    let output = child(name, "run").time_limit(Duration::from_secs(30));
+    let output = or_skip!(output.run()).success();
+    assert_eq!(output.get("scope"), Some("over"));
+}

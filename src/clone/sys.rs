@@ -50,16 +50,15 @@ pub(crate) fn exit_thread() -> ! {
 
 /// Waits with plain FUTEX_WAIT (operation 0: shared, relative time-out) while `word` holds
 /// `expected`. The kernel wakes a cleared tid word with a shared wake, and VMM filters allow this
-/// operation (facts/vmm.md). Returns early for any reason, and says whether that was the time-out: the caller
-/// looks at the word again.
-pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) -> bool {
+/// operation (facts/vmm.md). Returns early for any reason; the caller looks at the word again.
+pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
     let spec = timeout.map(|t| libc::timespec {
         tv_sec: t.as_secs().min(i64::MAX as u64) as i64,
         tv_nsec: i64::from(t.subsec_nanos()),
     });
     let spec = spec.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: the word and the timespec outlive the call.
-    let answer = unsafe {
+    unsafe {
         syscall(
             libc::SYS_futex,
             [
@@ -72,7 +71,6 @@ pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Durati
             ],
         )
     };
-    errno_of(answer) == Some(Errno::ETIMEDOUT)
 }
 
 /// Wakes one thread that sleeps in [`futex_wait`].
