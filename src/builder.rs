@@ -6,7 +6,7 @@ use crate::retry::RetryPolicy;
 use crate::scope::{Latch, Scope};
 use crate::stack::Wanted;
 use crate::stack::cache::StackCache;
-use crate::stack::fallible::Shared;
+use crate::stack::fallible::{self, Shared};
 use crate::start;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -206,6 +206,8 @@ impl Builder {
     }
 
     fn request(self) -> Request {
+        // Before the first allocation, so that it finds what ended threads have left.
+        fallible::free_left();
         let name = self.name;
         let wanted = Wanted {
             size: self.stack_size.unwrap_or_else(default_stack_size),

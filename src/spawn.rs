@@ -16,7 +16,7 @@ use crate::failures;
 use crate::handle::Running;
 use crate::scope::Latch;
 use crate::stack::cache::{self, StackCache};
-use crate::stack::fallible::{self, Shared};
+use crate::stack::fallible::Shared;
 use crate::stack::{Idle, Signals, overflow};
 use crate::start::{Body, Settings, Start};
 use crate::tcb::{Runtime, RuntimeError};
@@ -33,7 +33,6 @@ pub(crate) fn spawn(
     let reserve = Reserve::new();
     cache::guard_forks();
     cache::notice_fork();
-    fallible::free_left();
 
     let mut attempts = 0;
     let mut started = None;

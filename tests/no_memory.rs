@@ -5,6 +5,7 @@ mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nptl::{Builder, RetryPolicy, SpawnError, StackCache, StackCacheConfig, StackFate, Step};
 use support::{case, child, or_skip, report};
@@ -13,6 +14,12 @@ thread_local! {
     /// How many more allocations of this thread are granted; None: all.
     static GRANTED: Cell<Option<usize>> = const { Cell::new(None) };
 }
+
+/// A closure with this needs whole pages, and the heap has them [once](PAGE_TAKEN).
+#[repr(align(4096))]
+struct Page;
+
+static PAGE_TAKEN: AtomicBool = AtomicBool::new(false);
 
 struct Refusing;
 
@@ -24,11 +31,17 @@ unsafe impl GlobalAlloc for Refusing {
             Some(left) => GRANTED.set(Some(left - 1)),
             None => {}
         }
+        if layout.align() >= align_of::<Page>() && PAGE_TAKEN.swap(true, Ordering::Relaxed) {
+            return std::ptr::null_mut();
+        }
         // SAFETY: passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        if layout.align() >= align_of::<Page>() {
+            PAGE_TAKEN.store(false, Ordering::Relaxed);
+        }
         // SAFETY: passed on.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -169,4 +182,26 @@ fn every_allocation_of_a_spawn_can_be_refused() {
     assert_eq!(number("named"), Some(4), "{output}");
     // The scope's latch and the packet, with a stack from the cache.
     assert_eq!(number("scoped"), Some(2), "{output}");
+}
+
+/// What a detached thread was made with serves the next one, also where there is no more than that.
+#[test]
+fn memory_that_a_thread_left_is_there_for_the_next() {
+    if case().is_some() {
+        for round in 0..5 {
+            let page = Page;
+            let thread = nptl::spawn(move || {
+                std::hint::black_box(&page);
+            });
+            let thread = thread.unwrap_or_else(|error| panic!("{round}: {error}"));
+            let task = format!("/proc/self/task/{}", thread.tid());
+            thread.detach();
+            while std::path::Path::new(&task).exists() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        }
+        return;
+    }
+    let output = child("memory_that_a_thread_left_is_there_for_the_next", "run").run();
+    or_skip!(output).success();
 }
