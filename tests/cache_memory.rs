@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::ffi::{CStr, CString, c_char};
 use std::hint::black_box;
 
 use nptl::{Builder, StackCache, StackCacheConfig, StackInfo};
@@ -267,4 +268,68 @@ fn no_heap_is_lost_however_stacks_come_and_go() {
             "{name}: malloc has given out {growth} bytes more"
         );
     }
+}
+
+/// A catalogue of gettext's with one translation.
+fn catalogue(original: &str, translation: &str) -> Vec<u8> {
+    const TABLES: usize = 28;
+    const TEXTS: usize = TABLES + 2 * 16;
+    let header = "Content-Type: text/plain; charset=UTF-8\n";
+    let mut texts = Vec::new();
+    let mut tables = Vec::new();
+    for text in ["", original, header, translation] {
+        tables.extend([text.len(), TEXTS + texts.len()]);
+        texts.extend(text.bytes().chain([0]));
+    }
+    let head = [0x9504_12de, 0, 2, TABLES, TABLES + 16, 0, TEXTS];
+    let words = head.into_iter().chain(tables);
+    let words = words.flat_map(|word| u32::to_ne_bytes(word.try_into().expect("a word")));
+    words.chain(texts).collect()
+}
+
+/// glibc keeps a thread's last text of strsignal(3) for it. In Chinese it is shorter than two words of memory, and
+/// an allocator can give it just that, as glibc's own does that checks for what is written beyond.
+#[test]
+fn a_short_text_of_strsignal_is_not_overwritten() {
+    unsafe extern "C" {
+        fn bindtextdomain(domain: *const c_char, folder: *const c_char) -> *mut c_char;
+        fn strsignal(signal: libc::c_int) -> *const c_char;
+    }
+    let test = "a_short_text_of_strsignal_is_not_overwritten";
+    if let Some(folder) = case() {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("our maps");
+        report("checked", maps.contains("libc_malloc_debug"));
+        let folder = CString::new(folder).expect("no NUL");
+        // SAFETY: valid strings; no other thread asks for locales.
+        unsafe {
+            libc::setlocale(libc::LC_ALL, c"".as_ptr());
+            bindtextdomain(c"libc".as_ptr(), folder.as_ptr());
+        }
+        let cache = StackCache::new(StackCacheConfig::disabled());
+        for _ in 0..3 {
+            let thread = Builder::new().stack_cache(&cache).spawn(|| {
+                // SAFETY: the calling thread's own buffer, or a constant.
+                unsafe { CStr::from_ptr(strsignal(libc::SIGRTMIN() + 1)) }.to_owned()
+            });
+            let text = thread.expect("a thread").join().expect("its end");
+            report("text", text.to_string_lossy());
+        }
+        cache.clear();
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("nptl-catalogue-{}", std::process::id()));
+    let messages = folder.join("zh_CN/LC_MESSAGES");
+    std::fs::create_dir_all(&messages).expect("a folder");
+    let text = catalogue("Real-time signal %d", "实时信号 %d");
+    std::fs::write(messages.join("libc.mo"), text).expect("a file");
+    let output = child(test, folder.to_str().expect("a name"))
+        .env("LD_PRELOAD", "libc_malloc_debug.so.0")
+        .env("MALLOC_CHECK_", "3")
+        .env("LC_ALL", "C.UTF-8")
+        .env("LANGUAGE", "zh_CN")
+        .run();
+    std::fs::remove_dir_all(&folder).expect("our folder");
+    let output = or_skip!(output).success();
+    assert_eq!(output.all("text"), ["实时信号 1"; 3], "{output}");
+    assert_eq!(output.get("checked"), Some("true"), "{output}");
 }

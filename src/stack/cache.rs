@@ -99,8 +99,8 @@ impl StackCacheConfig {
     /// `true`: the stack, the signal stack and the block above them (struct pthread and thread-locals) are
     /// given back with `MADV_DONTNEED`, or overwritten where they are locked, when the stack is taken again.
     /// One thing goes on from thread to thread, for good reason: libc's own thread-local variables, with
-    /// the addresses of the freed heap blocks that malloc keeps for a thread, and from glibc 2.41 on the
-    /// address of a random generator's state; neither is data of a thread. The heap is not the stack's: what
+    /// the addresses of the freed heap blocks that malloc keeps for a thread, of the buffers of strsignal(3) and
+    /// strerror(3), and from glibc 2.41 on of a random generator's state. The heap is not the stack's: what
     /// a thread has freed there, any other can be given by malloc.
     ///
     /// Between the thread's end and the next one's start, or `munmap`, the last page or two of the stack and

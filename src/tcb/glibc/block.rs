@@ -1,6 +1,6 @@
 //! One thread's TLS block: preparing it, listing it, handing its heap cache on, retiring it.
 
-use super::{KEY_BLOCKS, Runtime, calibrate::JoinMark, image, symbols};
+use super::{KEY_BLOCKS, KeyValues, Runtime, calibrate::JoinMark, image, symbols};
 use crate::clone::{self, sys};
 use crate::stack::fallible::Left;
 use std::cell::{Cell, UnsafeCell};
@@ -24,10 +24,12 @@ pub(crate) enum BlockState {
 
 /// What outlives a block whose memory is unmapped, until the next fresh block takes it: malloc's
 /// thread cache and arena, and the getrandom state. Dropping these would leak them, because glibc
-/// exports no way to release them (facts/glibc.md).
+/// exports no way to release them (facts/glibc.md). The buffers of strsignal and strerror go with
+/// them, since they can be too short to be a [`Left`], and the allocator is not for an ending thread.
 pub(crate) struct Parked {
     segment: [u8; SEGMENT_MAX],
-    getrandom: usize,
+    /// Of [`Runtime::parked_words`].
+    words: [usize; 3],
     present: bool,
 }
 
@@ -64,7 +66,7 @@ impl Block {
             generation: AtomicUsize::new(image::NONE),
             parked: UnsafeCell::new(Parked {
                 segment: [0; SEGMENT_MAX],
-                getrandom: 0,
+                words: [0; 3],
                 present: false,
             }),
         }
@@ -189,17 +191,18 @@ impl Runtime {
     unsafe fn prepare(&self, block: &Block, stack: (usize, usize, usize)) -> BlockState {
         let tp = block.thread_pointer();
         let (lowest, end) = self.extent(tp);
-        let offsets = &self.offsets;
         // SAFETY: the caller owns the idle block; every address lies between lowest and end.
         unsafe {
             let state = block.state();
             match state {
                 BlockState::Fresh => {
                     let parked = &mut *block.parked.get();
-                    if parked.present
-                        && let Some(at) = offsets.getrandom
-                    {
-                        ((tp + at) as *mut usize).write(parked.getrandom);
+                    if parked.present {
+                        for (at, word) in self.parked_words().into_iter().zip(parked.words) {
+                            if let Some(at) = at {
+                                ((tp + at) as *mut usize).write(word);
+                            }
+                        }
                     }
                 }
                 BlockState::Ended => {
@@ -367,6 +370,12 @@ impl Runtime {
         }
     }
 
+    /// Where a descriptor has the words that go on with libc's segment.
+    fn parked_words(&self) -> [Option<usize>; 3] {
+        let offsets = &self.offsets;
+        [offsets.getrandom, offsets.strsignal, offsets.strerror]
+    }
+
     /// # Safety
     /// `tp` is the thread pointer of an idle block of the caller's, whose last thread has ended normally.
     unsafe fn save_segment(&self, tp: usize, parked: &mut Parked) {
@@ -379,10 +388,9 @@ impl Runtime {
                 parked.segment.as_mut_ptr(),
                 size,
             );
-            parked.getrandom = self
-                .offsets
-                .getrandom
-                .map_or(0, |at| ((tp + at) as *const usize).read());
+            parked.words = self
+                .parked_words()
+                .map(|at| at.map_or(0, |at| ((tp + at) as *const usize).read()));
         }
         parked.present = true;
     }
@@ -413,15 +421,8 @@ impl Runtime {
                     self.save_segment(tp, parked);
                 }
                 for index in 1..KEY_BLOCKS {
-                    let table =
-                        (tp + self.symbols.specific + index * 8) as *const *mut libc::c_void;
-                    leave_allocation(table.read());
-                }
-                for buffer in [self.offsets.strsignal, self.offsets.strerror]
-                    .into_iter()
-                    .flatten()
-                {
-                    leave_allocation(((tp + buffer) as *const *mut libc::c_void).read());
+                    let table = (tp + self.symbols.specific + index * 8) as *const *mut KeyValues;
+                    leave_key_table(table.read());
                 }
             }
         }
@@ -449,15 +450,16 @@ unsafe fn free_dtv(first: NonNull<Left>) {
 /// As free(3), but it is [`free_left`](crate::stack::fallible::free_left) that calls it.
 ///
 /// # Safety
-/// Null, or memory of malloc's that is the caller's. It is never less than three words.
-unsafe fn leave_allocation(memory: *mut libc::c_void) {
+/// Null, or a second-level key table that is the caller's: memory of malloc's, aligned and larger than a [`Left`].
+unsafe fn leave_key_table(table: *mut KeyValues) {
     /// # Safety
     /// Memory of malloc's that is the caller's.
     unsafe fn free(left: NonNull<Left>) {
         // SAFETY: malloc's.
         unsafe { libc::free(left.as_ptr().cast()) };
     }
-    if let Some(left) = NonNull::new(memory.cast()) {
+    const { assert!(size_of::<Left>() <= size_of::<KeyValues>()) };
+    if let Some(left) = NonNull::new(table.cast()) {
         // SAFETY: by the caller's promise.
         unsafe { Left::place(left, free) };
     }
