@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
@@ -13,6 +14,37 @@ type Handler = Option<unsafe extern "C" fn()>;
 unsafe extern "C" {
     fn _Fork() -> libc::pid_t;
 }
+
+/// As if another thread had held malloc's locks in the moment of `_Fork`: who asks for them waits for ever.
+static HEAP_IS_HELD: AtomicBool = AtomicBool::new(false);
+
+struct Heap;
+
+impl Heap {
+    fn lock(&self) {
+        while HEAP_IS_HELD.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+// SAFETY: the system's allocator.
+unsafe impl GlobalAlloc for Heap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        self.lock();
+        // SAFETY: passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        self.lock();
+        // SAFETY: passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static HEAP: Heap = Heap;
 
 static HOLD_AT_ITS_END: AtomicBool = AtomicBool::new(false);
 static HOLD_REGISTRATION: AtomicBool = AtomicBool::new(false);
@@ -342,4 +374,35 @@ fn a_cache_answers_in_a_bare_child() {
         }
         done.store(true, Ordering::Relaxed);
     });
+}
+
+/// What the parent's threads left is not the child's to free, where nothing keeps malloc whole: the handle of a thread
+/// that did not come along is dropped without the allocator.
+#[test]
+fn a_handle_is_dropped_in_the_child_without_the_heap() {
+    if case().is_some() {
+        let (gate, wait) = std::sync::mpsc::channel::<()>();
+        let living = nptl::spawn(move || wait.recv().is_err()).expect("a thread");
+        let left = nptl::spawn(|| ()).expect("a thread");
+        let task = format!("/proc/self/task/{}", left.tid());
+        left.detach();
+        while std::path::Path::new(&task).exists() {
+            std::thread::yield_now();
+        }
+        let mut living = Some(living);
+        // SAFETY: the child does nothing but what is tested.
+        let status = in_child(
+            || unsafe { _Fork() },
+            || {
+                HEAP_IS_HELD.store(true, Ordering::Relaxed);
+                drop(living.take());
+            },
+        );
+        report("status", status);
+        drop(gate);
+        return;
+    }
+    let output = child("a_handle_is_dropped_in_the_child_without_the_heap", "run").run();
+    let output = support::or_skip!(output).success();
+    assert_eq!(output.get("status"), Some("0"), "{output}");
 }

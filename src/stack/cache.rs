@@ -766,6 +766,7 @@ fn forget_parent(prepared: bool) {
         stack.change_life(Life::Attached, Life::Ending);
     }
     if !prepared {
+        fallible::forget_left();
         // SAFETY: whoever held these does not exist in this process.
         unsafe {
             FAILURES.seize().forget();

@@ -90,6 +90,7 @@ pub(crate) fn free_left() {
     if LEFT.load(Ordering::Relaxed).is_null() {
         return;
     }
+    super::cache::notice_fork();
     // Always all of them, so that an entry cannot come back in the middle of this.
     let mut next = LEFT.swap(ptr::null_mut(), Acquire);
     while let Some(left) = NonNull::new(next) {
@@ -100,6 +101,12 @@ pub(crate) fn free_left() {
             next = rest;
         }
     }
+}
+
+/// In a forked child that no handler prepared: another thread can have been at the allocator, which then is for
+/// nobody here who has no need of it.
+pub(crate) fn forget_left() {
+    LEFT.store(ptr::null_mut(), Ordering::Relaxed);
 }
 
 /// The value is gone.
