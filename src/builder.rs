@@ -224,10 +224,7 @@ impl Builder {
         {
             Some(("name contains a NUL byte", 0))
         } else if wanted.size.saturating_add(wanted.guard) > isize::MAX as usize {
-            Some((
-                "stack and guard exceed the address space",
-                wanted.size as u64,
-            ))
+            Some(wanted.too_large())
         } else {
             None
         };

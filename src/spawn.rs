@@ -327,10 +327,8 @@ fn obtain(
         }
         Err(shortage) => shortage,
     };
-    let detail = Detail {
-        what: "stack size",
-        value: request.wanted.size as u64,
-    };
+    let (what, value) = request.wanted.too_large();
+    let detail = Detail { what, value };
     let mut refused = Refused::explained(shortage.step, shortage.errno, shortage.bytes, detail);
     refused.reclaimed = reclaimed;
     if shortage.step == Step::GuardStack {

@@ -776,6 +776,14 @@ pub(crate) struct Wanted {
     pub prefault: usize,
 }
 
+impl Wanted {
+    /// What is wrong with sizes that cannot exist, and their sum: either of the two can be the cause.
+    pub(crate) fn too_large(&self) -> (&'static str, u64) {
+        let sum = self.size.saturating_add(self.guard);
+        ("stack and guard exceed the address space", sum as u64)
+    }
+}
+
 /// Why there is no stack for a thread.
 pub(crate) struct Shortage {
     pub step: Step,
