@@ -8,6 +8,7 @@ mod support;
 
 mod churn;
 mod clone3;
+mod lies;
 mod lifecycle;
 mod own_state;
 

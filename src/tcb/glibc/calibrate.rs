@@ -9,7 +9,8 @@
 //! paths (malloc without locks, unlocked stdio) and installs the set-id handler.
 
 use super::super::RuntimeError;
-use super::{Runtime, block, list::ThreadList, symbols, symbols::Symbols};
+use super::symbols::{self, Segment, Symbols};
+use super::{Runtime, block, list::ThreadList};
 use crate::clone::{self, sys};
 use crate::error::Step;
 use libc::c_void;
@@ -124,6 +125,8 @@ impl Snapshot {
 struct OnOurStack {
     symbols: *const Symbols,
     list: *const ThreadList,
+    /// Where its descriptor has to be: that ends where the stack does.
+    expected_tp: usize,
     tp: usize,
     start: Snapshot,
     after_getschedparam: Snapshot,
@@ -134,8 +137,13 @@ struct OnOurStack {
     robust_head: usize,
     resolver: usize,
     resp: usize,
-    segment: Option<(isize, usize)>,
+    segment: Option<Segment>,
     listed: bool,
+    tid: u32,
+    counted: bool,
+    dtv_is_known: bool,
+    resp_is_known: bool,
+    keys_are_known: bool,
 }
 
 /// Another malloc (jemalloc, for one) sets a pthread key at a thread's first allocation, which
@@ -144,6 +152,9 @@ fn first_allocation() {
     // SAFETY: a block that nobody else knows is freed again.
     unsafe { libc::free(std::hint::black_box(libc::malloc(64))) };
 }
+
+/// The destructor of a key that is deleted in time.
+unsafe extern "C" fn never_called(_: *mut c_void) {}
 
 /// # Safety
 /// `argument` is an `OnOurStack` whose owner waits for this thread's end.
@@ -154,6 +165,10 @@ unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
         let symbols = &*seen.symbols;
         let tp = clone::thread_pointer();
         seen.tp = tp;
+        if tp != seen.expected_tp {
+            // Past the end of a descriptor of another size there need not be anything.
+            return std::ptr::null_mut();
+        }
         first_allocation();
         seen.start.take(tp);
 
@@ -186,11 +201,20 @@ unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
         seen.robust_head = head;
         seen.resolver = symbols::__res_state() as usize;
         seen.resp = symbols::resp_address().unwrap_or(0);
-        seen.segment = symbols::libc_segment(tp).ok();
+        seen.segment = symbols::libc_segment().ok();
+        if let Some(segment) = seen.segment {
+            seen.dtv_is_known = segment.is_in(seen.start.word(symbols.dtv));
+            seen.resp_is_known = segment.contains(seen.resp)
+                && (seen.resp as *const usize).read_unaligned() == seen.resolver;
+        }
+        seen.tid = libc::gettid() as u32;
+        // Its creator and itself.
+        seen.counted = symbols.nthreads().load(Ordering::Relaxed) >= 2;
         seen.listed = (*seen.list).contains(tp + symbols.list, true);
 
         let mut key = 0;
-        if libc::pthread_key_create(&raw mut key, None) == 0 {
+        if libc::pthread_key_create(&raw mut key, Some(never_called)) == 0 {
+            seen.keys_are_known = symbols.knows_key(key, never_called);
             libc::pthread_setspecific(key, std::ptr::from_mut(seen).cast());
             seen.after_setspecific.take(tp);
             libc::pthread_setspecific(key, std::ptr::null());
@@ -350,6 +374,7 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
     let mut ours = OnOurStack {
         symbols: &raw const symbols,
         list: &raw const list,
+        expected_tp: symbols.thread_pointer_in(base + length),
         tp: 0,
         start: Snapshot::empty(size)?,
         after_getschedparam: Snapshot::empty(size)?,
@@ -362,6 +387,12 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
         resp: 0,
         segment: None,
         listed: false,
+        tid: 0,
+        counted: false,
+        dtv_is_known: false,
+        resp_is_known: false,
+        // Where there is no key left, it cannot be asked.
+        keys_are_known: true,
     };
     let mut ended = Snapshot::empty(size)?;
     let mut attributes = Attributes::new();
@@ -379,8 +410,11 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
         )?;
         let mut result = std::ptr::null_mut();
         libc::pthread_join(thread, &raw mut result);
-        if !(base..base + length - size + 1).contains(&ours.tp) || thread as usize != ours.tp {
+        if thread as usize != ours.tp {
             return unsupported("pthread_t is not the thread pointer");
+        }
+        if ours.tp != ours.expected_tp {
+            return unsupported("_thread_db_sizeof_pthread");
         }
         ended.take(ours.tp);
     }
@@ -471,6 +505,31 @@ fn conclude(
     if first.word(symbols.list) == 0 || ours.robust_head.wrapping_sub(tp) >= first.0.len() {
         return unsupported("robust list head outside the descriptor");
     }
+    if !ours.counted {
+        return unsupported("__nptl_nthreads does not count a new pthread");
+    }
+    if first.half(symbols.tid) != ours.tid || ended.half(symbols.tid) == ours.tid {
+        return unsupported("_thread_db_pthread_tid");
+    }
+    if !ours.dtv_is_known {
+        return unsupported("_thread_db_pthread_dtvp");
+    }
+    // EXITING_BITMASK (nptl/descr.h), set at a thread's end.
+    const EXITING: u32 = 0x10;
+    let cancelhandling = symbols.cancelhandling;
+    if first.half(cancelhandling) & EXITING != 0 || ended.half(cancelhandling) & EXITING == 0 {
+        return unsupported("_thread_db_pthread_cancelhandling");
+    }
+    if !ours.keys_are_known {
+        return unsupported("__pthread_keys");
+    }
+    // These hold nothing that could be looked for, but each has a neighbour in every glibc from 2.34 to 2.43.
+    if symbols.schedpolicy != symbols.sched_priority + 4 {
+        return unsupported("schedpolicy behind the priority");
+    }
+    if symbols.nextevent != symbols.eventbuf.0 + symbols.eventbuf.1 {
+        return unsupported("nextevent behind eventbuf");
+    }
     // The words that change by themselves: the kernel writes the rseq area at every preemption.
     let (rseq_start, rseq_end) = symbols.rseq.map_or((0, 0), |rseq| {
         let start = rseq.offset.max(0) as usize;
@@ -495,6 +554,10 @@ fn conclude(
     if first_key_block + super::KEYS_PER_BLOCK * size_of::<symbols::KeyValue>() != symbols.specific
     {
         return unsupported("the first block of pthread keys");
+    }
+    let specific_end = symbols.specific + super::KEY_BLOCKS * size_of::<usize>();
+    if symbols.report_events != specific_end + 1 {
+        return unsupported("report_events behind the table of pthread keys");
     }
     let stackblock = exactly_one(
         first
@@ -548,13 +611,20 @@ fn conclude(
     if resolver + symbols.resolver_size > first.0.len() || ours.resp == 0 {
         return unsupported("the resolver's state outside the descriptor");
     }
-    let Some((segment, segment_size)) = ours.segment else {
+    let Some(segment) = ours.segment else {
         return unsupported("libc's own TLS segment was not found");
     };
-    let segment = segment..segment + segment_size as isize;
+    let start = segment.start as isize - tp as isize;
+    let segment = start..start + segment.size as isize;
+    if -start > (symbols.tls_size - symbols.descriptor_size) as isize {
+        return unsupported("libc's TLS segment outside static TLS");
+    }
     let resp = ours.resp as isize - tp as isize;
     if !segment.contains(&resp) || segment.end - segment.start > block::SEGMENT_MAX as isize {
         return unsupported("__resp outside libc's TLS segment");
+    }
+    if !ours.resp_is_known {
+        return unsupported("__resp is not the resolver's state");
     }
     // A byte that became 1 at the thread's end, in an otherwise empty word, with a free lock in
     // the next one. Absent before 2.35: then pthread_kill asks the tid word, which we keep right.
@@ -575,10 +645,9 @@ fn conclude(
         lock: (flag & !3) + 4,
     });
     // Right behind the table of values: 1 in a thread with a value, 0 again once it has ended.
-    let specific_used =
-        Some(symbols.specific + super::KEY_BLOCKS * size_of::<usize>()).filter(|&at| {
-            ours.after_setspecific.bytes(at) == Some([1]) && ended.bytes(at) == Some([0])
-        });
+    let specific_used = Some(specific_end).filter(|&at| {
+        ours.after_setspecific.bytes(at) == Some([1]) && ended.bytes(at) == Some([0])
+    });
     Ok(Offsets {
         robust_head,
         robust_futex_offset: first.word(robust_head + 8),

@@ -146,8 +146,7 @@ impl Runtime {
 
     /// The thread pointer of a block that ends at `end`.
     pub(crate) fn thread_pointer_in(&self, end: usize) -> usize {
-        let align = self.symbols.tls_align.max(64);
-        (end - self.symbols.descriptor_size) & !(align - 1)
+        self.symbols.thread_pointer_in(end)
     }
 
     /// The tid word of the descriptor at `tp`: set by clone, cleared by the kernel.

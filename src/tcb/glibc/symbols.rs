@@ -4,6 +4,7 @@
 use super::super::RuntimeError;
 use super::KEY_BLOCKS;
 use libc::{c_int, c_void};
+use nix::errno::Errno;
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
@@ -148,6 +149,22 @@ fn field_of(name: &'static CStr, bits: u32) -> Result<usize, RuntimeError> {
     Ok(field.offset)
 }
 
+/// Whether words can be read there: all of it is mapped, as mincore(2) tells (or that cannot be asked). Before a
+/// pointer is followed that only a symbol's word vouches for. Never more than 31 pages.
+pub(super) fn is_mapped(address: usize, length: usize) -> bool {
+    let page = crate::stack::layout::page_size();
+    let start = address & !(page - 1);
+    let mut residence = [0_u8; 32];
+    let length = length.saturating_add(address - start);
+    let is_aligned = address.is_multiple_of(size_of::<usize>());
+    if address == 0 || !is_aligned || length > (residence.len() - 1) * page {
+        return false;
+    }
+    // SAFETY: the vector has a byte for each page; whatever the range is, nothing of it is touched.
+    let answer = unsafe { libc::mincore(start as *mut c_void, length, residence.as_mut_ptr()) };
+    answer == 0 || Errno::last() != Errno::ENOMEM
+}
+
 impl Symbols {
     pub(super) fn look_up() -> Result<Symbols, RuntimeError> {
         // A musl or another libc has no such symbol, and everything below would be a guess there.
@@ -169,8 +186,34 @@ impl Symbols {
         if rtld_global == 0 {
             return Err(RuntimeError::Unsupported("__nptl_rtld_global is null"));
         }
+        if address(c"_rtld_global").is_ok_and(|variable| variable != rtld_global) {
+            return Err(RuntimeError::Unsupported(
+                "__nptl_rtld_global is not ld.so's",
+            ));
+        }
         let list_bits = 2 * usize::BITS;
-        let eventbuf = field(c"_thread_db_pthread_eventbuf")?;
+        let global = |name| Ok(rtld_global + field_of(name, list_bits)?);
+        let (used_list, user_list) = (
+            global(c"_thread_db_rtld_global__dl_stack_used")?,
+            global(c"_thread_db_rtld_global__dl_stack_user")?,
+        );
+        // Before either is followed: what lies beside the second is taken for the lists' lock.
+        if used_list + 2 * size_of::<usize>() != user_list {
+            return Err(RuntimeError::Unsupported(
+                "glibc's thread lists do not lie side by side",
+            ));
+        }
+        // A field of `struct pthread`, all of it inside.
+        let field_of = |name: &'static CStr, bits: u32| {
+            let offset = field_of(name, bits)?;
+            match offset + bits as usize / 8 <= descriptor_size {
+                true => Ok(offset),
+                false => Err(RuntimeError::Unsupported(
+                    name.to_str().unwrap_or("a field outside the descriptor"),
+                )),
+            }
+        };
+        const EVENT_BUFFER: u32 = 3 * usize::BITS;
         let symbols = Symbols {
             // SAFETY: signatures stable from 2.34 on (facts/glibc.md).
             allocate_tls: unsafe {
@@ -198,8 +241,8 @@ impl Symbols {
             resolver_size: 568,
             rseq: rseq()?,
             modules: ModuleTable::find(rtld_global),
-            user_list: rtld_global + field_of(c"_thread_db_rtld_global__dl_stack_user", list_bits)?,
-            used_list: rtld_global + field_of(c"_thread_db_rtld_global__dl_stack_used", list_bits)?,
+            user_list,
+            used_list,
             tid: field_of(c"_thread_db_pthread_tid", 32)?,
             dtv: field_of(c"_thread_db_pthread_dtvp", usize::BITS)?,
             list: field_of(c"_thread_db_pthread_list", list_bits)?,
@@ -212,9 +255,31 @@ impl Symbols {
             sched_priority: field_of(c"_thread_db_pthread_schedparam_sched_priority", 32)?,
             report_events: field_of(c"_thread_db_pthread_report_events", 8)?,
             nextevent: field_of(c"_thread_db_pthread_nextevent", usize::BITS)?,
-            eventbuf: (eventbuf.offset, eventbuf.bits as usize / 8),
+            eventbuf: (
+                field_of(c"_thread_db_pthread_eventbuf", EVENT_BUFFER)?,
+                EVENT_BUFFER as usize / 8,
+            ),
         };
         Ok(symbols)
+    }
+
+    /// The thread pointer of a block that ends at `end`: where glibc puts it, too.
+    pub(super) fn thread_pointer_in(&self, end: usize) -> usize {
+        let align = self.tls_align.max(64);
+        (end - self.descriptor_size) & !(align - 1)
+    }
+
+    /// Whether `__pthread_keys` says of a key in use what `pthread_key_create` was told.
+    pub(super) fn knows_key(
+        &self,
+        key: libc::pthread_key_t,
+        destructor: unsafe extern "C" fn(*mut c_void),
+    ) -> bool {
+        let place = self.keys.wrapping_add(key as usize);
+        // SAFETY: mapped, and two words that glibc writes atomically.
+        is_mapped(place as usize, size_of::<Key>())
+            && unsafe { &*place }.sequence.load(Ordering::Relaxed) % 2 == 1
+            && unsafe { &*place }.destructor.load(Ordering::Relaxed) == destructor as usize
     }
 
     pub(super) fn nthreads(&self) -> &AtomicI32 {
@@ -278,7 +343,18 @@ impl ModuleTable {
             next: word(c"_thread_db_dtv_slotinfo_list_next")?,
             slots: slots.offset,
         };
-        (dtv_is_known && slots_are_known).then_some(table)
+        (dtv_is_known && slots_are_known && table.is_mapped()).then_some(table)
+    }
+
+    fn is_mapped(&self) -> bool {
+        // The first array has room for the modules that the program started with, and a few more.
+        const LARGEST: usize = 4096;
+        let header = self.length.max(self.next) + size_of::<usize>();
+        is_mapped(self.head, size_of::<usize>())
+            && is_mapped(self.first(), header)
+            // SAFETY: just found to be mapped.
+            && (1..=LARGEST).contains(&unsafe { ((self.first() + self.length) as *const usize).read() })
+            && is_mapped(self.first() + self.slots, size_of_val(self.array()))
     }
 
     /// A number that tells the last dlopen or dlclose of a module with TLS: the largest generation of
@@ -353,12 +429,38 @@ pub(super) fn resp_address() -> Result<usize, RuntimeError> {
     address(c"__resp")
 }
 
-/// libc's own TLS segment (malloc's thread cache and arena, errno, locale, resolver pointer, …),
-/// relative to the thread pointer: found as the PT_TLS that `errno` lies in.
-pub(super) fn libc_segment(tp: usize) -> Result<(isize, usize), RuntimeError> {
+/// libc's own TLS segment of the calling thread.
+#[derive(Clone, Copy)]
+pub(super) struct Segment {
+    pub start: usize,
+    pub size: usize,
+    /// Its number among the modules with TLS.
+    module: usize,
+}
+
+impl Segment {
+    pub(super) fn contains(&self, address: usize) -> bool {
+        (self.start..self.start + self.size).contains(&address)
+    }
+
+    /// Whether the DTV, of which the calling thread's descriptor tells, has the segment where it is.
+    pub(super) fn is_in(&self, dtv: usize) -> bool {
+        let (first, entry) = (
+            dtv.wrapping_sub(DTV_ENTRY),
+            dtv.wrapping_add(self.module * DTV_ENTRY),
+        );
+        is_mapped(first, (self.module + 2) * DTV_ENTRY)
+            // SAFETY: mapped and aligned.
+            && unsafe { (entry as *const usize).read() } == self.start
+    }
+}
+
+/// libc's own TLS segment (malloc's thread cache and arena, errno, locale, resolver pointer, …): found as the
+/// PT_TLS that `errno` lies in.
+pub(super) fn libc_segment() -> Result<Segment, RuntimeError> {
     struct Search {
         errno: usize,
-        found: Option<(usize, usize)>,
+        found: Option<Segment>,
     }
     /// # Safety
     /// Called by dl_iterate_phdr(3) with a `Search` as its data.
@@ -378,7 +480,11 @@ pub(super) fn libc_segment(tp: usize) -> Result<(isize, usize), RuntimeError> {
                 let header = &*info.dlpi_phdr.add(index);
                 let end = start + header.p_memsz as usize;
                 if header.p_type == libc::PT_TLS && (start..end).contains(&search.errno) {
-                    search.found = Some((start, end - start));
+                    search.found = Some(Segment {
+                        start,
+                        size: end - start,
+                        module: info.dlpi_tls_modid,
+                    });
                     return 1;
                 }
             }
@@ -393,9 +499,7 @@ pub(super) fn libc_segment(tp: usize) -> Result<(isize, usize), RuntimeError> {
     // SAFETY: the callback matches, and `search` outlives the call.
     unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut search).cast()) };
     match search.found {
-        Some((start, size)) if size <= super::block::SEGMENT_MAX => {
-            Ok((start as isize - tp as isize, size))
-        }
+        Some(segment) if segment.size <= super::block::SEGMENT_MAX => Ok(segment),
         _ => Err(RuntimeError::Unsupported(
             "libc's own TLS segment was not found",
         )),
