@@ -7,6 +7,14 @@ mod support;
 #[path = "../examples/reproduce/scenarios/mod.rs"]
 mod scenarios;
 
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nptl::{Builder, Cause, CauseKind, Certainty, RetryPolicy, SpawnError};
@@ -32,6 +40,17 @@ fn check(test: &str, name: &str) {
         Verdict::Right => {
             let asked = outcome.nptl_granted + outcome.answers.len() as u64;
             assert!(asked >= ROUNDS as u64, "asked {asked} times only");
+            // Each answer may be that it cannot be told, but not all of them.
+            let named = |answer: &scenarios::Answer| answer.cause == "SiblingExec";
+            if name == "sibling-exec-no-retry" {
+                let count = outcome
+                    .answers
+                    .iter()
+                    .filter(|&answer| named(answer))
+                    .count();
+                println!("{count} of {} refusals named", outcome.answers.len());
+                assert!(count > 0, "never named: {:?}", outcome.answers);
+            }
         }
         Verdict::Skipped => support::announce_skip(&outcome.why.join("; ")),
         Verdict::Wrong => panic!("{name}:\n{}", outcome.why.join("\n")),
@@ -375,4 +394,97 @@ fn a_guarded_value_comes_back_however_its_process_ends() {
             }
         }
     }
+}
+
+/// Set by SIGIO: somebody opens the file that is on lease, and waits for its holder.
+static IS_WAITED_FOR: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn note_opening(_: libc::c_int) {
+    IS_WAITED_FOR.store(true, Ordering::Release);
+}
+
+/// A thread of this process that stands inside execve: the kernel has marked the state that it shares with the
+/// others, and opens the script's interpreter. That is on lease, so that it waits.
+struct HeldExec {
+    folder: PathBuf,
+    lease: File,
+    thread: std::thread::JoinHandle<io::Error>,
+}
+
+impl HeldExec {
+    fn new() -> Result<HeldExec, String> {
+        let folder = std::env::temp_dir().join(format!("nptl-exec-{}", std::process::id()));
+        let (script, interpreter) = (folder.join("script"), folder.join("interpreter"));
+        let text = format!("#!{}\n", interpreter.display());
+        let files = std::fs::create_dir_all(&folder)
+            .and_then(|()| std::fs::write(&script, text))
+            .and_then(|()| std::fs::write(&interpreter, "no program"))
+            .and_then(|()| std::fs::set_permissions(&script, Permissions::from_mode(0o755)))
+            .and_then(|()| std::fs::set_permissions(&interpreter, Permissions::from_mode(0o755)))
+            .and_then(|()| File::open(&interpreter));
+        let lease = files.map_err(|e| format!("{}: {e}", folder.display()))?;
+        // SAFETY: a handler that only stores, and a lease on our own descriptor.
+        let leased = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = note_opening as *const () as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(libc::SIGIO, &raw const action, std::ptr::null_mut());
+            libc::fcntl(lease.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK)
+        };
+        if leased != 0 {
+            return Err(format!("no lease: {}", io::Error::last_os_error()));
+        }
+        // Returns, because in the end the interpreter is no program.
+        let thread = std::thread::spawn(move || Command::new(script).exec());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !IS_WAITED_FOR.load(Ordering::Acquire) {
+            assert!(Instant::now() < deadline, "nobody opens the interpreter");
+            std::thread::yield_now();
+        }
+        Ok(HeldExec {
+            folder,
+            lease,
+            thread,
+        })
+    }
+
+    fn release(self) {
+        // SAFETY: ends the lease on our own descriptor.
+        unsafe { libc::fcntl(self.lease.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+        let error = self.thread.join().expect("its end");
+        assert_eq!(error.raw_os_error(), Some(libc::ENOEXEC));
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// The scenarios meet a sibling that comes and goes, where not to know is right as well. This one stays: each
+/// refusal has to name it.
+#[test]
+fn a_sibling_held_inside_execve_is_named_every_time() {
+    let test = "a_sibling_held_inside_execve_is_named_every_time";
+    let Some(name) = case() else {
+        for name in ["never", "default"] {
+            run_case(test, name, Ok);
+        }
+        return;
+    };
+    prepare();
+    let held = or_skip!(HeldExec::new());
+    let policy = match &*name {
+        "never" => RetryPolicy::never(),
+        _ => RetryPolicy::default(),
+    };
+    collect(policy, |error| {
+        named(error, &[CauseKind::SiblingExec])?;
+        // RLIMIT_NPROC binds others than root, and can then not always be excluded.
+        let proven = error.certainty() == Certainty::Proven || !support::is_root();
+        match (proven, error.is_transient(), error.attempts()) {
+            (true, true, 1) if name == "never" => Ok(()),
+            (true, true, 2..) if name == "default" => Ok(()),
+            _ => Err("not proven, not transient, or tried another number of times".to_owned()),
+        }
+    });
+    held.release();
+    let thread = nptl::spawn(|| ()).expect("nobody is in the way");
+    thread.join().expect("its end");
 }
