@@ -1,6 +1,7 @@
 //! A glibc that is not as its symbols say: each lie is found by a check that is named, before anything is built
 //! on it. Told by a library that is preloaded and stands between the crate and dlsym.
 
+use super::own_state::{allowed_cpus, pin_to};
 use super::{under_valgrind, wait_until};
 use crate::support::{Snapshot, case, child, or_skip, report, skip};
 use nptl::{Cause, Certainty, Step};
@@ -80,6 +81,10 @@ impl Drop for Liar {
 
 /// In the child: spawns, and says what came of it.
 fn listen() {
+    // Not where a word of zeroes looks like the number of the CPU.
+    if let Some(&last) = allowed_cpus().last() {
+        pin_to(last);
+    }
     let refuse = || {
         let error = nptl::spawn(|| ()).err()?;
         assert_eq!(error.step(), Step::Runtime, "{error}");
@@ -383,6 +388,22 @@ fn a_wrong_size_list_or_variable_is_named() {
         }
         for wrong in ["0", "+8", "+16", "+16384"] {
             add("__pthread_keys", wrong.to_owned(), &["__pthread_keys"]);
+        }
+        let rseq = words("__rseq_offset", 2);
+        let rseq = i64::from(rseq[0]) | i64::from(rseq[1].cast_signed()) << 32;
+        for wrong in [
+            0,
+            rseq - 32,
+            rseq + 32,
+            rseq + 8,
+            rseq + 4096,
+            i64::MIN,
+            i64::MAX - 31,
+        ] {
+            if wrong != rseq && allowed_cpus().last() != Some(&0) {
+                let halves = [wrong as u32, (wrong >> 32) as u32];
+                add("__rseq_offset", lie(&halves), &["__rseq_offset"]);
+            }
         }
         const RESP: &[&str] = &[
             "__resp outside libc's TLS segment",

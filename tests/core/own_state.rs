@@ -151,13 +151,13 @@ fn rseq_cpu_id() -> i32 {
     unsafe { ((area + 4) as *const i32).read_volatile() }
 }
 
-fn pin_to(cpu: usize) {
+pub(super) fn pin_to(cpu: usize) {
     let mut cpus = nix::sched::CpuSet::new();
     cpus.set(cpu).unwrap();
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus).unwrap();
 }
 
-fn allowed_cpus() -> Vec<usize> {
+pub(super) fn allowed_cpus() -> Vec<usize> {
     let cpus = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).unwrap();
     (0..nix::sched::CpuSet::count())
         .filter(|&cpu| cpus.is_set(cpu).unwrap())

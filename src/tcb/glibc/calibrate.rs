@@ -142,6 +142,7 @@ struct OnOurStack {
     tid: u32,
     counted: bool,
     dtv_is_known: bool,
+    rseq_is_known: bool,
     resp_is_known: bool,
     keys_are_known: bool,
 }
@@ -207,6 +208,7 @@ unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
             seen.resp_is_known = segment.contains(seen.resp)
                 && (seen.resp as *const usize).read_unaligned() == seen.resolver;
         }
+        seen.rseq_is_known = symbols.knows_rseq(tp);
         seen.tid = libc::gettid() as u32;
         // Its creator and itself.
         seen.counted = symbols.nthreads().load(Ordering::Relaxed) >= 2;
@@ -390,6 +392,7 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
         tid: 0,
         counted: false,
         dtv_is_known: false,
+        rseq_is_known: false,
         resp_is_known: false,
         // Where there is no key left, it cannot be asked.
         keys_are_known: true,
@@ -520,6 +523,16 @@ fn conclude(
     if first.half(cancelhandling) & EXITING != 0 || ended.half(cancelhandling) & EXITING == 0 {
         return unsupported("_thread_db_pthread_cancelhandling");
     }
+    let Some(segment) = ours.segment else {
+        return unsupported("libc's own TLS segment was not found");
+    };
+    let below = tp.wrapping_sub(segment.start);
+    if below > symbols.tls_size - symbols.descriptor_size {
+        return unsupported("libc's TLS segment outside static TLS");
+    }
+    if !ours.rseq_is_known {
+        return unsupported("__rseq_offset");
+    }
     if !ours.keys_are_known {
         return unsupported("__pthread_keys");
     }
@@ -611,14 +624,7 @@ fn conclude(
     if resolver + symbols.resolver_size > first.0.len() || ours.resp == 0 {
         return unsupported("the resolver's state outside the descriptor");
     }
-    let Some(segment) = ours.segment else {
-        return unsupported("libc's own TLS segment was not found");
-    };
-    let start = segment.start as isize - tp as isize;
-    let segment = start..start + segment.size as isize;
-    if -start > (symbols.tls_size - symbols.descriptor_size) as isize {
-        return unsupported("libc's TLS segment outside static TLS");
-    }
+    let segment = -(below as isize)..segment.size as isize - below as isize;
     let resp = ours.resp as isize - tp as isize;
     if !segment.contains(&resp) || segment.end - segment.start > block::SEGMENT_MAX as isize {
         return unsupported("__resp outside libc's TLS segment");

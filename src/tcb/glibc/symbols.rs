@@ -6,6 +6,7 @@ use super::KEY_BLOCKS;
 use libc::{c_int, c_void};
 use nix::errno::Errno;
 use std::ffi::CStr;
+use std::ops::Range;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
 /// One entry of `__pthread_keys`.
@@ -280,6 +281,36 @@ impl Symbols {
         is_mapped(place as usize, size_of::<Key>())
             && unsafe { &*place }.sequence.load(Ordering::Relaxed) % 2 == 1
             && unsafe { &*place }.destructor.load(Ordering::Relaxed) == destructor as usize
+    }
+
+    /// Whether the calling thread's rseq area lies where it is said to, by the CPU that the kernel writes there.
+    ///
+    /// # Safety
+    /// `tp` is the calling thread's thread pointer, and sizes of descriptor and static TLS are right.
+    pub(super) unsafe fn knows_rseq(&self, tp: usize) -> bool {
+        // RSEQ_CPU_ID_UNINITIALIZED and RSEQ_CPU_ID_REGISTRATION_FAILED: there is none in this thread.
+        const NOT_REGISTERED: Range<i32> = -2..0;
+        const ALIGNMENT: isize = 32;
+        let Some(rseq) = self.rseq else {
+            return true;
+        };
+        let below = (self.tls_size - self.descriptor_size) as isize;
+        let end = rseq.offset.saturating_add(rseq.registered_size() as isize);
+        if rseq.offset < -below
+            || end > self.descriptor_size as isize
+            || rseq.offset % ALIGNMENT != 0
+        {
+            return false;
+        }
+        let cpu_id = (tp as isize + rseq.offset) as usize + RSEQ_CPU_ID;
+        // The thread can be moved between the two looks.
+        (0..100).any(|_| {
+            // SAFETY: inside the calling thread's block; the kernel writes it, hence volatile. sched_getcpu
+            // has no preconditions.
+            let (said, cpu) =
+                unsafe { ((cpu_id as *const i32).read_volatile(), libc::sched_getcpu()) };
+            said == cpu || NOT_REGISTERED.contains(&said)
+        })
     }
 
     pub(super) fn nthreads(&self) -> &AtomicI32 {
