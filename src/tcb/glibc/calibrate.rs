@@ -155,6 +155,9 @@ fn first_allocation() {
 }
 
 /// The destructor of a key that is deleted in time.
+///
+/// # Safety
+/// None is needed: it is the type that pthread_key_create(3) asks for.
 unsafe extern "C" fn never_called(_: *mut c_void) {}
 
 /// # Safety
