@@ -66,3 +66,8 @@ pub use stack::StackInfo;
 pub use stack::cache::{StackCache, StackCacheConfig, StackCacheStats};
 pub use stack::overflow::disable_overflow_reports;
 pub use start::current_name;
+
+/// What the README shows is compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
