@@ -283,7 +283,9 @@ impl<T> JoinHandle<T> {
         self.0.join_timeout(d).map_err(JoinHandle)
     }
 
-    /// Lets the thread run on without a handle, as dropping this does.
+    /// Lets the thread run on without a handle, as dropping this does. What its closure returns is dropped in the
+    /// thread; the memory that held both is freed by the next spawn, join, [`trim`](crate::StackCache::trim) or
+    /// [`clear`](crate::StackCache::clear).
     pub fn detach(self) {}
 
     shared_methods!();
