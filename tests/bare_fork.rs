@@ -46,6 +46,18 @@ unsafe impl GlobalAlloc for Heap {
 #[global_allocator]
 static HEAP: Heap = Heap;
 
+unsafe extern "C" {
+    fn __libc_free(pointer: *mut c_void);
+}
+
+/// The same for the dynamic linker, which frees what it has allocated for a thread.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn free(pointer: *mut c_void) {
+    HEAP.lock();
+    // SAFETY: passed on.
+    unsafe { __libc_free(pointer) }
+}
+
 static HOLD_AT_ITS_END: AtomicBool = AtomicBool::new(false);
 static HOLD_REGISTRATION: AtomicBool = AtomicBool::new(false);
 static IN_REGISTRATION: AtomicBool = AtomicBool::new(false);
@@ -405,4 +417,45 @@ fn a_handle_is_dropped_in_the_child_without_the_heap() {
     let output = child("a_handle_is_dropped_in_the_child_without_the_heap", "run").run();
     let output = support::or_skip!(output).success();
     assert_eq!(output.get("status"), Some("0"), "{output}");
+}
+
+/// The same for the stacks that came along: their memory is the child's to give back, what glibc has on the heap for
+/// each of them is not.
+#[test]
+fn stacks_are_unmapped_in_the_child_without_the_heap() {
+    type Ask = fn(&nptl::StackCache);
+    let ways: [(&str, Ask); 3] = [
+        ("trim", |cache| cache.trim(0)),
+        ("clear", |cache| cache.clear()),
+        ("disabled", |cache| {
+            cache.set_config(nptl::StackCacheConfig::disabled());
+        }),
+    ];
+    let test = "stacks_are_unmapped_in_the_child_without_the_heap";
+    if case().is_some() {
+        for (name, ask) in ways {
+            let cache = nptl::StackCache::new(nptl::StackCacheConfig::default());
+            let builder = nptl::Builder::new().stack_cache(&cache);
+            let stacks = support::burst(&builder, 3);
+            // SAFETY: the child does nothing but what is tested.
+            let status = in_child(
+                || unsafe { _Fork() },
+                || {
+                    HEAP_IS_HELD.store(true, Ordering::Relaxed);
+                    ask(&cache);
+                    HEAP_IS_HELD.store(false, Ordering::Relaxed);
+                    assert_eq!(cache.stats().mapped_stacks, 0);
+                    assert!(!stacks.iter().any(|stack| support::is_mapped(stack.base)));
+                    // A child with its heap whole has threads as ever.
+                    builder.clone().spawn(|| ()).unwrap().join().unwrap();
+                },
+            );
+            report(name, status);
+        }
+        return;
+    }
+    let output = support::or_skip!(child(test, "run").run()).success();
+    for (name, _) in ways {
+        assert_eq!(output.get(name), Some("0"), "{output}");
+    }
 }

@@ -744,7 +744,7 @@ fn forget_parent(prepared: bool) {
             if is_own(stack) {
                 return true;
             }
-            stack.forget_after_fork();
+            stack.forget_after_fork(prepared);
             // A copy of the handle exists in this process, too; it finds the thread ended and gives
             // the stack back.
             stack.change_life(Life::Attached, Life::Ending);
@@ -762,7 +762,7 @@ fn forget_parent(prepared: bool) {
     // Also those in no ledger: without a mapping, but with a heap cache saved from one, and those of lists
     // that had to be given up, which somebody can have a handle of.
     for stack in crate::debug::records().filter(|stack| !is_own(stack)) {
-        stack.forget_after_fork();
+        stack.forget_after_fork(prepared);
         stack.change_life(Life::Attached, Life::Ending);
     }
     if !prepared {

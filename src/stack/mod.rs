@@ -709,9 +709,16 @@ impl Stack {
     }
 
     /// In a forked child: the thread that ran here does not exist. See [`cache::after_fork`].
-    fn forget_after_fork(&self) {
+    ///
+    /// If no handler has prepared the child, what hangs off the block stays where it is: another thread can have
+    /// been at the allocator, and `trim` would wait for it.
+    fn forget_after_fork(&self, prepared: bool) {
         if let Some(word) = self.tid_word() {
             word.store(0, Ordering::Release);
+            if !prepared && let Some(runtime) = Runtime::existing() {
+                // SAFETY: with a tid word the block is mapped, and no thread of this child runs on it.
+                unsafe { runtime.abandon_dtv(&self.block) };
+            }
         }
         self.signal_lock.store(0, Ordering::Relaxed);
         self.block.forget_after_fork();

@@ -259,6 +259,20 @@ impl Runtime {
         }
     }
 
+    /// Gives the DTV and dynamic TLS of the thread that was here up, without the allocator.
+    ///
+    /// # Safety
+    /// The block is mapped, no thread runs on it, and the caller is its only owner.
+    pub(crate) unsafe fn abandon_dtv(&self, block: &Block) {
+        let dtv = (block.thread_pointer() + self.symbols.dtv) as *mut usize;
+        // SAFETY: as for `release_dtv`. Without one nothing is written, so that no page is copied for it.
+        unsafe {
+            if dtv.read() != 0 {
+                dtv.write(0);
+            }
+        }
+    }
+
     /// Back to a fresh descriptor, by the thread that ends: known fields are reset, buffers and tables
     /// that hang off it stay and are used again (rule 5 among them). The static TLS likewise, if the
     /// modules are still those that it was allocated for.
