@@ -27,8 +27,9 @@ const DEFAULT_KEEP: usize = 32 << 10;
 /// Only memory counts, with two exceptions. Where RLIMIT_AS is finite (getrlimit(2)), all caches together
 /// keep at most an eighth of it. Where guards are mappings of their own (before Linux 6.13, or in memory
 /// locked by mlockall(2)), all caches together keep at most so many stacks that these and their guards are
-/// a quarter of `vm.max_map_count`. Each cache gets an equal part of it. Both limits are asked again where a
-/// cache that keeps anything maps a stack, and at every 16th reuse of one.
+/// a quarter of `vm.max_map_count`, which is read once, with the first such guard. Each cache gets an equal part
+/// of it. RLIMIT_AS is asked for again where a cache that keeps anything maps a stack, and at every 16th reuse of
+/// one.
 ///
 /// ```
 /// use nptl::{StackCache, StackCacheConfig};
@@ -310,7 +311,7 @@ fn instances() -> impl Iterator<Item = &'static Instance> {
 /// A cached stack serves every request of its class, so each is mapped as large as its class:
 /// [`StackInfo`](crate::StackInfo) tells the size.
 ///
-/// - A stack of up to 8 pages, or of a power of two, has just the size asked for. Between two powers of
+/// - A stack of up to 8 pages (16 KiB is the least), or of a power of two, has just the size asked for. Between two powers of
 ///   two there are three sizes more, at equal distances, and a stack gets the next of them: less than a
 ///   quarter more than asked for.
 /// - A guard of no page or one (the default) is exact; one of 2 to 16 pages gets 16.
@@ -387,7 +388,12 @@ impl StackCache {
     }
 
     /// Unmaps the coldest cached stacks until the rest keep at most `resident_bytes` of memory.
-    /// `trim(0)` gives everything back that no thread uses.
+    /// `trim(0)` gives every stack back that no thread uses.
+    ///
+    /// What stays is malloc's. For each thread it keeps some of the blocks that the thread has freed (with glibc's
+    /// defaults seven of each size up to 1 KiB, 240 KiB in all for one that has freed so many), and glibc exports no
+    /// way to release them. They outlive the stack and serve the next thread that starts: memory for as many as were
+    /// ever alive at once, which a program bounds with glibc's tunable `glibc.malloc.tcache_count`.
     ///
     /// A process at `vm.max_map_count` may not unmap what lies between two stacks in use, because that
     /// makes two mappings of one: such a stack stays cached, without its memory.

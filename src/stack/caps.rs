@@ -8,7 +8,7 @@
 //!
 //! Each cache gets an equal part, so that no common counter is needed on the way of every thread.
 //!
-//! Limits change at any time (`prlimit(1)` does it from outside), so they are asked again wherever a stack is
+//! RLIMIT_AS changes at any time (`prlimit(1)` does it from outside), so it is asked for again wherever a stack is
 //! mapped, which costs far more, and at every [`EVERY`]th reuse of a stack. A thread that ends or joins
 //! never asks: its system-call filter need not know the call.
 
