@@ -7,13 +7,13 @@ mod support;
 #[path = "../examples/reproduce/scenarios/mod.rs"]
 mod scenarios;
 
+use std::ffi::CString;
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -171,6 +171,9 @@ fn run_case(test: &str, name: &str, sandbox: impl FnOnce(Child) -> Result<Child,
     if output.skipped().is_some() {
         return;
     }
+    // Otherwise something else than the case has ended the process.
+    let ended = output.stdout.contains("test result: ok.");
+    assert!(ended, "{name}: {output}");
     assert_eq!(output.all("wrong"), Vec::<&str>::new(), "{name}");
     let refusals: usize = output
         .get("refusals")
@@ -434,8 +437,15 @@ impl HeldExec {
         if leased != 0 {
             return Err(format!("no lease: {}", io::Error::last_os_error()));
         }
-        // Returns, because in the end the interpreter is no program.
-        let thread = std::thread::spawn(move || Command::new(script).exec());
+        let path = CString::new(script.as_os_str().as_bytes()).map_err(|e| e.to_string())?;
+        // Returns, because in the end the interpreter is no program. Not std's exec: that is execvp, which goes on
+        // with a shell then.
+        let thread = std::thread::spawn(move || {
+            let arguments = [path.as_ptr(), std::ptr::null()];
+            // SAFETY: C strings, and an array of them that ends with a null pointer; the environment is empty.
+            unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), &raw const arguments[1]) };
+            io::Error::last_os_error()
+        });
         let deadline = Instant::now() + Duration::from_secs(10);
         while !IS_WAITED_FOR.load(Ordering::Acquire) {
             assert!(Instant::now() < deadline, "nobody opens the interpreter");

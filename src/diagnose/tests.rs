@@ -1215,17 +1215,18 @@ fn noise_at_pid_numbers() {
 
 #[test]
 fn unreadable() {
+    let empty = std::env::temp_dir().join(format!("nptl-empty-{}", std::process::id()));
+    let _ = fs::create_dir(&empty);
+    let path = std::ffi::CString::new(empty.to_str().unwrap()).unwrap();
     // SAFETY: NUL-terminated path; the child process's own root.
     let report = in_child("nproc, no /proc", |report| unsafe {
         set_limit(libc::RLIMIT_NPROC, 1);
-        let empty = std::env::temp_dir().join(format!("nptl-empty-{}", std::process::id()));
-        let _ = fs::create_dir(&empty);
-        let path = std::ffi::CString::new(empty.to_str().unwrap()).unwrap();
         libc::chroot(path.as_ptr());
         libc::chdir(c"/".as_ptr());
         become_nobody();
         clones(report, CloneCall::Clone3, true);
     });
+    let _ = fs::remove_dir(&empty);
     expect(report, CauseKind::UserProcesses, Certainty::Inferred);
     let report = in_child("nproc, EMFILE", |report| {
         set_limit(libc::RLIMIT_NPROC, 1);

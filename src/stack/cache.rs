@@ -311,8 +311,8 @@ fn instances() -> impl Iterator<Item = &'static Instance> {
 /// A cached stack serves every request of its class, so each is mapped as large as its class:
 /// [`StackInfo`](crate::StackInfo) tells the size.
 ///
-/// - A stack of up to 8 pages (16 KiB is the least), or of a power of two, has just the size asked for. Between two powers of
-///   two there are three sizes more, at equal distances, and a stack gets the next of them: less than a
+/// - A stack of up to 8 pages (16 KiB is the least), or of a power of two, has just the size asked for. Between two
+///   powers of two there are three sizes more, at equal distances, and a stack gets the next of them: less than a
 ///   quarter more than asked for.
 /// - A guard of no page or one (the default) is exact; one of 2 to 16 pages gets 16.
 /// - A stack over 2<sup>18</sup> pages (1 GiB with pages of 4 KiB) or a guard over 16 is mapped as asked
