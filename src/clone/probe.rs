@@ -11,6 +11,7 @@
 
 use std::arch::asm;
 use std::cell::UnsafeCell;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::{
     CLONE_FILES, CLONE_FS, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM,
@@ -170,4 +171,12 @@ pub(crate) fn scheduling() -> Result<(u32, u64), Errno> {
     let result = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
     Errno::result(result)?;
     Ok((attributes.sched_policy, attributes.sched_flags))
+}
+
+/// Whether anything in this pid namespace holds a number: a task, a process group or a session; ESRCH if not. Makes
+/// it the owner of a file that sends no signals.
+pub(crate) fn number_is_held(file: BorrowedFd<'_>, number: i32) -> Result<(), Errno> {
+    // SAFETY: the call takes two plain numbers and no memory.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETOWN, number) };
+    Errno::result(result).map(drop)
 }

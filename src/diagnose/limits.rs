@@ -17,6 +17,8 @@ use nix::sys::stat::{Mode, stat};
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Pid, read};
 
+use crate::clone::probe::number_is_held;
+
 /// A limit that does not limit.
 pub(crate) const UNLIMITED: u64 = u64::MAX;
 
@@ -434,28 +436,55 @@ pub(crate) fn policy_by_file() -> Option<u32> {
     policy
 }
 
-/// How many numbers of this pid namespace were looked at, and how many of them were free.
+/// What a look at some numbers of the own pid namespace showed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PidNumbersSeen {
+    pub(crate) looked: u32,
+    pub(crate) free: u32,
+    /// Whether `free` is the kernel's own word. Otherwise numbers that only a session holds are among them.
+    pub(crate) exact: bool,
+}
+
+/// Looks at some numbers of this pid namespace.
 ///
 /// No file counts the numbers in use: zombies hold theirs, and so do process groups and sessions whose leader
-/// is gone. A signal 0 tells of one number whether a task or a process group has it. Numbers below 300 are
-/// left out: after its first wrap the kernel does not give them to anybody.
-pub(crate) fn sample_pid_numbers(pid_max: u64) -> (u32, u32) {
+/// is gone. F_SETOWN answers ESRCH for a number that nothing holds; before Linux 5.15 or so it takes any number,
+/// and then a signal 0 tells of one whether a task or a process group has it, but not whether a session has.
+/// Numbers below 300 are left out: after its first wrap the kernel does not give them to anybody.
+pub(crate) fn sample_pid_numbers(pid_max: u64) -> PidNumbersSeen {
     const RESERVED: u64 = 300;
     const MOST: u64 = 256;
-    let numbers = pid_max.saturating_sub(RESERVED);
-    let step = numbers.div_ceil(MOST).max(1);
-    let (mut looked, mut free) = (0, 0);
-    let mut candidate = RESERVED + step / 2;
-    while candidate < pid_max && looked < MOST as u32 {
-        let Ok(raw) = i32::try_from(candidate) else {
-            break;
+    // Larger than any pid_max.
+    const NOBODYS: i32 = i32::MAX;
+    let step = pid_max.saturating_sub(RESERVED).div_ceil(MOST).max(1);
+    let owned = open_file(c"/proc/sys/kernel/pid_max").ok();
+    let answer = |number| Some(number_is_held(owned.as_ref()?.as_fd(), number));
+    let exact = answer(NOBODYS) == Some(Err(Errno::ESRCH));
+    let mut seen = PidNumbersSeen {
+        exact,
+        ..PidNumbersSeen::default()
+    };
+    for stride in 0..MOST {
+        // Somewhere in its stride: programs that fork twice leave every other number free.
+        let within = (stride.wrapping_mul(0x9E37_79B9) >> 16) % step;
+        let candidate = RESERVED + stride * step + within;
+        let Some(number) = i32::try_from(candidate)
+            .ok()
+            .filter(|_| candidate < pid_max)
+        else {
+            continue;
         };
-        let task = kill(Pid::from_raw(raw), None);
-        let unused =
-            task == Err(Errno::ESRCH) && kill(Pid::from_raw(-raw), None) == Err(Errno::ESRCH);
-        looked += 1;
-        free += u32::from(unused);
-        candidate += step;
+        let unused = match answer(number).filter(|_| exact) {
+            Some(Ok(())) => false,
+            Some(Err(Errno::ESRCH)) => true,
+            Some(Err(_)) => continue,
+            None => {
+                kill(Pid::from_raw(number), None) == Err(Errno::ESRCH)
+                    && kill(Pid::from_raw(-number), None) == Err(Errno::ESRCH)
+            }
+        };
+        seen.looked += 1;
+        seen.free += u32::from(unused);
     }
-    (looked, free)
+    seen
 }

@@ -40,7 +40,8 @@ use crate::clone::probe as calls_of_clone;
 use crate::error::Step;
 use cgroup::{Hierarchy, Judgement, Snapshot};
 use limits::{
-    CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE, Calls, Limit, Limited, Status, UNLIMITED,
+    CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE, Calls, Limit, Limited, PidNumbersSeen, Status,
+    UNLIMITED,
 };
 use probe::Reached;
 
@@ -778,15 +779,26 @@ fn process_limits(limits: &ProcessLimits, status: &Status, or_exec: bool) -> Nam
     }
 }
 
-fn sampled(calls: Calls, readings: &mut Readings) -> (Option<u64>, u32, u32, Option<bool>) {
+fn sampled(calls: Calls, readings: &mut Readings) -> (Option<u64>, PidNumbersSeen, Option<bool>) {
     let pid_max = limits::pid_max();
     readings.pid_max = pid_max;
-    let (sampled, free) = match (calls, pid_max) {
+    let seen = match (calls, pid_max) {
         (Calls::Any, Some(pid_max)) => limits::sample_pid_numbers(pid_max),
-        _ => (0, 0),
+        _ => PidNumbersSeen::default(),
     };
     let initial = limits::in_initial_pid_namespace(calls);
-    (pid_max, sampled, free, initial)
+    (pid_max, seen, initial)
+}
+
+impl PidNumbersSeen {
+    fn none_free(&self) -> bool {
+        self.looked > 0 && self.free == 0
+    }
+
+    /// So many that not all of them can have come free since a refusal.
+    fn plenty_free(&self) -> bool {
+        self.exact && self.free > self.looked / 4 && self.free >= 8
+    }
 }
 
 fn pid_numbers(
@@ -795,37 +807,35 @@ fn pid_numbers(
     readings: &mut Readings,
     agreeing: u32,
 ) -> Naming {
-    let (pid_max, sampled, free, initial_namespace) = sampled(calls, readings);
-    // Numbers of a session whose leader and process group are gone look free, and others come free meanwhile.
+    let (pid_max, seen, initial_namespace) = sampled(calls, readings);
     let level = match initial_namespace {
         Some(true) => PidLevel::Own,
-        _ if sampled > 0 && free == 0 => PidLevel::Own,
-        _ if free > sampled / 4 && free >= 8 => PidLevel::Ancestor,
+        _ if seen.none_free() => PidLevel::Own,
+        _ if seen.plenty_free() => PidLevel::Ancestor,
         _ => PidLevel::OwnOrAncestor,
     };
     let cause = Cause::PidNumbers {
         level,
         pid_max,
-        sampled,
-        free,
+        sampled: seen.looked,
+        free: seen.free,
         initial_namespace,
     };
-    let own_full = sampled > 0 && free == 0;
-    let proven = limits.excluded() || own_full && agreeing >= 2;
+    let proven = limits.excluded() || seen.none_free() && agreeing >= 2;
     Naming::believed(cause, proven, limits.possible())
 }
 
 /// clone3 is not available, so that pid numbers and cgroup cannot be told apart by asking.
 fn numbers_without_oracle(calls: Calls, readings: &mut Readings) -> Naming {
-    let (pid_max, sampled, free, initial_namespace) = sampled(calls, readings);
-    if sampled == 0 || free > 0 {
+    let (pid_max, seen, initial_namespace) = sampled(calls, readings);
+    if !seen.none_free() {
         return Naming::unknown();
     }
     let cause = Cause::PidNumbers {
         level: PidLevel::Own,
         pid_max,
-        sampled,
-        free,
+        sampled: seen.looked,
+        free: seen.free,
         initial_namespace,
     };
     Naming::inferred(cause, Causes::NONE.with(CauseKind::PidsCgroup))
@@ -844,8 +854,8 @@ fn sibling_exec(
         threads: status.threads,
     };
     // With one thread there is no sibling. The state may also be shared with another process (CLONE_FS).
-    let (_, sampled, free, initial) = sampled(calls, readings);
-    let numbers_excluded = initial == Some(true) && sampled > 0 && free > sampled / 4;
+    let (_, seen, initial) = sampled(calls, readings);
+    let numbers_excluded = initial == Some(true) && seen.plenty_free();
     let others = tally.process_limits + tally.pid_numbers;
     if limits.excluded() && numbers_excluded {
         return Naming::proven(cause).transient();

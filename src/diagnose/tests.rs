@@ -450,6 +450,51 @@ fn pid_numbers() {
     }
 }
 
+/// Half of the numbers are held by sessions alone, whose leader has ended and whose member is in a group of its own:
+/// `set -m; nohup daemon &` in a shell that has gone.
+#[test]
+fn pid_numbers_held_by_sessions() {
+    let report = in_child("pid_max, sessions", |report| {
+        in_pid_namespace(report, Some(700), |report| {
+            // Stands in the way of pairs that begin at odd or at even numbers only.
+            let _ = sleeper();
+            while leaderless_session() {}
+            fill_with_sleepers();
+            clones(report, CloneCall::Clone3, true);
+        });
+    });
+    expect(report, CauseKind::PidNumbers, Certainty::Proven);
+    if let Some(Verdict {
+        cause: Cause::PidNumbers { level, free, .. },
+        ..
+    }) = report.and_then(|r| r.last)
+    {
+        assert_eq!((level, free), (PidLevel::Own, 0));
+    }
+}
+
+fn leaderless_session() -> bool {
+    // They end with the namespace, whose init the caller is.
+    // SAFETY: the children make system calls only and never return.
+    unsafe {
+        let leader = libc::fork();
+        if leader == 0 {
+            libc::setsid();
+            let grandchild = libc::fork();
+            if grandchild == 0 {
+                loop {
+                    libc::pause();
+                }
+            }
+            // Done by the leader, so that it is done before the leader has ended.
+            libc::setpgid(grandchild, grandchild);
+            libc::_exit(i32::from(grandchild < 0));
+        }
+        let mut status = -1;
+        leader > 0 && libc::waitpid(leader, &raw mut status, 0) == leader && status == 0
+    }
+}
+
 #[test]
 fn pid_numbers_of_the_outer_namespace() {
     for repeat in [true, false] {
