@@ -600,6 +600,18 @@ impl Causes {
 
     pub(crate) const NONE: Causes = Causes(0);
 
+    /// Whether one of them counts tasks, so that it passes when others have ended.
+    pub(crate) fn has_count(self) -> bool {
+        [
+            CauseKind::UserProcesses,
+            CauseKind::ThreadsMax,
+            CauseKind::PidNumbers,
+            CauseKind::PidsCgroup,
+        ]
+        .into_iter()
+        .any(|kind| self.contains(kind))
+    }
+
     pub(crate) fn with(self, kind: CauseKind) -> Causes {
         Causes(self.0 | 1 << kind as u32)
     }
@@ -694,8 +706,8 @@ impl Cause {
         }
     }
 
-    /// The lines of the evidence: value, and the file or call it was read from.
-    fn evidence(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    /// The lines of the evidence: value, and the file or call it was read from; `others` could not be excluded.
+    fn evidence(&self, f: &mut fmt::Formatter<'_>, others: Causes) -> fmt::Result {
         let line = |f: &mut fmt::Formatter<'_>, what: &str, value: &dyn fmt::Display| {
             writeln!(f, "  {what}: {value}")
         };
@@ -743,10 +755,13 @@ impl Cause {
                         "  A user namespace also enforces the RLIMIT_NPROC it was created under, which may be\n  lower than the one above; no file shows it."
                     )?;
                 }
-                writeln!(
-                    f,
-                    "  The kernel refused before pid allocation, and neither kernel.threads-max nor\n  SCHED_DEADLINE nor execve did it. It exports no count of a user's tasks."
-                )
+                f.write_str("  The kernel refused before pid allocation")?;
+                if others.is_empty() {
+                    f.write_str(
+                        ", and neither kernel.threads-max nor\n  SCHED_DEADLINE nor execve did it",
+                    )?;
+                }
+                writeln!(f, ". It exports no count of a user's tasks.")
             }
             Cause::ThreadsMax { tasks, maximum } => {
                 line(f, "/proc/loadavg, tasks of all users", &Value(*tasks))?;
@@ -1392,7 +1407,7 @@ impl fmt::Display for Explanation<'_> {
             writeln!(f, "not proven: {why}")?;
         }
         writeln!(f, "evidence:")?;
-        self.cause.evidence(f)?;
+        self.cause.evidence(f, self.alternatives)?;
         f.write_str("what to change:\n  ")?;
         self.cause.remedy(f)?;
         if self.transient && self.cause.kind() != CauseKind::SiblingExec {

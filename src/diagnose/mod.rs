@@ -678,7 +678,11 @@ fn refused_for_now(
             _ if tally.exec > 0 => sibling_exec(limits, status, calls, readings, &tally),
             _ => Naming::unknown().transient(),
         };
-        return Ok(naming.transient_if(reaping && naming.cause.is_some()));
+        // Ended threads stand in nobody's way where something else than a count refused.
+        let counted = naming
+            .cause
+            .is_some_and(|cause| naming.alternatives.with(cause.kind()).has_count());
+        return Ok(naming.transient_if(reaping && counted));
     }
 }
 

@@ -733,6 +733,16 @@ fn deadline_scheduling() {
             report.skipped = Some("SCHED_DEADLINE is not allowed");
             return;
         }
+        let circumstances = Circumstances {
+            reaping: true,
+            ..circumstances(Step::Clone, Errno::EAGAIN, 0, CloneCall::Clone3)
+        };
+        let mut again = || real_clone(CloneCall::Clone3, true);
+        record(report, diagnose(&circumstances, Some(&mut again)));
+        report.failed = report.slim[0]
+            .filter(|slim| slim.transient)
+            .map(|_| "a policy does not change because threads end");
+        report.count = 0;
         clones(report, CloneCall::Clone3, true);
     });
     expect(report, CauseKind::DeadlineScheduling, Certainty::Proven);

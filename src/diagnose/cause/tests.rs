@@ -612,3 +612,23 @@ fn a_path_is_cut_between_characters_and_marked() {
         assert_eq!(inline.to_str().is_none(), shown.ends_with("..."));
     }
 }
+
+/// What the line above says could also be the cause is not ruled out below.
+#[test]
+fn evidence_rules_out_only_what_is_excluded() {
+    let cause = user(Some(1000), Some(true));
+    assert!(explain(&cause, false).contains("neither kernel.threads-max nor"));
+    let explanation = Explanation {
+        cause: &cause,
+        certainty: Certainty::Inferred,
+        alternatives: Causes::NONE.with(CauseKind::ThreadsMax),
+        silence: None,
+        transient: false,
+    };
+    let text = explanation.to_string();
+    assert!(!text.contains("neither kernel.threads-max"), "{text}");
+    assert!(
+        text.contains("The kernel refused before pid allocation."),
+        "{text}"
+    );
+}
