@@ -141,6 +141,55 @@ fn locked_memory_has_the_room_that_is_said() {
     check(test, "compare", limit, CauseKind::LockedMemory, 5);
 }
 
+/// A guard splits a locked mapping whatever the kernel: every stack then takes two mappings.
+#[test]
+fn mappings_of_locked_stacks_are_counted() {
+    if case().is_some() {
+        let threads = || {
+            let headroom = nptl::headroom();
+            let mut limits = headroom.limits().iter();
+            let row = limits.find(|limit| limit.cause == CauseKind::MapCount);
+            let row = row.expect("a row");
+            (row.in_use, headroom.threads_left(row, STACK))
+        };
+        let _ = threads();
+        // SAFETY: sets a number of the allocator's: without it threads map heaps of their own.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+        // SAFETY: changes how later mappings are locked.
+        let answer = unsafe { libc::mlockall(libc::MCL_FUTURE | libc::MCL_ONFAULT) };
+        if answer != 0 {
+            support::skip!("mlockall is not allowed");
+        }
+        let spawn = || {
+            Builder::new()
+                .stack_size(256 << 10)
+                .spawn(std::thread::park)
+        };
+        drop(spawn().expect("a thread"));
+        let (before, left) = threads();
+        for _ in 0..16 {
+            drop(spawn().expect("a thread"));
+        }
+        let (after, _) = threads();
+        let taken = after.zip(before).map(|(after, before)| after - before);
+        report("taken", taken.expect("its maps"));
+        report("left", left.expect("a number"));
+        return;
+    }
+    let test = "mappings_of_locked_stacks_are_counted";
+    let limit = |child: Child| child.rlimit(libc::RLIMIT_MEMLOCK, 8 << 20);
+    let output = or_skip!(limit(child(test, "locked")).run()).success();
+    if output.skipped().is_some() {
+        return;
+    }
+    let number = |key| {
+        let text = output.get(key).expect("a number");
+        text.parse::<u64>().expect("a number")
+    };
+    assert!((32..40).contains(&number("taken")), "{output}");
+    assert!(number("left") < u64::MAX, "{output}");
+}
+
 /// Takes every free range of at least `bytes`.
 fn fill_addresses(bytes: usize) {
     let mut size = 1 << 46;

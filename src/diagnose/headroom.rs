@@ -172,8 +172,17 @@ fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
     let file = |name: &str| c_string(&format!("{directory}/{name}"));
     let status = Status::read_from(&file("status"));
     let calls = Status::read().calls();
-    // A kernel that marks guards inside a mapping lets adjacent stacks share one; before 6.13 a guard splits.
-    let mappings_per_thread = if guards_split() { 2 } else { 0 };
+    let future_locked = match pid {
+        None => future_is_locked(),
+        Some(_) => None,
+    };
+    // A kernel that marks guards inside a mapping lets adjacent stacks share one. Before 6.13 a guard splits, and so
+    // it does in locked memory, which takes no marks.
+    let mappings_per_thread = match future_locked {
+        Some(true) => 2,
+        _ if guards_split() => 2,
+        _ => 0,
+    };
     let initial_user = limits::namespace(&file("ns/user"), calls)
         .ok()
         .map(limits::is_initial_user_namespace);
@@ -199,7 +208,7 @@ fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
         &file("limits"),
         directory,
         mappings_per_thread,
-        pid.is_none(),
+        future_locked,
         initial_user == Some(true),
     );
     Headroom {
@@ -422,7 +431,7 @@ fn memory(
     limits_file: &CStr,
     directory: &str,
     mappings_per_thread: u64,
-    own: bool,
+    future: Option<bool>,
     initial_user: bool,
 ) {
     let maps = Maps::read(directory);
@@ -431,7 +440,14 @@ fn memory(
         unit: Unit::Mappings,
         in_use: maps.as_ref().map(|maps| maps.count),
         maximum: limits::number_in(c"/proc/sys/vm/max_map_count"),
-        source: format!("{directory}/maps, /proc/sys/vm/max_map_count"),
+        source: format!(
+            "{directory}/maps, /proc/sys/vm/max_map_count{}",
+            match future {
+                None if mappings_per_thread == 0 =>
+                    "; under mlockall(MCL_FUTURE), of which only the process itself can tell, a thread takes two",
+                _ => "",
+            }
+        ),
         counts: mappings_per_thread > 0,
     });
     list.push(HeadroomLimit {
@@ -465,16 +481,11 @@ fn memory(
         let mut counts = true;
         if cause == CauseKind::LockedMemory {
             let exempt = status.has(limits::CAP_IPC_LOCK) && initial_user;
-            let future = match own {
-                true => future_is_locked(),
-                false => None,
-            };
             counts = future == Some(true) && !exempt;
             source.push_str(match future {
                 _ if exempt => "; this process is exempt",
                 Some(true) => "; mlockall(MCL_FUTURE) is in force",
                 Some(false) => "; counts for locked stacks, mlockall(MCL_FUTURE) is not in force",
-                None if own => "; counts for locked stacks and under mlockall(MCL_FUTURE)",
                 None => {
                     "; counts for locked stacks and under mlockall(MCL_FUTURE), of which only the process itself can tell"
                 }
