@@ -285,3 +285,68 @@ fn another_process_has_the_rows_that_it_sees_itself() {
     assert_eq!(output.get("rows"), Some(&*rows(&seen)), "{output}");
     assert!(rows(&seen).matches("Some").count() >= 9, "{}", rows(&seen));
 }
+
+/// The pid namespace of somebody else's process cannot be read from its link, but from its status.
+#[test]
+fn the_pid_namespace_of_another_users_process_is_known() {
+    let row = |headroom: &nptl::Headroom| {
+        let mut limits = headroom.limits().iter();
+        let row = limits.find(|limit| limit.cause == CauseKind::PidNumbers);
+        row.expect("a row").clone()
+    };
+    let case = case();
+    match case.as_deref() {
+        Some("wait") => {
+            println!("READY");
+            let _ = std::io::stdin().read_line(&mut String::new());
+        }
+        Some(pid) => {
+            or_skip!(become_unused_user());
+            let pid = nix::unistd::Pid::from_raw(pid.parse().expect("a number"));
+            let link = std::fs::read_link(format!("/proc/{pid}/ns/pid"));
+            report("link", link.is_ok());
+            let (own, other) = (
+                row(&nptl::headroom()),
+                row(&nptl::headroom_of(pid).expect("its files")),
+            );
+            report("own maximum", format!("{:?}", own.maximum));
+            report("maximum", format!("{:?}", other.maximum));
+            report("source", other.source);
+        }
+        None => {
+            let test = "the_pid_namespace_of_another_users_process_is_known";
+            for inside in [false, true] {
+                let waiting = child(test, "wait");
+                let waiting = if inside {
+                    waiting.pid_namespace(None)
+                } else {
+                    waiting
+                };
+                let mut running = or_skip!(waiting.spawn());
+                assert!(running.wait_for("READY"));
+                let relay = running.pid().to_string();
+                let pid = if inside { first_child(&relay) } else { relay };
+                let output = or_skip!(child(test, &pid).run()).success();
+                running.finish().success();
+                if output.skipped().is_some() {
+                    return;
+                }
+                assert_eq!(output.get("link"), Some("false"), "{output}");
+                let source = output.get("source").expect("a source");
+                let maximum = output.get("maximum");
+                if inside {
+                    assert!(source.contains("in another pid namespace"), "{output}");
+                } else {
+                    assert_eq!(maximum, output.get("own maximum"), "{output}");
+                    assert_ne!(maximum, Some("None"), "{output}");
+                }
+            }
+        }
+    }
+}
+
+fn first_child(pid: &str) -> String {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = children.expect("the children");
+    children.split_whitespace().next().expect("one").to_owned()
+}

@@ -313,15 +313,36 @@ fn tasks(
         counts: true,
     });
     // pid_max is that of the reader's namespace.
-    let same = own
-        || inode("ns/pid").is_some()
-            && inode("ns/pid") == limits::namespace(c"/proc/thread-self/ns/pid", calls).ok();
+    let readers = limits::namespace(c"/proc/thread-self/ns/pid", calls).ok();
+    let same = match inode("ns/pid").zip(readers) {
+        _ if own => Some(true),
+        Some((process, reader)) => Some(process == reader),
+        // The link may only be read by who may trace the process, its status by everybody.
+        None => same_by_levels(directory),
+    };
     let initial = limits::in_initial_pid_namespace(calls) == Some(true);
     list.push(pid_numbers(same, initial));
 }
 
+/// Whether a process is in the reader's pid namespace, by the number of levels at which the mounted /proc gives both
+/// a number.
+fn same_by_levels(directory: &str) -> Option<bool> {
+    let levels = |directory: &str| {
+        let status = fs::read_to_string(format!("{directory}/status")).ok()?;
+        let numbers = status
+            .lines()
+            .find_map(|line| line.strip_prefix("NSpid:"))?;
+        Some(numbers.split_whitespace().count())
+    };
+    // With one level the mount is of the reader's own namespace, and whoever has more is in one inside.
+    let reader = levels("/proc/thread-self")?;
+    let process = levels(directory)?;
+    (reader == 1).then_some(process == 1)
+}
+
 /// How many numbers of the reader's pid namespace can still be given out, at most.
-fn pid_numbers(same: bool, initial: bool) -> HeadroomLimit {
+fn pid_numbers(namespace: Option<bool>, initial: bool) -> HeadroomLimit {
+    let same = namespace == Some(true);
     let pid_max = limits::pid_max().filter(|_| same);
     // The kernel gives numbers out in turn, and begins again at 300 when it has come to the end. Until it has
     // passed that number it has not; afterwards the ones below are never used again.
@@ -340,8 +361,11 @@ fn pid_numbers(same: bool, initial: bool) -> HeadroomLimit {
         ),
     };
     if !same {
-        source =
-            "the process is in another pid namespace, whose limit is read from inside".to_owned();
+        source = match namespace {
+            Some(_) => "the process is in another pid namespace, whose limit is read from inside",
+            None => "the pid namespace of the process cannot be read",
+        }
+        .to_owned();
     } else if !initial {
         source.push_str("; a pid namespace around this one may have fewer");
     }
