@@ -392,10 +392,13 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
         }
     };
     let local = levels.iter().any(|level| level.local);
-    let lowest_full = levels
-        .iter()
-        .position(|level| level.is_full())
-        .and_then(|position| Some((position, *levels.get(position)?)));
+    let lowest_full_of = |levels: &[Level]| {
+        levels
+            .iter()
+            .position(Level::is_full)
+            .and_then(|position| Some((position, *levels.get(position)?)))
+    };
+    let lowest_full = lowest_full_of(levels);
     let Some(before) = before else {
         // A counter that never rose excludes its cgroup, or in the older way of counting every cgroup.
         let never = |position: usize| {
@@ -421,12 +424,23 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
     };
     if local {
         // The kernel counts at the cgroup whose limit was hit. Others' refusals may have counted elsewhere.
-        let risen = (0..levels.len()).find(|position| rise(*position).is_some_and(|n| n > 0));
-        return match risen.and_then(|position| Some((position, *levels.get(position)?))) {
-            Some((position, level)) => Judgement::Counted {
-                level: Some(level),
-                place: place(position),
-                rise: rise(position).unwrap_or(0),
+        let mut risen = levels.iter().enumerate().filter_map(|(position, level)| {
+            let rise = rise(position).filter(|rise| *rise > 0)?;
+            Some((position, *level, rise))
+        });
+        return match risen.next() {
+            Some((position, level, first)) => match risen.map(|(_, _, rise)| rise).sum() {
+                0 => Judgement::Counted {
+                    level: Some(level),
+                    place: place(position),
+                    rise: first,
+                },
+                // Somebody else was refused at one of them.
+                others => Judgement::Counted {
+                    level: None,
+                    place: CgroupPlace::Unclear,
+                    rise: first.saturating_add(others),
+                },
             },
             None if after.hidden || after.unread || before.unread => Judgement::Open,
             None => Judgement::Excluded,
@@ -435,13 +449,17 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
     // The kernel counts in the thread's own cgroup, whichever level was full.
     match (rise(own), lowest_full) {
         (Some(0), _) => Judgement::Excluded,
-        (Some(rise), Some((position, level))) => Judgement::Counted {
-            level: Some(level),
-            place: place(position),
-            rise,
-        },
-        (Some(rise), None) => {
-            // Full at the refusal, not full any more at the reading.
+        (Some(rise), Some((position, level)))
+            if lowest_full_of(before.levels()).is_some_and(|(before, _)| before == position) =>
+        {
+            Judgement::Counted {
+                level: Some(level),
+                place: place(position),
+                rise,
+            }
+        }
+        (Some(rise), _) => {
+            // Full at the refusal, but not at a reading; or another one was, and has filled or emptied since.
             let mut limited = levels
                 .iter()
                 .enumerate()

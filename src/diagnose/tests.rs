@@ -652,6 +652,42 @@ fn two_limits_close_together() {
     }
 }
 
+/// A cgroup that fills up only after the one around it has refused is not named, and no more is one that was full
+/// before and then had room.
+#[test]
+fn a_cgroup_that_was_not_full_throughout() {
+    let Some(outer) = Cgroup::new(PIDS_ROOT) else {
+        println!("skipped: no pids cgroup");
+        return;
+    };
+    let inner = Cgroup::under(&outer).expect("a cgroup below");
+    // pids.max of the inner one at the two readings. It has one task, and room for another in between.
+    for (before, after, expected) in [
+        ("2", "2", CgroupPlace::Ancestor),
+        ("2", "1", CgroupPlace::Unclear),
+        ("1", "2", CgroupPlace::Unclear),
+    ] {
+        outer.set("pids.max", "1");
+        let report = in_child("cgroups that fill up", |report| {
+            inner.enter();
+            let pids = Hierarchy::of_thread(b"pids").expect("a hierarchy");
+            inner.set("pids.max", before);
+            let first = pids.snapshot(&cgroup::PIDS);
+            inner.set("pids.max", "2");
+            let granted = real_clone(CloneCall::Clone3, true).is_ok();
+            inner.set("pids.max", after);
+            let second = pids.snapshot(&cgroup::PIDS);
+            report.failed = match cgroup::judge(Some(&first), &second) {
+                _ if granted => Some("granted"),
+                Judgement::Counted { place, .. } if place == expected => None,
+                Judgement::Counted { .. } => Some("the wrong place"),
+                _ => Some("not counted"),
+            };
+        });
+        assert!(report.is_some());
+    }
+}
+
 fn filter(rules: &[(libc::c_long, i32)]) {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
     for (call, errno) in rules {
