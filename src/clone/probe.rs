@@ -132,6 +132,12 @@ pub(crate) fn until_cgroup() -> Result<(), Errno> {
     clone3(SHARED, false)
 }
 
+/// clone3 without `CLONE_SIGHAND`: EINVAL before any limit is looked at. A supervisor that lets pass what has no
+/// arguments, or a filter that looks at their address, shows here.
+pub(crate) fn until_clone3_flags() -> Result<(), Errno> {
+    clone3(SHARED & !(CLONE_SIGHAND as u64), true)
+}
+
 /// The caller's own clone flags with a thread pointer outside user space: EPERM in `copy_thread`, when
 /// everything before it passed. With `fs` false, `copy_fs` is skipped.
 pub(crate) fn until_thread_pointer(flags: u64, fs: bool) -> Result<(), Errno> {

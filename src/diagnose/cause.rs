@@ -188,7 +188,7 @@ pub struct Oracle {
     pub until_cgroup: Answer,
     /// clone with the caller's flags up to the thread pointer. EPERM: every process limit passed.
     pub until_thread_pointer: Answer,
-    /// clone with an invalid combination of flags. Anything but EINVAL: a filter.
+    /// The refused call's own number with an invalid combination of flags. Anything but EINVAL: a filter.
     pub until_flags: Answer,
     /// The refused call itself, repeated.
     pub repeated: Answer,
@@ -721,7 +721,9 @@ impl Cause {
                 filters,
             } => {
                 let what = match call {
-                    CloneCall::Clone3 => "clone3(NULL, 0), which a kernel refuses with EINVAL",
+                    CloneCall::Clone3 => {
+                        "clone3 with no or invalid arguments, which a kernel refuses with EINVAL"
+                    }
                     CloneCall::Clone => {
                         "clone with invalid flags, which a kernel refuses with EINVAL"
                     }
@@ -994,7 +996,7 @@ impl Cause {
                         "clone up to the thread pointer",
                         oracle.until_thread_pointer,
                     ),
-                    ("clone with invalid flags", oracle.until_flags),
+                    ("clone or clone3 with invalid flags", oracle.until_flags),
                     ("the refused call repeated", oracle.repeated),
                     ("mmap of a page in use", memory.number_of_mappings),
                     ("mmap, invalid, same length", memory.free_addresses),

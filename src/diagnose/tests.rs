@@ -736,6 +736,32 @@ fn seccomp() {
     }
 }
 
+/// As a supervisor does that has no opinion of a clone3 without arguments. RLIMIT_NPROC could have refused, but did not.
+#[test]
+fn a_filter_that_lets_no_arguments_pass() {
+    use seccompiler::{
+        BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+        SeccompRule, apply_filter,
+    };
+    let report = in_child("seccomp, arguments", |report| {
+        set_limit(libc::RLIMIT_NPROC, 50);
+        become_user(54324);
+        let (length, operator) = (SeccompCmpArgLen::Qword, SeccompCmpOp::Ne);
+        let condition = SeccompCondition::new(0, length, operator, 0).expect("condition");
+        let rule = SeccompRule::new(vec![condition]).expect("rule");
+        let filter = SeccompFilter::new(
+            [(libc::SYS_clone3, vec![rule])].into_iter().collect(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(libc::EAGAIN as u32),
+            std::env::consts::ARCH.try_into().expect("architecture"),
+        );
+        let program: BpfProgram = filter.expect("filter").try_into().expect("program");
+        apply_filter(&program).expect("apply");
+        clones(report, CloneCall::Clone3, true);
+    });
+    expect(report, CauseKind::Seccomp, Certainty::Proven);
+}
+
 #[test]
 fn a_filter_does_not_hide_other_causes() {
     let report = in_child("nproc under a harmless filter", |report| {

@@ -82,7 +82,7 @@ fn table() -> Vec<(Cause, &'static [&'static str], &'static [&'static str])> {
                 filters: Some(1),
             },
             &[
-                "clone3(NULL, 0), which a kernel refuses with EINVAL: EPERM",
+                "clone3 with no or invalid arguments, which a kernel refuses with EINVAL: EPERM",
                 "/proc/thread-self/status, Seccomp: 2",
                 "/proc/thread-self/status, Seccomp_filters: 1",
             ],
