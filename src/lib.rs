@@ -35,7 +35,7 @@
 compile_error!("nptl reimplements glibc's thread creation and supports Linux only");
 
 mod builder;
-#[allow(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "rule 9")]
 mod clone;
 mod debug;
 mod diagnose;
@@ -45,11 +45,11 @@ mod handle;
 mod retry;
 mod scope;
 mod spawn;
-#[allow(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "rule 9")]
 mod stack;
-#[allow(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "rule 9")]
 mod start;
-#[allow(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "rule 9")]
 mod tcb;
 
 pub use builder::{Builder, spawn};

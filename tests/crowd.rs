@@ -1,6 +1,6 @@
 //! A crowd of live threads: 100,000 where the machine's limits allow them, a few thousand everywhere.
 
-#[allow(dead_code, reason = "this crowd is awaited with a deadline")]
+#[expect(dead_code, reason = "this crowd is awaited with a deadline")]
 #[path = "../examples/measure/gate.rs"]
 mod gate;
 mod support;

@@ -1,28 +1,20 @@
 //! The stack ledger alone: random steps against a model made of plain vectors, and what a forked
 //! child finds.
 
-#[allow(
+#[expect(
     dead_code,
     reason = "the crate's own file, of which a part is used here"
 )]
 #[path = "../src/stack/class.rs"]
 mod class;
-#[allow(
-    dead_code,
-    reason = "the crate's own file, of which a part is used here"
-)]
 #[path = "../src/stack/futex.rs"]
 mod futex;
-#[allow(
+#[expect(
     dead_code,
     reason = "the crate's own file, of which a part is used here"
 )]
 #[path = "../src/stack/ledger.rs"]
 mod ledger;
-#[allow(
-    dead_code,
-    reason = "the crate's own file, of which a part is used here"
-)]
 #[path = "../src/stack/lock.rs"]
 mod lock;
 

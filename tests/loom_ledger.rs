@@ -4,13 +4,13 @@
 //! What each run must show: no stack is in two hands at once, none is handed out or unmapped before
 //! the kernel let go, none is lost, and the accounts add up at the end and in between.
 
-#[allow(
+#[expect(
     dead_code,
     reason = "the crate's own file, of which a part is used here"
 )]
 #[path = "../src/stack/class.rs"]
 mod class;
-#[allow(
+#[expect(
     dead_code,
     reason = "the crate's own file, of which a part is used here"
 )]

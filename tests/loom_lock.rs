@@ -7,7 +7,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::thread;
 
-#[allow(
+#[expect(
     dead_code,
     reason = "the crate's own file, of which a part is used here"
 )]

@@ -482,7 +482,7 @@ pub enum Cause {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 #[non_exhaustive]
-#[allow(missing_docs, reason = "each is documented at `Cause`")]
+#[expect(missing_docs, reason = "each is documented at `Cause`")]
 pub enum CauseKind {
     InvalidAttribute,
     UnsupportedRuntime,

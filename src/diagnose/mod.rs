@@ -984,5 +984,5 @@ fn risen(hierarchy: &Hierarchy, before: &Snapshot, after: &Snapshot) -> Option<C
 }
 
 #[cfg(test)]
-#[allow(unsafe_code, reason = "they make processes and limits of their own")]
+#[expect(unsafe_code, reason = "they make processes and limits of their own")]
 mod tests;

@@ -48,7 +48,7 @@ fn a_panic_unwinds_what_the_closure_holds() {
         let _on_the_stack = Arc::clone(&moved);
         // Without the hook's message.
         resume_unwind(Box::new(()));
-        #[allow(unreachable_code, reason = "keeps it alive until the panic")]
+        #[expect(unreachable_code, reason = "keeps it alive until the panic")]
         drop(moved)
     });
     assert_eq!(Arc::strong_count(&held), 1);
