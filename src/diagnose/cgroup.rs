@@ -496,3 +496,59 @@ pub(crate) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
         (None, None) => Judgement::Excluded,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of v2 from Linux 6.11 on, own cgroup first: tasks and refusals, of at most 10 tasks each.
+    fn snapshot(of: [(u64, u64); 2]) -> Snapshot {
+        let level = |(current, failures)| Level {
+            maximum: Some(10),
+            current: Some(current),
+            failures: Some(failures),
+            local: true,
+            ..Level::default()
+        };
+        let mut snapshot = Snapshot {
+            levels: [Level::default(); DEEPEST],
+            count: of.len(),
+            hidden: false,
+            unread: false,
+        };
+        for (place, values) in snapshot.levels.iter_mut().zip(of) {
+            *place = level(values);
+        }
+        snapshot
+    }
+
+    fn judged(before: [(u64, u64); 2], after: [(u64, u64); 2]) -> (Option<CgroupPlace>, u64) {
+        match judge(Some(&snapshot(before)), &snapshot(after)) {
+            Judgement::Counted { level, place, rise } => {
+                assert_eq!(level.is_none(), place == CgroupPlace::Unclear);
+                (Some(place), rise)
+            }
+            _ => (None, 0),
+        }
+    }
+
+    /// Where each cgroup counts its own refusals, the one whose counter rose did it. Where two rose, somebody else
+    /// was refused at one of them, and which is not known.
+    #[test]
+    fn of_two_levels_that_refused_none_is_named() {
+        let full = [(10, 5), (10, 7)];
+        assert_eq!(
+            judged(full, [(10, 6), (10, 7)]),
+            (Some(CgroupPlace::Own), 1)
+        );
+        assert_eq!(
+            judged(full, [(10, 5), (10, 8)]),
+            (Some(CgroupPlace::Ancestor), 1)
+        );
+        assert_eq!(
+            judged(full, [(10, 6), (10, 9)]),
+            (Some(CgroupPlace::Unclear), 3)
+        );
+        assert_eq!(judged(full, full), (None, 0));
+    }
+}
