@@ -10,6 +10,7 @@ mod scenarios;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -64,8 +65,14 @@ fn main() -> ExitCode {
         }
     };
     if arguments.list {
-        list(&chosen);
-        return ExitCode::SUCCESS;
+        return match list(&chosen) {
+            // Whoever reads has seen enough.
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                eprintln!("{error}");
+                ExitCode::FAILURE
+            }
+            _ => ExitCode::SUCCESS,
+        };
     }
     let mut outcomes = Vec::new();
     for scenario in chosen {
@@ -114,17 +121,20 @@ fn chosen(only: &[String]) -> Result<Vec<&'static Scenario>, String> {
     named.collect()
 }
 
-fn list(chosen: &[&Scenario]) {
+fn list(chosen: &[&Scenario]) -> io::Result<()> {
     let width = chosen.iter().map(|s| s.name.len()).max().unwrap_or(0);
+    let mut output = io::stdout().lock();
     for scenario in chosen {
-        println!(
+        writeln!(
+            output,
             "{:width$}  {}\n{:width$}  needs {}",
             scenario.name,
             scenario.what,
             "",
             scenario.needs()
-        );
+        )?;
     }
+    output.flush()
 }
 
 fn print(outcome: &Outcome, report: bool) {
