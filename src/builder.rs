@@ -1,13 +1,14 @@
 //! [`Builder`]: what the caller wants of a thread.
 
 use crate::error::SpawnError;
-use crate::handle::{JoinHandle, Packet, ScopedJoinHandle};
+use crate::handle::{JoinHandle, ScopedJoinHandle};
+use crate::mem::{Packet, Shared};
 use crate::retry::RetryPolicy;
-use crate::scope::{Latch, Scope};
+use crate::scope::Scope;
 use crate::stack::Wanted;
 use crate::stack::cache::StackCache;
-use crate::stack::fallible::{self, Shared};
 use crate::start;
+use crate::sync::Latch;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// std's default.
@@ -148,7 +149,7 @@ impl Builder {
         T: Send + 'static,
     {
         let request = self.request();
-        let (error, f) = match Shared::try_new(Packet::new(f, None)) {
+        let (error, f) = match crate::spawn::share(Packet::new(f, None)) {
             Ok(packet) => {
                 let body = packet.clone().into_body();
                 match crate::spawn::spawn(&request, &body, None) {
@@ -192,7 +193,7 @@ impl Builder {
         let Some(latch) = scope.latch() else {
             return refused(packet, size_of::<Latch>());
         };
-        let packet = match Shared::try_new(packet) {
+        let packet = match crate::spawn::share(packet) {
             Ok(packet) => packet,
             Err(packet) => return refused(packet, size_of::<Packet<F, T>>()),
         };
@@ -206,8 +207,6 @@ impl Builder {
     }
 
     fn request(self) -> Request {
-        // Before the first allocation, so that it finds what ended threads have left.
-        fallible::free_left();
         let name = self.name;
         let wanted = Wanted {
             size: self.stack_size.unwrap_or_else(default_stack_size),
@@ -231,7 +230,7 @@ impl Builder {
         Request {
             comm: name.as_deref().map(comm),
             name: name
-                .map(Shared::try_new)
+                .map(crate::spawn::share)
                 .transpose()
                 .map_err(|_| size_of::<String>()),
             invalid,

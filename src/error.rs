@@ -1,7 +1,7 @@
 //! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
 
 use crate::diagnose::{Cause, Causes, Certainty, Explanation, Verdict};
-use crate::stack::fallible::{Kept, Reservation, Slot};
+use crate::mem::fallible::{Kept, Reservation, Slot};
 use nix::errno::Errno;
 use std::fmt;
 use std::time::Duration;

@@ -5,7 +5,9 @@
 
 use crate::error::{Refusal, Reserve, SpawnError};
 use crate::stack::Lock;
+use crate::sync::notice_fork;
 use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// Entries that are kept.
 const KEPT: usize = 16;
@@ -23,8 +25,8 @@ const CUT: &str = "...";
 /// One refusal. The layout is read by `gdb/nptl.py`.
 #[repr(C)]
 struct Failure {
-    /// Number of the refusal, from 1; 0: the entry is empty.
-    number: u64,
+    /// Number of the refusal, from 1; 0: the entry is empty, or being written.
+    number: AtomicU64,
     /// Seconds since 1970 (CLOCK_REALTIME).
     seconds: i64,
     nanoseconds: i64,
@@ -37,15 +39,17 @@ struct Failure {
 }
 
 impl Failure {
-    const EMPTY: Failure = Failure {
-        number: 0,
-        seconds: 0,
-        nanoseconds: 0,
-        tid: 0,
-        length: 0,
-        text: [0; TEXT],
-        refusal: None,
-    };
+    const fn empty() -> Failure {
+        Failure {
+            number: AtomicU64::new(0),
+            seconds: 0,
+            nanoseconds: 0,
+            tid: 0,
+            length: 0,
+            text: [0; TEXT],
+            refusal: None,
+        }
+    }
 }
 
 pub(crate) struct Ring {
@@ -54,21 +58,10 @@ pub(crate) struct Ring {
     entries: [Failure; KEPT],
 }
 
-impl Ring {
-    /// In a forked child: another thread may have been in the middle of an entry, so none is trusted.
-    pub(crate) fn forget(&mut self) {
-        self.count = 0;
-        for entry in &mut self.entries {
-            entry.number = 0;
-            entry.refusal = None;
-        }
-    }
-}
-
-/// Held across fork, with the crate's other locks (`stack::cache`).
+/// A forked child resets the lock: an entry that another thread was writing has the number 0.
 pub(crate) static FAILURES: Lock<Ring> = Lock::new(Ring {
     count: 0,
-    entries: [Failure::EMPTY; KEPT],
+    entries: [const { Failure::empty() }; KEPT],
 });
 
 /// Where gdb finds the entries: their address, number and size.
@@ -90,7 +83,9 @@ pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
     let Some(entry) = ring.entries.get_mut((number as usize - 1) % KEPT) else {
         return;
     };
-    entry.number = number;
+    entry.number.store(0, Ordering::Relaxed);
+    // In this order also for a child that is forked in between.
+    fence(Ordering::Release);
     (entry.seconds, entry.nanoseconds) = now.map_or((0, 0), |now| (now.tv_sec(), now.tv_nsec()));
     entry.tid = tid;
     entry.length = 0;
@@ -107,6 +102,7 @@ pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
     let _ = write!(text, "\n{}", refusal.report());
     entry.length = text.length as u32;
     entry.refusal = Some(*refusal);
+    entry.number.store(number, Ordering::Release);
     crate::debug::publish_failures(&Directory {
         entries: ring.entries.as_ptr().addr(),
         count: KEPT,
@@ -125,9 +121,11 @@ pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
 /// assert_eq!(nptl::last_failure().unwrap().step(), nptl::Step::Attributes);
 /// ```
 pub fn last_failure() -> Option<SpawnError> {
+    notice_fork();
     let ring = FAILURES.lock();
-    let last = ring.count.checked_sub(1)?;
-    let refusal = ring.entries.get(last as usize % KEPT)?.refusal?;
+    let number = |entry: &&Failure| entry.number.load(Ordering::Acquire);
+    let last = ring.entries.iter().max_by_key(number)?;
+    let refusal = last.refusal.filter(|_| number(&last) > 0)?;
     drop(ring);
     Some(Reserve::new().refuse(refusal))
 }
@@ -290,7 +288,10 @@ mod tests {
         let name = format!("{}€{}", "n".repeat(NAME - 1), "n".repeat(100_000));
         record(&longest(), Some(&name));
         let ring = FAILURES.lock();
-        let newest = ring.entries.iter().max_by_key(|entry| entry.number);
+        let newest = ring
+            .entries
+            .iter()
+            .max_by_key(|entry| entry.number.load(Ordering::Relaxed));
         let entry = newest.expect("the one recorded");
         let text = std::str::from_utf8(&entry.text[..entry.length as usize]).expect("characters");
         assert!(

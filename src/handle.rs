@@ -1,94 +1,13 @@
 //! [`JoinHandle`]: what the creator keeps of a thread.
 
-use crate::scope::Latch;
-use crate::stack::cache::{self, StackCache};
-use crate::stack::fallible::{self, Shared};
-use crate::stack::{Life, Stack, StackInfo};
-use crate::start::Body;
+use crate::mem::{Deliver, Packet, Shared};
+use crate::stack::cache::StackCache;
+use crate::stack::{Stack, StackInfo};
+use crate::sync::notice_fork;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use parking_lot::Mutex;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::Result as Outcome;
 use std::time::Duration;
-
-/// What creator and thread share: the closure on its way in, the result on its way out.
-///
-/// One allocation a thread. A refused spawn finds the closure still inside.
-pub(crate) struct Packet<F, T> {
-    work: Mutex<Option<F>>,
-    result: Mutex<Option<Outcome<T>>>,
-    scope: Option<Shared<Latch>>,
-}
-
-impl<F, T> Packet<F, T> {
-    pub(crate) fn new(work: F, scope: Option<Shared<Latch>>) -> Packet<F, T> {
-        Packet {
-            work: Mutex::new(Some(work)),
-            result: Mutex::new(None),
-            scope,
-        }
-    }
-
-    /// The closure of a thread that did not come to be.
-    pub(crate) fn take_work(&self) -> Option<F> {
-        self.work.lock().take()
-    }
-
-    /// The same, where there was not even memory to share it.
-    pub(crate) fn into_work(mut self) -> Option<F> {
-        self.work.get_mut().take()
-    }
-}
-
-impl<F, T> Body for Packet<F, T>
-where
-    F: FnOnce() -> T + Send,
-    T: Send,
-{
-    fn run(&self) {
-        if let Some(work) = self.take_work() {
-            // As in std: whoever looks at the data afterwards knows from join that it panicked.
-            let outcome = catch_unwind(AssertUnwindSafe(work));
-            *self.result.lock() = Some(outcome);
-        }
-    }
-}
-
-/// The handle's view of a packet.
-pub(crate) trait Deliver<T>: Send + Sync {
-    fn take(&self) -> Option<Outcome<T>>;
-}
-
-impl<F: Send, T: Send> Deliver<T> for Packet<F, T> {
-    fn take(&self) -> Option<Outcome<T>> {
-        self.result.lock().take()
-    }
-}
-
-impl<F, T> Drop for Packet<F, T> {
-    fn drop(&mut self) {
-        let result = self.result.get_mut().take();
-        if let (Some(Err(_)), Some(scope)) = (&result, &self.scope) {
-            scope.note_panic();
-        }
-        // The closure of a thread that died before it ran.
-        let work = self.work.get_mut().take();
-        // A destructor that panics must not take a thread down on its way out, or whoever buries
-        // another; the panic hook has reported it.
-        drop_quietly(work);
-        drop_quietly(result);
-    }
-}
-
-fn drop_quietly<T>(value: T) {
-    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(value)))
-        && let Err(worse) = catch_unwind(AssertUnwindSafe(|| drop(payload)))
-    {
-        // A payload whose own destructor panics could go on like this for ever.
-        std::mem::forget(worse);
-    }
-}
 
 /// A running, or ended, thread and its stack: whoever holds this sees to it that the stack goes back.
 pub(crate) struct Running {
@@ -116,11 +35,10 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        cache::notice_fork();
+        notice_fork();
         if self.stack.leave_handle() {
             self.cache.give(self.stack);
         }
-        fallible::free_left();
     }
 }
 
@@ -131,11 +49,9 @@ struct Handle<'a, T> {
 }
 
 impl<T> Handle<'_, T> {
-    /// The kernel has let go of the thread: its result, and its stack goes back.
+    /// The kernel has cleared the tid word: takes the thread's result, and gives its stack back.
     fn finish(self) -> Outcome<T> {
-        // A thread that died of a bare exit or a filter has not said so.
-        self.running.stack.change_life(Life::Attached, Life::Ending);
-        self.running.stack.bury();
+        self.running.stack.reap();
         drop(self.running);
         self.packet.take().unwrap_or_else(|| {
             Err(Box::new(
@@ -257,8 +173,8 @@ impl<T> JoinHandle<T> {
     /// stayed behind in the parent of a fork) gives an `Err` with a `&str`.
     ///
     /// Waits with FUTEX_WAIT until the kernel has cleared the thread's tid word. Its stack then goes back to the
-    /// cache: madvise with `MADV_DONTNEED` if the thread has left that to its handle (see
-    /// [`keep_resident`](crate::StackCacheConfig::keep_resident)), munmap for what the budget does not hold.
+    /// cache: madvise with `MADV_DONTNEED` (see [`keep_resident`](crate::StackCacheConfig::keep_resident)), and munmap
+    /// for what the budget does not hold.
     pub fn join(self) -> Outcome<T> {
         self.0.join()
     }
@@ -284,8 +200,7 @@ impl<T> JoinHandle<T> {
     }
 
     /// Lets the thread run on without a handle, as dropping this does. What its closure returns is dropped in the
-    /// thread; the memory that held both is freed by the next spawn, join, [`trim`](crate::StackCache::trim) or
-    /// [`clear`](crate::StackCache::clear).
+    /// thread; the memory that held both is freed when the thread's stack is used again or unmapped.
     pub fn detach(self) {}
 
     shared_methods!();

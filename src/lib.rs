@@ -41,7 +41,11 @@ mod debug;
 mod diagnose;
 mod error;
 mod failures;
+#[expect(unsafe_code, reason = "rule 9")]
+mod fork;
 mod handle;
+#[expect(unsafe_code, reason = "rule 9")]
+mod mem;
 mod retry;
 mod scope;
 mod spawn;
@@ -49,6 +53,8 @@ mod spawn;
 mod stack;
 #[expect(unsafe_code, reason = "rule 9")]
 mod start;
+#[expect(unsafe_code, reason = "rule 9")]
+mod sync;
 #[expect(unsafe_code, reason = "rule 9")]
 mod tcb;
 

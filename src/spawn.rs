@@ -13,12 +13,13 @@ use crate::clone::Call;
 use crate::diagnose::{self, Circumstances, CloneCall, Detail, Finding, Verdict};
 use crate::error::{Refusal, Reserve, SpawnError, StackOrigin, StackOutcome, Step};
 use crate::failures;
+use crate::fork;
 use crate::handle::Running;
-use crate::scope::Latch;
+use crate::mem::{Body, Shared};
 use crate::stack::cache::{self, StackCache};
-use crate::stack::fallible::Shared;
 use crate::stack::{Idle, Signals, overflow};
-use crate::start::{Body, Settings, Start};
+use crate::start::{Settings, Start};
+use crate::sync::{Latch, forked_bare, notice_fork};
 use crate::tcb::{Runtime, RuntimeError};
 use nix::errno::Errno;
 use std::time::Instant;
@@ -31,8 +32,7 @@ pub(crate) fn spawn(
 ) -> Result<Running, SpawnError> {
     // The error's memory, while there is some.
     let reserve = Reserve::new();
-    cache::guard_forks();
-    cache::notice_fork();
+    notice_fork();
 
     let mut attempts = 0;
     let mut started = None;
@@ -55,9 +55,26 @@ pub(crate) fn spawn(
     }
 }
 
+/// Memory for what creator and thread share, if need be after giving back what the caches hold: with a cached stack
+/// lies what its last thread was made with.
+pub(crate) fn share<T>(value: T) -> Result<Shared<T>, T> {
+    Shared::try_new(value).or_else(|value| {
+        notice_fork();
+        match Runtime::existing() {
+            Some(runtime) if !forked_bare() => {
+                StackCache::reclaim_all(runtime);
+                Shared::try_new(value)
+            }
+            _ => Err(value),
+        }
+    })
+}
+
 /// There were not even `bytes` of heap memory to begin with.
 pub(crate) fn refused_memory(request: &Request, bytes: usize) -> SpawnError {
     let reserve = Reserve::new();
+    // A refusal is recorded all the same.
+    let _ = fork::guard();
     let refused = match check(request) {
         Ok(_) => no_memory(bytes),
         Err(refused) => refused,
@@ -169,11 +186,18 @@ fn attempt(
 ) -> Result<Running, Refused> {
     *attempts += 1;
 
+    // Before any lock is taken that a forked child would find held.
+    let refused = |(step, errno, bytes)| Refused::explained(step, errno, bytes, Detail::default());
+    fork::guard().map_err(refused)?;
+
     // 1. Attributes.
     let name = check(request)?;
     let message = Message { body, latch, name };
 
     // 2. Runtime: a calibrated glibc.
+    if forked_bare() {
+        return Err(no_runtime(RuntimeError::Unsupported(fork::BARE)));
+    }
     let runtime = Runtime::get().map_err(no_runtime)?;
 
     // 3. and 4. Stack and guard: from the cache, or mapped.
@@ -204,6 +228,12 @@ fn attempt(
         Ok(tid) => return Ok(running(name, idle, tid)),
         Err(refused) => refused,
     };
+    if step == Step::Runtime {
+        return Err(give_up(
+            idle,
+            no_runtime(RuntimeError::Unsupported(fork::BARE)),
+        ));
+    }
     if step != Step::Clone {
         let mut refused = Refused::explained(step, errno, 0, Detail::default());
         refused.reclaimed = reclaimed;
@@ -256,9 +286,12 @@ fn enter(
 ) -> Result<libc::pid_t, (Step, Errno, CloneCall)> {
     // 6. TLS: on glibc's list first, so that a dlopen from here on initialises this thread, too.
     let signals = Signals::block_all_but_setxid();
-    // A handler of the application that ran before this line can have called _Fork and returned in the child.
-    // Noticed after the clone, the new thread would be taken for one of the parent's.
-    cache::notice_fork();
+    // A handler of the application that ran before this line can have called _Fork and returned in the child, where
+    // the lock of glibc's list can be held for ever.
+    notice_fork();
+    if forked_bare() {
+        return Err((Step::Runtime, Errno::ENOSYS, CloneCall::Clone3));
+    }
     let enlisted = idle.enlist(&signals);
     if !enlisted.allocate_tls() {
         // _dl_allocate_tls says null and no more; memory is the one thing it asks for.
@@ -269,8 +302,8 @@ fn enter(
     let start = Start {
         body: Some(message.body.clone()),
         latch: message.latch.map(Latch::enter),
+        memory: None,
         runtime,
-        cache: request.cache.clone(),
         name: message.name.cloned(),
         mask: signals.inherited(),
         rseq: runtime.has_rseq(),

@@ -1,38 +1,35 @@
 //! The new thread's first and last instructions.
 //!
-//! The order matters at both ends; facts/glibc-rules.md gives the reasons by number.
+//! The order matters at both ends:
 //!
 //! ```text
 //!  all signals but 33 blocked      set_robust_list, rseq, locale, ctype, resolver, errno
 //!                                  signal stack, settings (reported to the creator, if it waits)
 //!  the creator's mask              the closure; its result and itself are dropped or handed over
-//!                                  the stack is given back, if there is no handle to do it
 //!                                  thread-local destructors, pthread keys, thread-locals again
 //!                                  glibc's count of threads; the last one exits the process
 //!  application signals blocked     what was registered or set meanwhile is cleared
-//!                                  nobody can send to the tid any more
-//!                                  MADV_DONTNEED below the warm remainder, if no other thread is at it
-//!                                  off glibc's list: from here on inline assembly only
-//!                                  else it is the handle's turn to do that
+//!                                  no sender uses the tid any more, a set-id broadcast does not count on the thread
+//!                                  without a handle: MADV_DONTNEED below the warm remainder, the stack is given back
+//!                                  off glibc's list, if its lock is free: from here on inline assembly only
 //!                                  exit
 //! ```
 //!
-//! System calls after the closure has started: rt_sigprocmask, madvise(MADV_DONTNEED), exit, and
-//! only under contention futex (WAIT, WAKE, private or not); munmap where a detached thread's stack
-//! pushes others out of the cache. All of them pass the vCPU filters of Firecracker and Cloud
-//! Hypervisor (facts/vmm.md). The allocator is not used, be it to free: `Shared::leave`.
+//! System calls after the closure has started: rt_sigprocmask, exit, madvise(MADV_DONTNEED) in a detached thread, and
+//! only under contention futex (WAIT, WAKE, private or not). All of them pass the vCPU filters of Firecracker and Cloud
+//! Hypervisor. The allocator is not used, be it to free: what is to be freed stays with the stack for its next owner.
 
 use crate::builder::Request;
 use crate::clone::sys;
 use crate::error::{SpawnError, Step};
 use crate::handle::Running;
-use crate::scope::{Entered, Latch};
-use crate::stack::cache::{self, StackCache};
-use crate::stack::fallible::Shared;
-use crate::stack::{self, Life, Stack};
+use crate::mem::{Body, Memory, Shared};
+use crate::stack::{self, Stack};
+use crate::sync::{Entered, Latch, notice_fork};
 use crate::tcb::Runtime;
 use nix::errno::Errno;
 use std::cell::Cell;
+use std::sync::atomic::{Ordering, fence};
 
 /// What the creator hands to the new thread.
 pub(crate) struct Start {
@@ -40,20 +37,15 @@ pub(crate) struct Start {
     pub body: Option<Shared<dyn Body>>,
     /// Left when the body is gone: in this order, also where the message is dropped.
     pub latch: Option<Entered>,
+    /// Of the body, if the thread had the last reference.
+    pub memory: Option<Memory>,
     pub runtime: &'static Runtime,
-    pub cache: StackCache,
     pub name: Option<Shared<String>>,
     /// The signal mask of the closure.
     pub mask: sys::KernelSigSet,
     /// Its creator has registered rseq.
     pub rseq: bool,
     pub settings: Settings,
-}
-
-/// The thread's work, without its types.
-pub(crate) trait Body: Send + Sync {
-    /// Runs the closure and keeps its result, or its panic. Does not unwind.
-    fn run(&self);
 }
 
 /// What a thread sets for itself before the closure runs. New settings go here; those that can be
@@ -135,7 +127,7 @@ pub(crate) unsafe extern "C" fn main(record: *mut libc::c_void) -> ! {
 /// The thread's life: from its first TLS access to its last destructor.
 ///
 /// What it holds stays in its message until its end: if it dies on the way (a bare exit, a filter), the
-/// one who buries it finds that there, and nothing is lost but what lies in the thread's frames.
+/// one that reaps it finds that there, and nothing is lost but what lies in the thread's frames.
 ///
 /// # Safety
 /// Called once, by the thread whose message lies in `stack`, as the first thing that it does.
@@ -168,34 +160,13 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     }
 
     // The last reference, if there is no handle: the closure's result is dropped here, while thread-locals still
-    // work. Alone, because its destructor can end the thread by a bare exit, and then the rest must be found.
-    // SAFETY: the borrow from above has ended, and nobody else looks at the message of a thread that lives.
-    if let Some(body) = unsafe { stack.take_body() } {
-        body.leave();
-    }
-    // SAFETY: as above.
-    let Some(start) = (unsafe { stack.take_start() }) else {
-        sys::exit_thread()
-    };
-    let Start {
-        latch, cache, name, ..
-    } = start;
-    // The latch of its scope comes after the body, because that may borrow from there.
-    drop(latch);
+    // work.
+    // SAFETY: the borrow from above has ended, and nothing else looks at the message of a thread that lives.
+    unsafe { stack.leave_body() };
 
     // What comes next is of this process: the closure can have forked without handlers, while another thread
-    // held the ledger's lock.
-    cache::notice_fork();
-
-    // Before the destructors, because giving back may need thread-locals (the allocator's, the
-    // handle's); the kernel's clearing of the tid word decides when the stack is really free.
-    if !stack.change_life(Life::Attached, Life::Ending) {
-        // `Detached` says that this thread will give its stack back. It has: left standing, the word
-        // would make an orphan of the stack in its next life (`StackCache::sweep`).
-        stack.change_life(Life::Detached, Life::Given);
-        cache.give(stack);
-    }
-    drop(cache);
+    // held one of the locks.
+    notice_fork();
 
     // SAFETY: the ending thread itself, with application signals open (rule 17).
     unsafe {
@@ -206,9 +177,6 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
         }
         stack.set_name(None);
     }
-    if let Some(name) = name {
-        name.leave_whole();
-    }
     runtime
 }
 
@@ -217,22 +185,21 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
 /// # Safety
 /// Called by the thread on `stack` after [`live`].
 unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
-    // 33 stays open: whoever broadcasts a set-id call holds the list's lock and waits for us.
+    // 33 stays open: a set-id broadcast waits for every thread that it has marked (rule 3).
     sys::set_signal_mask(sys::APPLICATION);
     // SAFETY: the ending thread itself, after its destructors.
-    unsafe { runtime.clear_leftovers(&stack.block) };
+    unsafe { runtime.clear_leftovers() };
     stack.close_to_signals();
     // SAFETY: the ending thread on its own stack and block, in the order that the top of this file
-    // gives. From `unlist` on nothing but inline assembly runs (rule 11).
+    // gives. From `leave_list` on nothing but inline assembly runs (rule 11).
     unsafe {
         runtime.mark_exiting();
-        let discarded = stack.discard_at_end();
+        stack.end();
         stack.mark_ended();
-        runtime.unlist(stack.block.thread_pointer(), stack.block.listed());
-        if !discarded {
-            stack.defer_discard();
-        }
+        runtime.leave_list(&stack.block);
     }
-    // 32 and 33 are still open, but nobody who walks the list finds a thread to send them to.
+    // The owner of the stack reads these stores after it has seen the tid word cleared. That the kernel's store is
+    // ordered behind them is not promised for every processor.
+    fence(Ordering::SeqCst);
     sys::exit_thread()
 }

@@ -1,4 +1,4 @@
-//! Children of fork that no handler of this crate has prepared.
+//! Children of `_Fork`, and of a fork amid the first spawn.
 
 mod support;
 
@@ -120,61 +120,6 @@ fn spawn_and_join() {
     nptl::spawn(|| ()).unwrap().join().unwrap();
 }
 
-/// `_Fork` leaves glibc's list of threads as it was. The child reuses the stacks of threads that are on it,
-/// and a set-id broadcast walks it.
-#[test]
-fn the_thread_list_of_a_bare_child_is_whole() {
-    if case().is_none() {
-        let output = child("the_thread_list_of_a_bare_child_is_whole", "run")
-            .run()
-            .unwrap()
-            .success();
-        assert_eq!(output.get("status"), Some("0"));
-        return;
-    }
-    let gate = Arc::new(Barrier::new(6));
-    for _ in 0..5 {
-        let gate = Arc::clone(&gate);
-        nptl::spawn(move || gate.wait()).unwrap().detach();
-    }
-    let joined = nptl::spawn(std::thread::park).unwrap();
-    // SAFETY: the child uses this crate only, which is what is tested.
-    let status = in_child(
-        || unsafe { _Fork() },
-        || {
-            // Of the parent's threads, none will ever end here by itself.
-            assert!(joined.join().is_err());
-            let gate = Arc::new(Barrier::new(11));
-            let threads: Vec<_> = (0..10)
-                .map(|_| {
-                    let gate = Arc::clone(&gate);
-                    nptl::spawn(move || {
-                        gate.wait();
-                        gate.wait();
-                        // SAFETY: geteuid has no preconditions.
-                        unsafe { libc::geteuid() }
-                    })
-                    .unwrap()
-                })
-                .collect();
-            gate.wait();
-            assert_eq!(listed_threads().len(), 11);
-            // SAFETY: as above.
-            let uid = unsafe { libc::geteuid() };
-            // SAFETY: setresuid takes no pointer.
-            assert_eq!(unsafe { libc::setresuid(uid, uid, uid) }, 0);
-            gate.wait();
-            for thread in threads {
-                assert_eq!(thread.join().unwrap(), uid);
-            }
-            assert_eq!(listed_threads().len(), 1);
-        },
-    );
-    report("status", status);
-    gate.wait();
-    // The parked thread goes with the process.
-}
-
 /// Another thread's first spawn is registering the handlers in the moment of a fork, and has come to the
 /// beginning or to the end of it. The child, which does not have that thread, must register its own.
 #[test]
@@ -212,7 +157,7 @@ fn a_fork_in_the_middle_of_the_first_spawn() {
 /// The blocks of threads that stayed behind are off glibc's list at once: taking them off again, when their
 /// handles are joined, must not take a living thread along, which setuid would then miss.
 #[test]
-fn joining_copies_in_a_bare_child_keeps_the_living_listed() {
+fn joining_copies_in_a_child_keeps_the_living_listed() {
     if case().is_some() {
         let start = || {
             let (end, wait) = std::sync::mpsc::channel::<()>();
@@ -223,8 +168,8 @@ fn joining_copies_in_a_bare_child_keeps_the_living_listed() {
         };
         let (first_end, first) = start();
         let (second_end, second) = start();
-        // SAFETY: the child ends by _exit; no other thread is inside malloc, they all wait.
-        let pid = unsafe { _Fork() };
+        // SAFETY: the child ends by _exit.
+        let pid = unsafe { libc::fork() };
         if pid == 0 {
             // SAFETY: a child that hangs dies.
             unsafe { libc::alarm(30) };
@@ -245,20 +190,16 @@ fn joining_copies_in_a_bare_child_keeps_the_living_listed() {
         assert!(first.join().expect("its end") && second.join().expect("its end"));
         return;
     }
-    let output = child(
-        "joining_copies_in_a_bare_child_keeps_the_living_listed",
-        "fork",
-    )
-    .run();
+    let output = child("joining_copies_in_a_child_keeps_the_living_listed", "fork").run();
     let output = support::or_skip!(output).success();
     assert_eq!(output.get("status"), Some("0"), "{output}");
 }
 
-/// Another thread is inside the ledger in the moment of the fork, so that its lists are given up in the child.
-/// Threads that stayed behind have ended there all the same.
+/// Another thread is inside the ledger in the moment of the fork. Threads that stayed behind have ended in the child
+/// all the same.
 #[test]
-fn a_join_ends_where_the_lists_were_given_up() {
-    let name = "a_join_ends_where_the_lists_were_given_up";
+fn a_thread_that_stayed_behind_has_ended_in_a_bare_child() {
+    let name = "a_thread_that_stayed_behind_has_ended_in_a_bare_child";
     if case().is_none() {
         let output = support::or_skip!(child(name, "run").run()).success();
         assert_eq!(output.all("status"), ["0"; 50], "{output}");
@@ -419,43 +360,50 @@ fn a_handle_is_dropped_in_the_child_without_the_heap() {
     assert_eq!(output.get("status"), Some("0"), "{output}");
 }
 
-/// The same for the stacks that came along: their memory is the child's to give back, what glibc has on the heap for
-/// each of them is not.
+/// No thread can be made in such a child, whichever thread has forked, and its caches are out of use. The error says so.
 #[test]
-fn stacks_are_unmapped_in_the_child_without_the_heap() {
-    type Ask = fn(&nptl::StackCache);
-    let ways: [(&str, Ask); 3] = [
-        ("trim", |cache| cache.trim(0)),
-        ("clear", |cache| cache.clear()),
-        ("disabled", |cache| {
-            cache.set_config(nptl::StackCacheConfig::disabled());
-        }),
-    ];
-    let test = "stacks_are_unmapped_in_the_child_without_the_heap";
+fn a_spawn_in_a_bare_child_is_refused() {
+    let test = "a_spawn_in_a_bare_child_is_refused";
     if case().is_some() {
-        for (name, ask) in ways {
-            let cache = nptl::StackCache::new(nptl::StackCacheConfig::default());
-            let builder = nptl::Builder::new().stack_cache(&cache);
-            let stacks = support::burst(&builder, 3);
-            // SAFETY: the child does nothing but what is tested.
-            let status = in_child(
-                || unsafe { _Fork() },
-                || {
-                    HEAP_IS_HELD.store(true, Ordering::Relaxed);
-                    ask(&cache);
-                    HEAP_IS_HELD.store(false, Ordering::Relaxed);
-                    assert_eq!(cache.stats().mapped_stacks, 0);
-                    assert!(!stacks.iter().any(|stack| support::is_mapped(stack.base)));
-                    // A child with its heap whole has threads as ever.
-                    builder.clone().spawn(|| ()).unwrap().join().unwrap();
-                },
-            );
-            report(name, status);
-        }
+        let cache = nptl::StackCache::new(nptl::StackCacheConfig::default());
+        let builder = nptl::Builder::new().stack_cache(&cache);
+        let fork = {
+            let (cache, builder) = (cache.clone(), builder.clone());
+            move || {
+                let is_refused = || {
+                    let error = builder.clone().spawn(|| ()).expect_err("no threads");
+                    error.step() == nptl::Step::Runtime
+                        && error.cause().kind() == nptl::CauseKind::UnsupportedRuntime
+                        && error.to_string().contains("_Fork")
+                };
+                // SAFETY: the child uses this crate only.
+                in_child(
+                    || unsafe { _Fork() },
+                    || {
+                        assert!(is_refused());
+                        cache.trim(0);
+                        cache.set_config(nptl::StackCacheConfig::disabled());
+                        cache.clear();
+                        assert_eq!(cache.stats().mapped_stacks, 0);
+                        // Nor in a child of that child, which has glibc's handlers.
+                        // SAFETY: as above.
+                        let status = in_child(|| unsafe { libc::fork() }, || assert!(is_refused()));
+                        assert_eq!(status, 0);
+                    },
+                )
+            }
+        };
+        support::burst(&builder, 3);
+        report("main", fork());
+        let ours = builder.clone().spawn(fork).unwrap().join().unwrap();
+        report("ours", ours);
+        // The parent has lost nothing.
+        assert_eq!(cache.stats().mapped_stacks, 3);
+        builder.spawn(|| ()).unwrap().join().unwrap();
         return;
     }
     let output = support::or_skip!(child(test, "run").run()).success();
-    for (name, _) in ways {
-        assert_eq!(output.get(name), Some("0"), "{output}");
+    for who in ["main", "ours"] {
+        assert_eq!(output.get(who), Some("0"), "{output}");
     }
 }

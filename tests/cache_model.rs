@@ -33,6 +33,9 @@ const CLASSLESS: usize = KINDS.len() - 1;
 
 /// Stacks that one give unmaps at most: `ledger::EVICT`.
 const EVICT: usize = 4;
+/// Pending stacks that each call looks at, and those that a take looks at before it reports a miss.
+const LOOK: usize = 4;
+const LOOK_ON_MISS: usize = 8;
 
 #[derive(Clone, Copy, Debug)]
 enum End {
@@ -127,7 +130,7 @@ struct Model {
     /// Youngest first.
     cached: VecDeque<Stack>,
     /// Given back, and not yet seen to be free.
-    pending: Option<Stack>,
+    pending: VecDeque<Stack>,
     doomed: VecDeque<Stack>,
     orphans: Vec<Stack>,
     hits: u64,
@@ -166,11 +169,19 @@ impl Model {
         }
     }
 
-    /// Its thread has ended by now, whatever it was when it was given back.
-    fn settle(&mut self) {
-        if let Some(stack) = self.pending.take() {
+    /// Looks at some stacks that detached threads have given back. The threads have ended by now.
+    fn settle(&mut self, most: usize) {
+        for _ in 0..most {
+            let Some(stack) = self.pending.pop_front() else {
+                return;
+            };
             self.shelve(stack);
         }
+    }
+
+    /// What a spawn or a join unmaps.
+    fn evict_some(&mut self) {
+        let _ = (0..EVICT).take_while(|_| self.evict(usize::MAX)).count();
     }
 
     /// One stack less, if there is one too many.
@@ -200,7 +211,7 @@ impl Model {
         // The thread that was started first is found first.
         orphans.into_iter().for_each(|stack| self.shelve(stack));
         let _ = (0..found).take_while(|_| self.evict(usize::MAX)).count();
-        self.settle();
+        self.settle(usize::MAX);
         while self.evict(resident) {}
     }
 
@@ -217,13 +228,19 @@ impl Model {
             self.misses += 1;
             return None;
         }
-        self.settle();
-        let found = self.cached.iter().position(|stack| stack.kind == kind);
+        self.settle(LOOK);
+        let find = |model: &Model| model.cached.iter().position(|stack| stack.kind == kind);
+        let mut found = find(self);
+        if found.is_none() {
+            self.settle(LOOK_ON_MISS);
+            found = find(self);
+        }
         match found {
             Some(_) => self.hits += 1,
             None => self.misses += 1,
         }
         let stack = found.and_then(|at| self.cached.remove(at));
+        self.evict_some();
         stack.map(|stack| Stack {
             keep: self.keep,
             ..stack
@@ -303,7 +320,7 @@ impl Both {
             keep: 0,
             enabled: true,
             cached: VecDeque::new(),
-            pending: None,
+            pending: VecDeque::new(),
             doomed: VecDeque::new(),
             orphans: Vec::new(),
             hits: 0,
@@ -408,22 +425,15 @@ impl Both {
             (_, handle) => drop(handle),
         }
         match end {
-            End::Orphaned => {
-                self.model.orphans.push(stack);
-                return;
-            }
-            End::Detached => {
-                self.model.settle();
-                self.model.pending = Some(stack);
-            }
+            End::Orphaned => self.model.orphans.push(stack),
+            // The thread unmaps nothing.
+            End::Detached => self.model.pending.push_back(stack),
             End::Joined | End::Dropped | End::Died => {
-                self.model.settle();
+                self.model.settle(LOOK);
                 self.model.shelve(stack);
+                self.model.evict_some();
             }
         }
-        let _ = (0..EVICT)
-            .take_while(|_| self.model.evict(usize::MAX))
-            .count();
     }
 
     fn check(&mut self) {

@@ -3,7 +3,7 @@
 mod support;
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
 use support::{
@@ -256,70 +256,6 @@ fn a_filter_that_kills_on_the_way_out() {
         assert_eq!(output.get("good"), Some("yes"), "{name}");
         // A count that fell below the truth would end the process with the wrong thread.
         assert_eq!(output.get("threads"), Some("2"), "{name}");
-    }
-}
-
-/// Of threads that end at once only one discards what it used (`DISCARDING` in src/stack/mod.rs). One that a filter
-/// kills there is in the way of the others until somebody looks after its stack, and no longer.
-#[test]
-fn a_thread_killed_in_its_discard_holds_up_no_other() {
-    const USED: usize = 64 << 10;
-    const KEPT: usize = 16 << 10;
-    if case().is_some() {
-        let cache = StackCache::new(StackCacheConfig::default().keep_resident(KEPT));
-        let build = || Builder::new().stack_cache(&cache).stack_size(128 << 10);
-        let end_one = |last: fn()| {
-            let handle = build().spawn(move || {
-                let used = [1_u8; USED];
-                std::hint::black_box(&used);
-                last();
-            });
-            let handle = handle.expect("a thread");
-            // Not by a pidfd: the thread can have ended before there is one.
-            let deadline = Instant::now() + Duration::from_secs(30);
-            while !handle.is_finished() {
-                assert!(Instant::now() < deadline, "a thread that never ends");
-                std::thread::yield_now();
-            }
-            handle
-        };
-        let left = |handle: &JoinHandle<()>| {
-            let stack = handle.stack();
-            support::resident_pages(stack.base, stack.size).expect("a mapping") * 4096
-        };
-        let kill = || kill_thread_on(libc::SYS_madvise);
-        let good = || {
-            let handle = end_one(|| ());
-            assert!(left(&handle) <= KEPT, "{} bytes are left", left(&handle));
-            handle.join().expect("its end");
-        };
-        let endings: [&dyn Fn(JoinHandle<()>); 3] = [
-            &|handle| handle.join().expect("a result"),
-            // Reused.
-            &|handle| {
-                drop(handle);
-                build().spawn(|| ()).unwrap().join().unwrap();
-            },
-            &|handle| {
-                drop(handle);
-                cache.clear();
-            },
-        ];
-        good();
-        for end in endings {
-            let dead = end_one(kill);
-            assert!(left(&dead) >= USED, "not killed there");
-            end(dead);
-            good();
-        }
-        report("good", "yes");
-        return;
-    }
-    let test = "a_thread_killed_in_its_discard_holds_up_no_other";
-    let output = or_skip!(child(test, "run").time_limit(Duration::from_secs(60)).run());
-    let output = output.success();
-    if output.skipped().is_none() {
-        assert_eq!(output.get("good"), Some("yes"), "{output}");
     }
 }
 

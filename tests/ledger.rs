@@ -56,6 +56,9 @@ unsafe impl Entry for Stack {
     fn released(&self) -> bool {
         !self.held.load(SeqCst)
     }
+    fn is_discarded(&self) -> bool {
+        true
+    }
 }
 
 fn stack(id: usize, class: Option<usize>, bytes: usize, resident: usize) -> &'static Stack {
@@ -87,13 +90,15 @@ enum Step {
         bytes: usize,
         resident: usize,
     },
-    Take(usize),
+    /// The last field says which munmap calls fail.
+    Take(usize, u32),
     /// A thread starts on a live stack.
     Start(usize),
     /// The kernel clears the tid word of a stack.
     Release(usize),
-    /// The last field says which munmap calls fail.
     Give(usize, u32),
+    /// By the detached thread that runs on it.
+    GiveRunning(usize),
     GiveTwice(usize),
     Retire(usize, u32),
     RetireHeld(usize, u32),
@@ -125,10 +130,11 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         16 => (class, 1usize..200, 0usize..40)
             .prop_map(|(class, bytes, resident)| Step::Adopt { class, bytes, resident }),
-        20 => (0..CLASSES).prop_map(Step::Take),
+        20 => (0..CLASSES, fails()).prop_map(|(class, fails)| Step::Take(class, fails)),
         14 => any::<usize>().prop_map(Step::Start),
         18 => any::<usize>().prop_map(Step::Release),
         26 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Step::Give(pick, fails)),
+        6 => any::<usize>().prop_map(Step::GiveRunning),
         1 => any::<usize>().prop_map(Step::GiveTwice),
         2 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Step::Retire(pick, fails)),
         2 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Step::RetireHeld(pick, fails)),
@@ -300,6 +306,17 @@ impl Model {
         }
     }
 
+    /// What a `give` or a `take` makes its caller unmap.
+    fn round_of_few(&mut self) -> Round {
+        let first = self.evict(Limit::Budget);
+        Round {
+            limit: Limit::Budget,
+            left: if first.is_some() { EVICT - 1 } else { 0 },
+            look: 0,
+            first,
+        }
+    }
+
     fn pick(&self, n: usize, wanted: impl Fn(usize) -> bool) -> Option<usize> {
         let ids: Vec<_> = (0..self.stacks.len()).filter(|&id| wanted(id)).collect();
         (!ids.is_empty()).then(|| ids[n % ids.len()])
@@ -408,14 +425,14 @@ impl Pair {
                 ledger.adopt(model.stacks[id]);
                 model.set(id, State::Live);
             }
-            Step::Take(class) => {
+            Step::Take(class, fails) => {
                 let before = model.pending.len();
                 model.settle(LOOK);
                 if model.classes[class].is_empty() {
                     model.settle(LOOK_ON_MISS.min(before.saturating_sub(LOOK)));
                 }
                 let expected = model.classes[class].front().copied();
-                let got = ledger.take(nth_class(class));
+                let (got, victims) = ledger.take(nth_class(class));
                 assert_eq!(got.map(|stack| stack.id), expected);
                 match expected {
                     Some(id) => {
@@ -427,6 +444,21 @@ impl Pair {
                         model.set(id, State::Live);
                     }
                     None => model.misses += 1,
+                }
+                let round = model.round_of_few();
+                assert_eq!(ledger.stats(), model.stats());
+                self.unmap(victims, round, fails, usize::MAX);
+            }
+            Step::GiveRunning(n) => {
+                let running = |id: usize| {
+                    model.state[id] == State::Live
+                        && !model.stacks[id].released()
+                        && !model.stacks[id].detached.load(SeqCst)
+                };
+                if let Some(id) = model.pick(n, running) {
+                    assert!(ledger.give_running(model.stacks[id]));
+                    model.set(id, State::Pending);
+                    model.pending.push_back(id);
                 }
             }
             Step::Start(n) => {
@@ -459,20 +491,9 @@ impl Pair {
                     model.set(id, State::Pending);
                     model.pending.push_back(id);
                 }
-                let first = model.evict(Limit::Budget);
+                let round = model.round_of_few();
                 assert_eq!(ledger.stats(), model.stats());
-                let left = if first.is_some() { EVICT - 1 } else { 0 };
-                self.unmap(
-                    victims,
-                    Round {
-                        limit: Limit::Budget,
-                        left,
-                        look: 0,
-                        first,
-                    },
-                    fails,
-                    usize::MAX,
-                );
+                self.unmap(victims, round, fails, usize::MAX);
             }
             Step::GiveTwice(n) => {
                 if let Some(id) = model.pick(n, |id| model.state[id] != State::Live) {
@@ -708,7 +729,7 @@ fn a_budget_of_nothing_caches_nothing() {
     let stack = stack(0, Some(0), 1, 0);
     ledger.adopt(stack);
     let mut victims = ledger.give(stack);
-    assert!(ledger.take(nth_class(0)).is_none());
+    assert!(take(ledger).is_none());
     assert!(victims.pop().is_some());
     victims.unmapped();
     drop(victims);
@@ -729,12 +750,11 @@ fn the_wrong_ledger_refuses() {
         (3, Tally::default())
     );
     drop(one.give(stack));
-    assert!(one.take(nth_class(0)).is_some());
+    assert!(take(one).is_some());
     assert_eq!(one.stats().refused, 0);
 }
 
 unsafe extern "C" {
-    fn fork() -> libc::pid_t;
     fn _Fork() -> libc::pid_t;
 }
 
@@ -750,12 +770,9 @@ macro_rules! ensure {
 
 /// Runs `child` in a forked child and says whether all was well there.
 #[must_use]
-fn in_child(
-    fork: unsafe extern "C" fn() -> libc::pid_t,
-    child: impl FnOnce() -> Result<(), &'static str>,
-) -> bool {
+fn in_child(child: impl FnOnce() -> Result<(), &'static str>) -> bool {
     // SAFETY: the child touches nothing but the ledger and leaves by _exit.
-    let pid = unsafe { fork() };
+    let pid = unsafe { _Fork() };
     if pid == 0 {
         // SAFETY: no pointers. A child that hangs fails instead.
         unsafe { libc::alarm(20) };
@@ -792,24 +809,40 @@ fn states(ledger: &Ledger<Stack>) -> [State; 4] {
     all
 }
 
-use State::{Cached, Gone, Live, Pending};
+/// A cached stack of the first class, without unmapping any.
+fn take(ledger: &'static Ledger<Stack>) -> Option<&'static Stack> {
+    ledger.take(nth_class(0)).0
+}
+
+use State::{Cached, Live, Pending};
+
+/// In a forked child: all but the first stack are those of threads that are not here.
+fn rebuild(ledger: &'static Ledger<Stack>, stacks: [&'static Stack; 4]) {
+    for stack in stacks {
+        stack.held.store(stack.id == 0, SeqCst);
+    }
+    // SAFETY: the child's only thread is not inside the ledger.
+    unsafe { ledger.rebuild(stacks.into_iter(), |stack| stack.id == 0) };
+}
 
 #[test]
-fn a_prepared_child_has_the_stacks_of_the_threads_it_lost() {
+fn a_child_has_the_stacks_of_the_threads_it_lost() {
     let (ledger, stacks) = populated();
-    ledger.before_fork();
-    let good = in_child(fork, || {
-        // SAFETY: the child of the thread that called `before_fork`.
-        unsafe { ledger.after_fork_in_child(|stack, _| stack.id == 0) };
-        ensure!(states(ledger) == [Live, Cached, Cached, Cached]);
+    let good = in_child(|| {
+        // Again and again, as by a child that is forked in the middle of it.
         for _ in 0..3 {
-            ensure!(ledger.take(nth_class(0)).is_some());
+            rebuild(ledger, stacks);
+            ensure!(states(ledger) == [Live, Cached, Cached, Cached]);
         }
-        ensure!(ledger.take(nth_class(0)).is_none());
+        let stats = ledger.stats();
+        ensure!((stats.live.stacks, stats.cached.stacks, stats.refused) == (1, 3, 0));
+        ensure!((stats.cached.bytes, stats.cached.resident) == (3, 3));
+        for _ in 0..3 {
+            ensure!(take(ledger).is_some());
+        }
+        ensure!(take(ledger).is_none());
         Ok(())
     });
-    // SAFETY: this thread called `before_fork`.
-    unsafe { ledger.after_fork_in_parent() };
     assert!(good);
     assert_eq!(states(ledger), [Live, Live, Pending, Cached]);
     stacks[0].held.store(false, SeqCst);
@@ -817,26 +850,16 @@ fn a_prepared_child_has_the_stacks_of_the_threads_it_lost() {
     assert_eq!(ledger.stats().refused, 0);
 }
 
+/// Another thread is in the middle of the lists at the time of the fork, and of unmapping a stack.
 #[test]
-fn an_unprepared_child_finds_the_lock_free() {
-    let (ledger, _) = populated();
-    let good = in_child(_Fork, || {
-        // SAFETY: the child's only thread is not inside the ledger.
-        unsafe { ledger.after_bare_fork(|stack, _| stack.id == 0) };
-        ensure!(states(ledger) == [Live, Cached, Cached, Cached]);
-        Ok(())
-    });
-    assert!(good);
-}
-
-/// Another thread is in the middle of the lists at the time of the fork.
-#[test]
-fn an_unprepared_child_finds_the_lock_taken() {
+fn a_child_finds_the_lock_free_and_forgets_what_was_being_unmapped() {
     let (ledger, stacks) = populated();
     let inside = &std::sync::Barrier::new(2);
     let mut good = false;
     std::thread::scope(|scope| {
         scope.spawn(move || {
+            let mut victims = ledger.clear();
+            assert_eq!(victims.pop().map(|stack| stack.id), Some(3));
             let mut first = true;
             ledger.for_each(|_, _| {
                 if std::mem::take(&mut first) {
@@ -846,63 +869,47 @@ fn an_unprepared_child_finds_the_lock_taken() {
             });
         });
         inside.wait();
-        good = in_child(_Fork, || {
-            // SAFETY: as above; the lock's owner is the other thread, which is not here.
-            unsafe { ledger.after_bare_fork(|stack, _| stack.id == 0) };
-            ensure!(ledger.stats().mapped() == Tally::default());
-            ensure!(ledger.take(nth_class(0)).is_none());
-            // Stacks that somebody still knows (of a thread that had ended, and the caller's own)
-            // are entered anew when they are given back, and bring none of their old neighbours.
-            for stack in [stacks[1], stacks[0]] {
-                stack.held.store(false, SeqCst);
-                drop(ledger.give(stack));
-                ensure!(states(ledger)[stack.id] == Cached);
-                ensure!(ledger.stats().live == Tally::default());
-                ensure!(!states(ledger).contains(&Live));
-            }
-            ensure!(states(ledger) == [Cached, Cached, Gone, Gone]);
-            ensure!(ledger.take(nth_class(0)).is_some_and(|stack| stack.id == 0));
-            let stats = ledger.stats();
-            ensure!((stats.live.stacks, stats.mapped().stacks, stats.refused) == (1, 2, 0));
+        good = in_child(|| {
+            rebuild(ledger, stacks);
+            ensure!(states(ledger) == [Live, Cached, Cached, State::Gone]);
+            ensure!(ledger.stats().mapped().stacks == 3);
+            // It can be adopted again, should its record serve another mapping.
+            ledger.adopt(stacks[3]);
+            ensure!(states(ledger)[3] == Live);
             Ok(())
         });
         inside.wait();
     });
     assert!(good);
-    assert_eq!(ledger.stats().mapped().stacks, 4);
+    assert_eq!(states(ledger), [Live, Live, Pending, Cached]);
 }
 
 /// Threads that give and take all the while, as the forking thread finds them at any point.
 #[test]
-fn a_prepared_child_never_finds_the_lists_torn() {
-    let (ledger, _) = populated();
+fn a_child_never_finds_the_lists_torn() {
+    let (ledger, stacks) = populated();
     let stop = &AtomicBool::new(false);
     let mut good = false;
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(move || {
                 while !stop.load(SeqCst) {
-                    if let Some(stack) = ledger.take(nth_class(0)) {
+                    if let Some(stack) = take(ledger) {
                         drop(ledger.give(stack));
                     }
                 }
             });
         }
         good = (0..300).all(|_| {
-            ledger.before_fork();
-            let good = in_child(fork, || {
-                // SAFETY: the child of the thread that called `before_fork`.
-                unsafe { ledger.after_fork_in_child(|stack, _| stack.id == 0) };
+            in_child(|| {
+                rebuild(ledger, stacks);
                 ensure!(states(ledger) == [Live, Cached, Cached, Cached]);
                 ensure!(ledger.stats().cached.stacks == 3);
                 for _ in 0..3 {
-                    ensure!(ledger.take(nth_class(0)).is_some());
+                    ensure!(take(ledger).is_some());
                 }
                 Ok(())
-            });
-            // SAFETY: this thread called `before_fork`.
-            unsafe { ledger.after_fork_in_parent() };
-            good
+            })
         });
         stop.store(true, SeqCst);
     });

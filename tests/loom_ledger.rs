@@ -48,19 +48,7 @@ mod lock {
             }
         }
 
-        pub(crate) fn try_lock(&self) -> Option<Guard<'_, T>> {
-            unreachable!("no model forks")
-        }
-
-        pub(crate) fn hold(&self) {
-            unreachable!("no model forks")
-        }
-
-        pub(crate) unsafe fn held(&self) -> Guard<'_, T> {
-            unreachable!("no model forks")
-        }
-
-        pub(crate) unsafe fn seize(&self) -> Guard<'_, T> {
+        pub(crate) unsafe fn reset(&self) {
             unreachable!("no model forks")
         }
     }
@@ -96,9 +84,6 @@ mod lock {
     unsafe impl<T: Send> Sync for Guarded<T> {}
 
     impl<T: Copy> Guarded<T> {
-        /// No debugger reads a model's entries.
-        pub(crate) const VALUE: usize = 0;
-
         pub(crate) const fn new(value: T) -> Self {
             Guarded {
                 watch: OnceLock::new(),
@@ -166,6 +151,9 @@ unsafe impl Entry for Stack {
     }
     fn released(&self) -> bool {
         !self.held.load(Ordering::Acquire)
+    }
+    fn is_discarded(&self) -> bool {
+        true
     }
 }
 
@@ -263,7 +251,9 @@ fn fail_to_unmap(mut victims: Victims<'_, Stack>) {
 
 /// A thread starts on a cached stack, if there is one, ends, and is joined.
 fn spawn_and_join(ledger: Shared) {
-    if let Some(stack) = ledger.take(class()) {
+    let (found, victims) = ledger.take(class());
+    unmap(victims);
+    if let Some(stack) = found {
         stack.run();
         stack.clear_tid();
         unmap(ledger.give(stack));
@@ -328,7 +318,7 @@ fn detached() {
         let leaving = {
             let given = given.clone();
             spawn(move || {
-                unmap(ledger.give(stack));
+                assert!(ledger.give_running(stack));
                 given.notify();
             })
         };
@@ -439,40 +429,45 @@ fn sweep() {
         for stack in stacks {
             stack.detached.store(true, Ordering::Relaxed);
         }
-        let orphaned = |stack: &Stack| stack.detached.swap(false, Ordering::AcqRel);
+        let unowned = |stack: &Stack| stack.detached.swap(false, Ordering::AcqRel);
         let killed = spawn(move || stacks[0].clear_tid());
         let leaving = spawn(move || {
             stacks[1].detached.store(false, Ordering::Relaxed);
-            unmap(ledger.give(stacks[1]));
+            assert!(ledger.give_running(stacks[1]));
             stacks[1].clear_tid();
         });
-        unmap(ledger.sweep(orphaned, |_| ()));
+        unmap(ledger.sweep(unowned, |_| ()));
         spawn_and_join(ledger);
-        unmap(ledger.sweep(orphaned, |_| ()));
+        unmap(ledger.sweep(unowned, |_| ()));
         killed.join().expect("did not panic");
         leaving.join().expect("did not panic");
-        unmap(ledger.sweep(orphaned, |_| ()));
-        assert_eq!(ledger.stats().live.stacks, 0, "an orphan is left");
+        unmap(ledger.sweep(unowned, |_| ()));
+        assert_eq!(ledger.stats().live.stacks, 0, "an unowned stack is left");
         add_up(ledger, &stacks);
     });
 }
 
-/// A private cache ends while its last thread is on the way out and the global one is in use.
+/// A private cache ends while its last thread is on the way out and the global one is in use. The thread gives its
+/// stack to the ledger that has it by then.
 #[test]
 fn hand_over() {
     check(4, || {
         let (private, global) = (leaked(ROOMY), leaked(ROOMY));
         let stacks = [running(private, 0), free(private, 1)];
         let leaving = spawn(move || {
-            unmap(private.give(stacks[1]));
-            unmap(private.give(stacks[0]));
-            // The thread's own handle was the last.
-            unmap(private.hand_over(global));
+            if Ledger::owner_of(stacks[0]) != private.id() || !private.give_running(stacks[0]) {
+                assert!(global.give_running(stacks[0]));
+            }
             stacks[0].clear_tid();
+        });
+        let last_handle = spawn(move || {
+            unmap(private.give(stacks[1]));
+            unmap(private.hand_over(global));
         });
         spawn_and_join(global);
         unmap(global.trim(0));
         leaving.join().expect("did not panic");
+        last_handle.join().expect("did not panic");
         assert_eq!(private.stats().mapped(), Tally::default());
         add_up(global, &stacks);
     });

@@ -135,21 +135,3 @@ fn two_threads() {
 fn three_threads() {
     many(3, 1, Some(3));
 }
-
-/// The owner is another thread's `hold`, ended by the guard that `held` makes of it.
-#[test]
-fn held_without_a_guard() {
-    loom::model(|| {
-        let lock = Arc::new(lock::Lock::new(Counter(UnsafeCell::new(0))));
-        lock.hold();
-        let other = {
-            let lock = lock.clone();
-            thread::spawn(move || add_one(&lock))
-        };
-        assert!(lock.try_lock().is_none());
-        // SAFETY: this thread holds the lock without a guard.
-        drop(unsafe { lock.held() });
-        other.join().expect("did not panic");
-        assert_eq!(total(&lock), 1);
-    });
-}

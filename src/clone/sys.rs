@@ -95,10 +95,7 @@ pub(crate) fn futex_wake(word: &AtomicU32) {
 /// glibc's own list lock and the places where a thread has no TLS left for another lock.
 #[inline(always)]
 pub(crate) fn lll_lock(word: &AtomicU32) {
-    if word
-        .compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed)
-        .is_ok()
-    {
+    if lll_try_lock(word) {
         return;
     }
     while word.swap(2, Ordering::Acquire) != 0 {
@@ -117,6 +114,13 @@ pub(crate) fn lll_lock(word: &AtomicU32) {
             )
         };
     }
+}
+
+/// Like [`lll_lock`], but returns `false` instead of waiting.
+#[inline(always)]
+pub(crate) fn lll_try_lock(word: &AtomicU32) -> bool {
+    word.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed)
+        .is_ok()
 }
 
 /// Releases what [`lll_lock`] took.
@@ -167,6 +171,19 @@ pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> nix::Result<std::os::fd::Ow
         Some(errno) => Err(errno),
         // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
         None => Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(answer as i32) }),
+    }
+}
+
+/// pthread_atfork(3).
+pub(crate) fn at_fork(
+    prepare: extern "C" fn(),
+    parent: extern "C" fn(),
+    child: extern "C" fn(),
+) -> Result<(), Errno> {
+    // SAFETY: functions that anyone may call; the object that they are part of stays loaded (`keep_loaded`).
+    match unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) } {
+        0 => Ok(()),
+        errno => Err(Errno::from_raw(errno)),
     }
 }
 

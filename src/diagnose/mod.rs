@@ -126,11 +126,6 @@ impl Verdict {
     };
 }
 
-/// How many threads this process has. Without memory of the heap's.
-pub(crate) fn own_threads() -> Option<u64> {
-    Status::read_from(c"/proc/self/status").threads
-}
-
 /// `vm.max_map_count`: the mappings that a process can have.
 pub(crate) fn max_map_count() -> Option<u64> {
     limits::number_in(c"/proc/sys/vm/max_map_count")

@@ -4,15 +4,12 @@
 //! kernel's side of eviction, the instances, and fork.
 
 use super::caps::Caps;
-use super::fallible::{self, Shared};
-use super::ledger::{Budget, Ledger, State, Stats, Victims};
-use super::{Life, Lock, Stack};
-use crate::failures::FAILURES;
-use crate::scope::Latch;
+use super::ledger::{Budget, Entry, Ledger, State, Stats, Victims};
+use super::{Lock, Stack};
+use crate::mem::Shared;
+use crate::sync::{Latch, forked_bare, notice_fork};
 use crate::tcb::Runtime;
-use std::sync::atomic::{
-    AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
-};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// 64 MiB: a thousand default stacks at their upper bound of 56 to 64 KiB each (the signal stack grows with
 /// the processor's vector registers).
@@ -82,9 +79,7 @@ impl StackCacheConfig {
     /// finds whatever the last one left in them, unless the cache is [`zeroed`](Self::zeroed). At
     /// least one page stays: the thread's last frames are in it.
     ///
-    /// The thread does that as it ends; but if another is doing it at the same moment, and there is a handle,
-    /// the one who joins or drops the handle does. (Two at once would pay for a flush of every CPU's TLB, 8 µs
-    /// each in a burst.)
+    /// The join does that, or the thread as it ends if it has no handle.
     pub fn keep_resident(self, bytes: usize) -> Self {
         StackCacheConfig {
             keep_resident: bytes,
@@ -174,7 +169,7 @@ pub(crate) struct Instance {
     zeroed: AtomicBool,
     resident_budget: AtomicUsize,
     enabled: AtomicBool,
-    /// Number of [`StackCache`] handles, those of running threads included.
+    /// Number of [`StackCache`] handles, those in a `JoinHandle` included.
     handles: AtomicUsize,
     /// The last handle is gone and its stacks are handed over.
     unused: AtomicBool,
@@ -227,8 +222,7 @@ impl Instance {
         std::ptr::eq(self, &raw const GLOBAL_INSTANCE)
     }
 
-    /// A handle for somebody who has none, unless the last one is gone: while it exists, nobody hands the
-    /// stacks over.
+    /// A handle, unless the last one is gone: while it exists, the stacks are not handed over.
     fn handle(&'static self) -> Option<StackCache> {
         if self.is_global() {
             return Some(StackCache(self));
@@ -287,7 +281,7 @@ fn tell(caps: Caps, runtime: &Runtime) {
 /// All instances but the global one, newest first.
 static INSTANCES: AtomicPtr<Instance> = AtomicPtr::new(std::ptr::null_mut());
 
-/// Held while an instance is added, and across fork: both handlers must see the same instances.
+/// Held while an instance is added or configured.
 static ADDING: Lock<()> = Lock::new(());
 
 fn instances() -> impl Iterator<Item = &'static Instance> {
@@ -304,8 +298,9 @@ fn instances() -> impl Iterator<Item = &'static Instance> {
 ///
 /// nptl's counts address space and holds five default stacks; this one counts memory. Stacks are
 /// found by size class, last in first out, in a time that does not depend on how many there are.
-/// Cloning makes another handle to the same cache; a thread holds one while it runs. When the last
-/// handle of a private cache goes, so do its stacks.
+/// Cloning makes another handle to the same cache; a [`JoinHandle`](crate::JoinHandle) holds one, too. When the last
+/// handle of a private cache goes, so do its stacks; those of detached threads that still run go to the
+/// [global](Self::global) cache when the threads end.
 ///
 /// # Size classes
 /// A cached stack serves every request of its class, so each is mapped as large as its class:
@@ -339,7 +334,8 @@ impl StackCache {
     /// A private cache.
     pub fn new(config: StackCacheConfig) -> StackCache {
         notice_fork();
-        for instance in instances() {
+        // In a child of _Fork(3) another thread can have held an unused ledger's lock.
+        for instance in instances().filter(|_| !forked_bare()) {
             let free =
                 instance
                     .unused
@@ -373,18 +369,27 @@ impl StackCache {
     /// StackCache::global().set_config(StackCacheConfig::default().resident_budget(512 << 20));
     /// ```
     pub fn set_config(&self, config: StackCacheConfig) {
-        notice_fork();
+        if !self.is_usable() {
+            return;
+        }
         let adding = ADDING.lock();
         self.0.configure(config);
         drop(adding);
         self.unmap(self.0.ledger.trim(usize::MAX));
-        fallible::free_left();
     }
 
-    /// The accounts.
+    /// The accounts. All zero in a child of `_Fork(3)`, where caches are out of use.
     pub fn stats(&self) -> StackCacheStats {
-        notice_fork();
+        if !self.is_usable() {
+            return StackCacheStats::of(&Stats::ZERO);
+        }
         StackCacheStats::of(&self.0.ledger.stats())
+    }
+
+    /// Returns `false` in a child of `_Fork(3)`: another thread can have held the ledger's lock, or malloc's.
+    fn is_usable(&self) -> bool {
+        notice_fork();
+        !forked_bare()
     }
 
     /// Unmaps the coldest cached stacks until the rest keep at most `resident_bytes` of memory.
@@ -398,40 +403,48 @@ impl StackCache {
     /// A process at `vm.max_map_count` may not unmap what lies between two stacks in use, because that
     /// makes two mappings of one: such a stack stays cached, without its memory.
     pub fn trim(&self, resident_bytes: usize) {
-        notice_fork();
+        if !self.is_usable() {
+            return;
+        }
         self.sweep();
         while self
             .unmap(self.0.ledger.trim(resident_bytes))
             .is_worth_another()
         {}
-        fallible::free_left();
     }
 
     /// Unmaps every cached stack, with the exception that [`trim`](Self::trim) names.
     pub fn clear(&self) {
-        notice_fork();
-        self.unmap_all();
-        fallible::free_left();
+        if self.is_usable() {
+            self.unmap_all();
+        }
     }
 
-    /// Also for the ending thread that has the last handle.
     fn unmap_all(&self) {
         self.sweep();
         while self.unmap(self.0.ledger.clear()).is_worth_another() {}
     }
 
     /// Takes back the stacks of detached threads that died without their last frame: by a bare
-    /// exit(2), or killed by a seccomp filter. Nobody else would ever look at them.
+    /// exit(2), or killed by a seccomp filter. Nothing else ever looks at them.
     fn sweep(&self) {
-        self.unmap(self.0.ledger.sweep(Stack::claim_orphan, Stack::bury));
+        self.sweep_if(|_| true);
+    }
+
+    fn sweep_if(&self, wanted: impl Fn(&Stack) -> bool) {
+        let claim = |stack: &Stack| wanted(stack) && stack.claim_unowned();
+        self.unmap(self.0.ledger.sweep(claim, Stack::reap_unowned));
     }
 
     /// The same in every cache, for the threads of one scope: what others left is not for its thread to
     /// drop, which can hold any lock.
-    pub(crate) fn bury_dead_of(latch: &Shared<Latch>) {
-        for cache in instances().filter_map(Instance::handle) {
-            let claim = |stack: &Stack| stack.is_orphan_of(latch) && stack.claim_orphan();
-            cache.unmap(cache.0.ledger.sweep(claim, Stack::bury));
+    pub(crate) fn reap_dead_of(latch: &Shared<Latch>) {
+        notice_fork();
+        for cache in instances()
+            .filter(|_| !forked_bare())
+            .filter_map(Instance::handle)
+        {
+            cache.sweep_if(|stack| stack.is_unowned_of(latch));
         }
     }
 
@@ -456,11 +469,29 @@ impl StackCache {
         self.0.zeroed.load(Ordering::Relaxed)
     }
 
-    /// A thread has ended, or is on its way out on this very stack: the ledger keeps the stack, or
-    /// lets it wait until the kernel has let go of it.
+    /// The thread of a stack has ended, or is about to: the ledger keeps the stack, or lets it wait until the kernel
+    /// has cleared the tid word.
     pub(crate) fn give(&self, stack: &'static Stack) {
         LAST_END.store(now(), Ordering::Relaxed);
-        self.unmap(self.0.ledger.give(stack));
+        if !forked_bare() {
+            self.unmap(self.0.ledger.give(stack));
+        }
+    }
+
+    /// Like [`StackCache::give`], by the detached thread that still runs on the stack: to the cache that has the stack
+    /// now, which is the global one if the last handle of its own is gone.
+    pub(crate) fn give_running(stack: &'static Stack) {
+        LAST_END.store(now(), Ordering::Relaxed);
+        if forked_bare() {
+            return;
+        }
+        // The global cache takes what another has handed over, and hands nothing over itself.
+        let owner = Ledger::owner_of(stack);
+        let given = instances()
+            .any(|instance| instance.ledger.id() == owner && instance.ledger.give_running(stack));
+        if !given {
+            GLOBAL_INSTANCE.ledger.give_running(stack);
+        }
     }
 
     /// Gives back everything that can be unmapped, of every cache: before a refusal for want of
@@ -482,7 +513,6 @@ impl StackCache {
                 }
             }
         }
-        fallible::free_left();
         count
     }
 
@@ -517,14 +547,10 @@ impl Drop for StackCache {
         if self.0.is_global() || self.0.handles.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
-        self.unmap_all();
-        // Whoever is still on its way out, the dropping thread's own stack included, is waited for
-        // by the global cache.
-        let late = self.0.ledger.hand_over(&GLOBAL_INSTANCE.ledger);
-        self.unmap(late);
-        // A thread of this crate may be the last one with a handle because it ends.
-        if crate::start::current().is_none() {
-            fallible::free_left();
+        if self.is_usable() {
+            self.unmap_all();
+            // Threads that run or are on their way out give their stacks to the global cache.
+            self.unmap(self.0.ledger.hand_over(&GLOBAL_INSTANCE.ledger));
         }
         IN_USE.fetch_sub(1, Ordering::Relaxed);
         self.0.unused.store(true, Ordering::Release);
@@ -577,6 +603,11 @@ pub(super) fn unmap_victims(
     // Without a runtime there has been no thread, and so there is no stack to unmap.
     let Some(runtime) = runtime else { return round };
     while let Some(stack) = victims.pop() {
+        if victims.are_excess() && !stack.is_discarded() {
+            // Its handle was dropped a moment before the thread was gone. It goes back, and is kept if it fits.
+            stack.reap();
+            continue;
+        }
         // SAFETY: a victim is idle (the ledger saw its tid word cleared) and the popper's alone.
         if unsafe { stack.unmap(runtime) } {
             victims.unmapped();
@@ -606,218 +637,41 @@ pub(crate) fn thread_ended_within(milliseconds: u64) -> bool {
     last != 0 && now().saturating_sub(last) <= milliseconds
 }
 
-/// [`GUARD`]: the handlers are registered.
-const GUARDED: i32 = -1;
-
-/// 0, the pid of the process in which a thread registers the handlers just now, or [`GUARDED`].
+/// In a forked child only the calling thread exists: no tid word of another will ever be cleared, glibc has emptied its
+/// list of threads, and saved heap caches refer to arenas whose counts were reset (rule 16). Makes the records say so,
+/// and the ledgers anew. Locks that other threads held are free afterwards. May be repeated.
 ///
-/// Not a `Once`: registering waits for the end of another thread's fork, and the child of that fork
-/// would wait for a thread that it does not have.
-static GUARD: AtomicI32 = AtomicI32::new(0);
-
-/// Registers the handlers that keep every lock of this crate whole across fork(2).
-pub(crate) fn guard_forks() {
-    while GUARD.load(Ordering::Acquire) != GUARDED {
-        register_handlers();
-    }
-}
-
-#[cold]
-fn register_handlers() {
-    let process = crate::clone::sys::process_id();
-    let state = GUARD.load(Ordering::Acquire);
-    if state == GUARDED {
-        return;
-    }
-    if state == process {
-        // Another thread is at it.
-        std::thread::yield_now();
-        return;
-    }
-    // Nobody, or a thread of the parent's, which may or may not have come to the end of it: the
-    // handlers do no harm when they are registered twice.
-    let mine = GUARD.compare_exchange(state, process, Ordering::AcqRel, Ordering::Acquire);
-    if mine.is_ok() {
-        // SAFETY: the handlers are functions of this crate, which stays loaded.
-        unsafe {
-            libc::pthread_atfork(
-                Some(before_fork),
-                Some(after_fork_in_parent),
-                Some(after_fork),
-            )
-        };
-        fork_mark::set();
-        GUARD.store(GUARDED, Ordering::Release);
-    }
-}
-
-/// Whether this process is a child of fork whose `after_fork` did not run: `_Fork` and bare clones
-/// skip the handlers. Asked before any lock is taken, also at every spawn and join, so it costs one load.
-pub(crate) fn notice_fork() {
-    if fork_mark::is_missing() {
-        forget_parent(false);
-    }
-}
-
-/// The thread whose fork holds the locks, and how often [`before_fork`] found that it is itself.
-static FORKING: AtomicI32 = AtomicI32::new(0);
-static REPEATED: AtomicU32 = AtomicU32::new(0);
-
-extern "C" fn before_fork() {
-    let own = nix::unistd::gettid().as_raw();
-    if FORKING.load(Ordering::Relaxed) == own {
-        REPEATED.fetch_add(1, Ordering::Relaxed);
-        return;
-    }
-    // Calibration first, then the spare records, then the ledgers: the order in which a spawn that
-    // calibrates takes them.
-    Runtime::hold_calibration();
-    ADDING.hold();
-    super::SPARE.hold();
-    for instance in instances() {
-        instance.ledger.before_fork();
-    }
-    // Taken with no other lock held, so anywhere.
-    FAILURES.hold();
-    FORKING.store(own, Ordering::Relaxed);
-}
-
-/// Whether this is one of [`before_fork`]'s repetitions. Called with its locks held.
-fn is_repeated() -> bool {
-    let repeated = REPEATED.load(Ordering::Relaxed);
-    if repeated > 0 {
-        REPEATED.store(repeated - 1, Ordering::Relaxed);
-        return true;
-    }
-    FORKING.store(0, Ordering::Relaxed);
-    false
-}
-
-extern "C" fn after_fork_in_parent() {
-    if is_repeated() {
-        return;
-    }
-    for instance in instances() {
-        // SAFETY: held by before_fork in this thread; ADDING kept the set of instances as it was.
-        unsafe { instance.ledger.after_fork_in_parent() };
-    }
-    // SAFETY: as above.
-    unsafe {
-        drop(FAILURES.held());
-        drop(super::SPARE.held());
-        drop(ADDING.held());
-    }
-    Runtime::release_calibration();
-}
-
-extern "C" fn after_fork() {
-    if is_repeated() {
-        return;
-    }
-    forget_parent(true);
-    // SAFETY: held by before_fork in the thread that this one is a copy of.
-    unsafe {
-        drop(FAILURES.held());
-        drop(super::SPARE.held());
-        drop(ADDING.held());
-    }
-    Runtime::release_calibration();
-}
-
-/// How many threads this process has, or 1 where /proc does not tell: glibc's own can have been started
-/// in a forked child before this crate was asked for one.
-fn own_threads() -> i32 {
-    // Not by std::fs: nothing keeps malloc whole in a child without handlers.
-    let threads = crate::diagnose::own_threads();
-    threads.and_then(|n| i32::try_from(n).ok()).unwrap_or(1)
-}
-
-/// In a forked child only the calling thread exists: no tid word of another will ever be cleared,
-/// glibc has emptied its list of threads, and saved heap caches refer to arenas whose counts were
-/// reset (rule 16).
-fn forget_parent(prepared: bool) {
+/// In a `bare` child (`_Fork`, a bare clone) only the records are repaired, so that handles answer: no thread is made
+/// there, and no stack is given back or unmapped, because malloc's locks can be held for ever.
+///
+/// # Safety
+/// The process is a forked child, and no other thread of it uses the crate.
+pub(crate) unsafe fn repair_after_fork(bare: bool) {
     let own = crate::clone::thread_pointer();
     // The record of a stack that was unmapped keeps an address that can be the caller's by now.
     let is_own = |stack: &Stack| stack.block.thread_pointer() == own && stack.tid_word().is_some();
-    if !prepared && let Some(runtime) = Runtime::existing() {
-        // SAFETY: this is a forked child with one thread, by the caller's evidence.
-        unsafe { runtime.repair_lists(own_threads()) };
-    }
-    Runtime::after_fork();
-    super::forget_discards();
-    for instance in instances() {
-        let in_use = |stack: &Stack, state: State| {
-            if is_own(stack) {
-                return true;
-            }
-            stack.forget_after_fork(prepared);
-            // A copy of the handle exists in this process, too; it finds the thread ended and gives
-            // the stack back.
-            stack.change_life(Life::Attached, Life::Ending);
-            state == State::Live && !stack.change_life(Life::Detached, Life::Ending)
-        };
-        // SAFETY: this is a forked child with one thread, by the caller's evidence.
-        unsafe {
-            if prepared {
-                instance.ledger.after_fork_in_child(in_use);
-            } else {
-                instance.ledger.after_bare_fork(in_use);
-            }
+    for stack in crate::debug::records() {
+        stack.forget_senders();
+        if !is_own(stack) {
+            stack.forget_thread();
+        } else if let Some(runtime) = Runtime::existing() {
+            // SAFETY: the calling thread's own descriptor.
+            unsafe { runtime.forget_senders(own) };
         }
     }
-    // Also those in no ledger: without a mapping, but with a heap cache saved from one, and those of lists
-    // that had to be given up, which somebody can have a handle of.
-    for stack in crate::debug::records().filter(|stack| !is_own(stack)) {
-        stack.forget_after_fork(prepared);
-        stack.change_life(Life::Attached, Life::Ending);
+    // SAFETY: passed on.
+    unsafe {
+        super::SPARE.reset();
+        ADDING.reset();
     }
-    if !prepared {
-        fallible::forget_left();
-        // SAFETY: whoever held these does not exist in this process.
-        unsafe {
-            FAILURES.seize().forget();
-            drop(super::SPARE.seize());
-            drop(ADDING.seize());
-            Runtime::seize_calibration();
-        }
-        FORKING.store(0, Ordering::Relaxed);
-        REPEATED.store(0, Ordering::Relaxed);
+    if bare {
+        return;
     }
-    fork_mark::set();
-}
-
-/// A page that the kernel zeroes in the child of a fork (`MADV_WIPEONFORK`, Linux 4.14).
-mod fork_mark {
-    use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
-
-    static PAGE: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
-
-    /// Sets the mark, for this process. Without such a page, `_Fork` goes unnoticed and fork(2)'s
-    /// handlers still work.
-    pub(super) fn set() {
-        if PAGE.load(Ordering::Acquire).is_null() {
-            let length = super::super::layout::page_size();
-            let Ok(page) = super::super::mapping::map(length) else {
-                return;
-            };
-            // SAFETY: a page of our own.
-            let wiped = unsafe { crate::clone::sys::madvise(page, length, libc::MADV_WIPEONFORK) };
-            if wiped.is_err() {
-                // SAFETY: as above; nobody knows it yet.
-                let _ = unsafe { super::super::mapping::unmap(page, length) };
-                return;
-            }
-            PAGE.store(page as *mut AtomicU32, Ordering::Release);
+    // SAFETY: passed on.
+    unsafe {
+        for instance in instances() {
+            let in_use = |stack: &Stack| is_own(stack) || stack.has_handle();
+            instance.ledger.rebuild(crate::debug::records(), in_use);
         }
-        // SAFETY: non-null, and never unmapped.
-        if let Some(word) = unsafe { PAGE.load(Ordering::Acquire).as_ref() } {
-            word.store(1, Ordering::Release);
-        }
-    }
-
-    pub(super) fn is_missing() -> bool {
-        // SAFETY: as in `set`.
-        unsafe { PAGE.load(Ordering::Acquire).as_ref() }
-            .is_some_and(|word| word.load(Ordering::Acquire) == 0)
     }
 }

@@ -27,7 +27,11 @@
 //! **Cost.** The lists are doubly linked through the entries. Each call holds the lock for a
 //! constant number of steps, whatever the number of stacks or classes; those that must see many
 //! stacks (trim, clear, sweep, hand-over) take the lock anew for every few of them. The two
-//! exceptions hold it for O(n) and say so: [`Ledger::for_each`] and the calls in a forked child.
+//! exceptions hold it for O(n) and say so: [`Ledger::for_each`] and [`Ledger::rebuild`].
+//!
+//! **Fork.** The lock is not held across a fork, so a child can find the lists half changed, and
+//! gives them up. What survives at every instruction is in the entries: the ledger that an entry is
+//! in, and its state, one atomic word each. From these [`Ledger::rebuild`] makes new lists.
 //!
 //! **Accounts.** A stack is in exactly one state, and [`Stats::mapped`] is the sum over the states:
 //! at any instant every mapping is accounted for, also while it is being unmapped. A call that does
@@ -35,7 +39,7 @@
 //! [`Stats::refused`].
 
 use std::mem;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use super::class::{CLASSES, Class};
 use super::lock::{Guard, Guarded, Lock};
@@ -46,9 +50,8 @@ pub(crate) const LOOK: usize = 4;
 /// Further pending stacks that `take` looks at before it reports a miss, which costs a mmap and
 /// page faults.
 pub(crate) const LOOK_ON_MISS: usize = 8;
-/// Most stacks that one `give` makes its caller unmap. A stack is given once and can be over budget
-/// once, so the average is at most one, and what `take` let pass (it settles pending stacks, too, but
-/// unmaps none) is made up for by the next few calls.
+/// Most stacks that one `give` or `take` makes its caller unmap. A stack is given once and can be over budget
+/// once, so the average is at most one, and what is left is made up for by the next few calls.
 pub(crate) const EVICT: usize = 4;
 /// Entries per turn of the lock for the calls that see many.
 const TURN: usize = 32;
@@ -75,6 +78,10 @@ pub(crate) unsafe trait Entry: Sync + Sized + 'static {
     /// The kernel has cleared the tid word (Acquire), or no thread has run on the stack since it
     /// was taken.
     fn released(&self) -> bool;
+
+    /// Whether no more than [`Entry::resident`] stays resident. Otherwise the stack is not kept before a call that unmaps
+    /// has given its memory back.
+    fn is_discarded(&self) -> bool;
 }
 
 /// Most that a cache keeps; `usize::MAX` for no limit.
@@ -135,8 +142,6 @@ impl Tally {
         }
     }
 
-    // Saturating, because the numbers can have been caught half-way by a fork (see
-    // `after_bare_fork`).
     const fn plus(self, other: Tally) -> Self {
         Tally {
             stacks: self.stacks.saturating_add(other.stacks),
@@ -177,6 +182,18 @@ pub(crate) struct Stats {
 }
 
 impl Stats {
+    pub(crate) const ZERO: Stats = Stats {
+        live: Tally::ZERO,
+        pending: Tally::ZERO,
+        cached: Tally::ZERO,
+        doomed: Tally::ZERO,
+        unmapping: Tally::ZERO,
+        hits: 0,
+        misses: 0,
+        evictions: 0,
+        refused: 0,
+    };
+
     /// All that is mapped.
     pub(crate) fn mapped(&self) -> Tally {
         self.live
@@ -200,15 +217,29 @@ pub(crate) enum State {
     Unmapping,
 }
 
+impl State {
+    const fn from_byte(byte: u8) -> State {
+        match byte {
+            1 => State::Live,
+            2 => State::Pending,
+            3 => State::Cached,
+            4 => State::Doomed,
+            5 => State::Unmapping,
+            _ => State::Gone,
+        }
+    }
+}
+
 /// Owner of an entry in no ledger.
 const NOBODY: usize = 0;
-/// Owner of an entry on its way from one ledger to another.
-const IN_TRANSIT: usize = usize::MAX;
 
 /// The ledger's part of an entry.
 pub(crate) struct Links<E: 'static> {
     /// Address of the ledger that the entry is in: says whose lock guards the cells below.
     owner: AtomicUsize,
+    /// A [`State`], written under that lock, after everything that it says is true of the entry: a forked child
+    /// believes it.
+    state: AtomicU8,
     facts: Guarded<Facts>,
     /// Neighbours in the list of the entry's state; for a cached entry, in the list of its class.
     home: Pair<E>,
@@ -218,8 +249,7 @@ pub(crate) struct Links<E: 'static> {
 
 impl<E> Links<E> {
     /// Where a debugger reads the entry's [`State`], one byte.
-    pub(crate) const STATE_OFFSET: usize =
-        mem::offset_of!(Self, facts) + Guarded::<Facts>::VALUE + mem::offset_of!(Facts, state);
+    pub(crate) const STATE_OFFSET: usize = mem::offset_of!(Self, state);
 
     /// Where it reads the address of the ledger that the entry is in, one word.
     pub(crate) const OWNER_OFFSET: usize = mem::offset_of!(Self, owner);
@@ -227,11 +257,10 @@ impl<E> Links<E> {
     pub(crate) const fn new() -> Self {
         Links {
             owner: AtomicUsize::new(NOBODY),
+            state: AtomicU8::new(State::Gone as u8),
             facts: Guarded::new(Facts {
-                state: State::Gone,
                 evicted: false,
                 class: None,
-                epoch: 0,
                 bytes: 0,
                 resident: 0,
             }),
@@ -245,13 +274,9 @@ impl<E> Links<E> {
 /// subtracted is what was added.
 #[derive(Clone, Copy)]
 struct Facts {
-    state: State,
     /// Was cached before it became `Unmapping`.
     evicted: bool,
     class: Option<Class>,
-    /// Value of [`Lists::epoch`] when the state was set; otherwise the lists that the links speak
-    /// of no longer exist.
-    epoch: u32,
     bytes: usize,
     resident: usize,
 }
@@ -284,6 +309,10 @@ impl<E: Entry> Links<E> {
     fn set_facts(&self, _key: &mut Key, facts: Facts) {
         // SAFETY: as in `facts`.
         unsafe { self.facts.set(facts) }
+    }
+
+    fn state(&self) -> State {
+        State::from_byte(self.state.load(Ordering::Relaxed))
     }
 
     fn pair<const BY_AGE: bool>(&self) -> &Pair<E> {
@@ -370,8 +399,6 @@ impl<E: Entry, const BY_AGE: bool> List<E, BY_AGE> {
 /// What the lock guards.
 struct Lists<E: 'static> {
     key: Key,
-    /// Counts how often the lists were given up in a forked child.
-    epoch: u32,
     budget: Budget,
     live: List<E, false>,
     pending: List<E, false>,
@@ -389,7 +416,6 @@ impl<E: Entry> Lists<E> {
     const fn new(budget: Budget) -> Self {
         Lists {
             key: Key(()),
-            epoch: 0,
             budget,
             live: List::EMPTY,
             pending: List::EMPTY,
@@ -397,30 +423,12 @@ impl<E: Entry> Lists<E> {
             unmapping: List::EMPTY,
             classes: [const { List::EMPTY }; CLASSES],
             age: List::EMPTY,
-            stats: Stats {
-                live: Tally::ZERO,
-                pending: Tally::ZERO,
-                cached: Tally::ZERO,
-                doomed: Tally::ZERO,
-                unmapping: Tally::ZERO,
-                hits: 0,
-                misses: 0,
-                evictions: 0,
-                refused: 0,
-            },
+            stats: Stats::ZERO,
         }
     }
 
     fn facts(&self, e: &E) -> Facts {
-        let facts = e.links().facts(&self.key);
-        Facts {
-            state: if facts.epoch == self.epoch {
-                facts.state
-            } else {
-                State::Gone
-            },
-            ..facts
-        }
+        e.links().facts(&self.key)
     }
 
     /// Moves `e` to the list of `state`. A cached entry goes to the given end of its class; by age
@@ -428,22 +436,22 @@ impl<E: Entry> Lists<E> {
     #[inline(always)]
     fn put(&mut self, e: &'static E, state: State, resident: usize, end: End) {
         let old = self.facts(e);
+        let old_state = e.links().state();
         let new = Facts {
-            state,
-            evicted: old.state == State::Cached,
-            epoch: self.epoch,
+            evicted: old_state == State::Cached,
             resident,
             ..old
         };
-        self.count(e, old, false, end);
-        self.count(e, new, true, end);
+        self.count(e, old_state, old, false, end);
+        self.count(e, state, new, true, end);
         e.links().set_facts(&mut self.key, new);
+        e.links().state.store(state as u8, Ordering::Release);
     }
 
     /// `e` joins or leaves the list and the account of its state.
     #[inline(always)]
-    fn count(&mut self, e: &'static E, facts: Facts, entering: bool, end: End) {
-        let (list, tally) = match facts.state {
+    fn count(&mut self, e: &'static E, state: State, facts: Facts, entering: bool, end: End) {
+        let (list, tally) = match state {
             State::Gone => (None, None),
             State::Live => (Some(&mut self.live), Some(&mut self.stats.live)),
             State::Pending => (Some(&mut self.pending), Some(&mut self.stats.pending)),
@@ -481,14 +489,13 @@ impl<E: Entry> Lists<E> {
     /// Enters a stack that the ledger does not know, or no longer.
     fn admit(&mut self, e: &'static E, class: Option<Class>, bytes: usize) {
         let facts = Facts {
-            state: State::Gone,
             evicted: false,
             class,
-            epoch: self.epoch,
             bytes,
             resident: 0,
         };
         e.links().set_facts(&mut self.key, facts);
+        e.links().state.store(State::Gone as u8, Ordering::Relaxed);
         self.put(e, State::Live, 0, End::Front);
     }
 
@@ -505,7 +512,7 @@ impl<E: Entry> Lists<E> {
             resident: e.resident(),
             ..self.facts(e)
         };
-        if facts.class.is_some() && self.budget.holds(Tally::of(facts)) {
+        if facts.class.is_some() && e.is_discarded() && self.budget.holds(Tally::of(facts)) {
             self.put(e, State::Cached, facts.resident, end);
         } else {
             self.put(e, State::Doomed, facts.resident, End::Back);
@@ -563,26 +570,23 @@ impl<E: Entry> Ledger<E> {
         }
     }
 
-    fn id(&self) -> usize {
+    pub(crate) fn id(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
 
-    /// Locks, if `e` is this ledger's and in `state`. An entry that was lost with the lists
-    /// (`after_bare_fork`) counts as live: its user is the only one who still knows it.
+    /// Locks, if `e` is this ledger's and in `state`.
     fn enter(&self, e: &'static E, state: State) -> Option<Guard<'_, Lists<E>>> {
         let mut lists = self.lists.lock();
-        // Relaxed: only a holder of this lock makes the ledger an entry's owner, or ends that.
-        if e.links().owner.load(Ordering::Relaxed) == self.id() {
-            let facts = e.links().facts(&lists.key);
-            if facts.epoch != lists.epoch && state == State::Live {
-                lists.admit(e, facts.class, facts.bytes);
-            }
-            if lists.facts(e).state == state {
-                return Some(lists);
-            }
+        if self.owns(e) && e.links().state() == state {
+            return Some(lists);
         }
         lists.stats.refused += 1;
         None
+    }
+
+    /// Relaxed: only a holder of this lock makes the ledger an entry's owner, or ends that.
+    fn owns(&self, e: &E) -> bool {
+        e.links().owner.load(Ordering::Relaxed) == self.id()
     }
 
     /// Enters a freshly mapped stack as live. O(1).
@@ -601,8 +605,9 @@ impl<E: Entry> Ledger<E> {
     }
 
     /// The warmest cached stack of the class, now live; counts a hit or a miss. O(1): one list head
-    /// and at most [`LOOK`] + [`LOOK_ON_MISS`] pending stacks.
-    pub(crate) fn take(&self, class: Class) -> Option<&'static E> {
+    /// and at most [`LOOK`] + [`LOOK_ON_MISS`] pending stacks. The caller unmaps at most [`EVICT`] stacks: those of
+    /// detached threads become cached here, and the threads have unmapped nothing.
+    pub(crate) fn take(&self, class: Class) -> (Option<&'static E>, Victims<'_, E>) {
         let mut lists = self.lists.lock();
         let unseen = lists.stats.pending.stacks.saturating_sub(LOOK);
         lists.settle(LOOK);
@@ -617,7 +622,7 @@ impl<E: Entry> Ledger<E> {
             }
             None => lists.stats.misses += 1,
         }
-        found
+        (found, self.evict_some(lists))
     }
 
     /// Counts a miss of a request that has no class, and for which nothing is cached. O(1).
@@ -625,8 +630,8 @@ impl<E: Entry> Ledger<E> {
         self.lists.lock().stats.misses += 1;
     }
 
-    /// Takes a stack back: from the joiner, from a spawn that failed, or from a detached thread
-    /// that still runs on it. O(1); the caller unmaps at most [`EVICT`] stacks.
+    /// Takes a stack back, from the joiner or from a spawn that failed. O(1); the caller unmaps at most [`EVICT`]
+    /// stacks.
     pub(crate) fn give(&self, e: &'static E) -> Victims<'_, E> {
         let Some(mut lists) = self.enter(e, State::Live) else {
             return Victims::none(self);
@@ -637,11 +642,34 @@ impl<E: Entry> Ledger<E> {
         } else {
             lists.put(e, State::Pending, e.resident(), End::Back);
         }
+        self.evict_some(lists)
+    }
+
+    fn evict_some<'a>(&'a self, mut lists: Guard<'a, Lists<E>>) -> Victims<'a, E> {
         let mut victims = Victims::none(self);
         victims.left = EVICT;
         victims.advance(&mut lists);
-        drop(lists);
         victims
+    }
+
+    /// Takes a stack back from the detached thread that still runs on it. Returns `false` if it is not this ledger's.
+    /// O(1). The thread unmaps nothing: what is over the budget waits for the next call that does.
+    pub(crate) fn give_running(&self, e: &'static E) -> bool {
+        let mut lists = self.lists.lock();
+        if !self.owns(e) {
+            return false;
+        }
+        if e.links().state() == State::Live {
+            lists.put(e, State::Pending, e.resident(), End::Back);
+        } else {
+            lists.stats.refused += 1;
+        }
+        true
+    }
+
+    /// The address of the ledger that `e` is in, or was a moment ago.
+    pub(crate) fn owner_of(e: &E) -> usize {
+        e.links().owner.load(Ordering::Acquire)
     }
 
     /// Takes a stack back that shall be unmapped, not kept. If a thread still holds it, this is
@@ -691,15 +719,15 @@ impl<E: Entry> Ledger<E> {
     /// Finds the stacks of detached threads that ended without giving them back (killed by a
     /// seccomp filter, or by a bare exit system call). O(live), a few per turn of the lock.
     ///
-    /// `orphaned` is asked only about live stacks that the kernel has let go. It answers true
+    /// `unowned` is asked only about live stacks whose tid word the kernel has cleared. It answers true
     /// **once**, by an atomic change from "the thread itself will give its stack back" to anything
     /// else: nobody can give it later, because that thread is gone, and it must not be found again
-    /// in its next life, before the next thread has started. `bury` gets each such stack before it
+    /// in its next life, before the next thread has started. `reap` gets each such stack before it
     /// can be taken, as its only owner and without the lock.
     pub(crate) fn sweep(
         &self,
-        mut orphaned: impl FnMut(&E) -> bool,
-        mut bury: impl FnMut(&'static E),
+        mut unowned: impl FnMut(&E) -> bool,
+        mut reap: impl FnMut(&'static E),
     ) -> Victims<'_, E> {
         let mut victims = Victims::none(self);
         let mut unseen = self.stats().live.stacks;
@@ -711,13 +739,13 @@ impl<E: Entry> Ledger<E> {
                 let Lists { live, key, .. } = &mut *lists;
                 live.remove(key, e);
                 live.push(key, e, End::Front);
-                if e.released() && orphaned(e) {
+                if e.released() && unowned(e) {
                     *slot = Some(e);
                 }
             }
             drop(lists);
             for e in found.into_iter().flatten() {
-                bury(e);
+                reap(e);
                 self.lists.lock().shelve(e, End::Front);
                 victims.left += 1;
             }
@@ -728,8 +756,8 @@ impl<E: Entry> Ledger<E> {
 
     /// Moves every stack to `to`: for the end of a private cache's last handle, when detached
     /// threads may still be on their way out. Nobody else may be using `self` (it stays correct,
-    /// but could be left with a stack). O(n), the locks are held for one stack at a time and never
-    /// both.
+    /// but could be left with a stack), and no stack is ever moved the other way, so that two locks
+    /// are always taken in the same order. O(n), the locks are held for one stack at a time.
     pub(crate) fn hand_over<'to>(&self, to: &'to Self) -> Victims<'to, E> {
         let mut victims = Victims::none(to);
         if self.id() == to.id() {
@@ -747,15 +775,12 @@ impl<E: Entry> Ledger<E> {
             let Some(e) = next.into_iter().flatten().next() else {
                 break;
             };
-            let facts = lists.facts(e);
+            let (state, facts) = (e.links().state(), lists.facts(e));
             lists.forget(e);
-            e.links().owner.store(IN_TRANSIT, Ordering::Relaxed);
-            drop(lists);
-
             let mut lists = to.lists.lock();
-            e.links().owner.store(to.id(), Ordering::Relaxed);
+            e.links().owner.store(to.id(), Ordering::Release);
             lists.admit(e, facts.class, facts.bytes);
-            match facts.state {
+            match state {
                 State::Cached | State::Doomed => lists.shelve(e, End::Front),
                 State::Pending => lists.put(e, State::Pending, facts.resident, End::Back),
                 State::Live | State::Unmapping | State::Gone => {}
@@ -792,80 +817,39 @@ impl<E: Entry> Ledger<E> {
         lists.age.for_each(&lists.key, |e| f(e, State::Cached));
     }
 
-    /// For pthread_atfork's "prepare": takes the lock, so that the child finds the lists whole.
-    pub(crate) fn before_fork(&self) {
-        self.lists.hold();
-    }
-
-    /// For pthread_atfork's "parent".
+    /// In a forked child: makes new lists from the entries. The stacks of all threads that do not exist here become
+    /// free; the kernel will never clear their tid words, so the caller has. `in_use` says which must stay: the
+    /// caller's own, and those that a handle exists of. Budget and counters stay. O(n).
     ///
     /// # Safety
-    /// This thread called [`Ledger::before_fork`], and nothing has ended that since.
-    pub(crate) unsafe fn after_fork_in_parent(&self) {
-        // SAFETY: this thread holds the lock and has no guard, by the caller's promise.
-        drop(unsafe { self.lists.held() });
-    }
-
-    /// For pthread_atfork's "child": the stacks of all threads that do not exist here become free;
-    /// the kernel will never clear their tid words. `in_use` says which must stay: the caller's
-    /// own, and those that somebody still holds a handle of. O(n).
-    ///
-    /// # Safety
-    /// The process is a forked child and has had one thread since, a copy of one that called
-    /// [`Ledger::before_fork`].
-    pub(crate) unsafe fn after_fork_in_child(&self, in_use: impl FnMut(&E, State) -> bool) {
-        // SAFETY: this thread is the copy of the lock's holder and has no guard, by the caller's
-        // promise.
-        let mut lists = unsafe { self.lists.held() };
-        Self::reclaim(&mut lists, in_use);
-    }
-
-    /// As [`Ledger::after_fork_in_child`], for a child that no atfork handler has prepared
-    /// (`_Fork`, a bare clone). If another thread was at the lists in that moment they cannot be
-    /// trusted: they are given up, and whoever still gives a stack back enters it anew. The address
-    /// space of the rest stays mapped in the child. O(n).
-    ///
-    /// # Safety
-    /// The process is a forked child and has had one thread since, which is not inside a call of
-    /// this ledger (it has not forked from a signal handler that interrupted one).
-    pub(crate) unsafe fn after_bare_fork(&self, in_use: impl FnMut(&E, State) -> bool) {
-        if let Some(mut lists) = self.lists.try_lock() {
-            return Self::reclaim(&mut lists, in_use);
-        }
-        // SAFETY: the owner was another thread, which does not exist in this process, by the
-        // caller's promise.
-        let mut lists = unsafe { self.lists.seize() };
-        let new = Lists::new(lists.budget);
-        let old = mem::replace(&mut *lists, new);
-        lists.epoch = old.epoch.wrapping_add(1);
-        lists.stats.hits = old.stats.hits;
-        lists.stats.misses = old.stats.misses;
-        lists.stats.evictions = old.stats.evictions;
-        lists.stats.refused = old.stats.refused;
-    }
-
-    fn reclaim(lists: &mut Lists<E>, mut in_use: impl FnMut(&E, State) -> bool) {
-        // Another thread was unmapping these: mapped or not, nobody can tell, so nobody may touch
-        // them.
-        while let Some(e) = lists.unmapping.head {
-            lists.forget(e);
-        }
-        for _ in 0..lists.stats.live.stacks {
-            let Some(e) = lists.live.tail else { break };
-            if in_use(e, State::Live) {
-                lists.live.remove(&mut lists.key, e);
-                lists.live.push(&mut lists.key, e, End::Front);
-            } else {
-                lists.shelve(e, End::Front);
-            }
-        }
-        while let Some(e) = lists.pending.head {
-            if in_use(e, State::Pending) {
-                // The forking thread itself, past the point where it gave its stack back: it runs
-                // on, and nobody else in this process will ever see it end.
-                lists.put(e, State::Live, 0, End::Front);
-            } else {
-                lists.shelve(e, End::Front);
+    /// The process is a forked child, and no thread of it is inside a call of this ledger.
+    pub(crate) unsafe fn rebuild(
+        &self,
+        entries: impl Iterator<Item = &'static E>,
+        mut in_use: impl FnMut(&E) -> bool,
+    ) {
+        // SAFETY: passed on.
+        unsafe { self.lists.reset() };
+        let mut lists = self.lists.lock();
+        let counters = lists.stats;
+        *lists = Lists::new(lists.budget);
+        lists.stats.hits = counters.hits;
+        lists.stats.misses = counters.misses;
+        lists.stats.evictions = counters.evictions;
+        lists.stats.refused = counters.refused;
+        for e in entries.filter(|e| self.owns(e)) {
+            match e.links().state() {
+                // Another thread was mapping or unmapping it: mapped or not, nothing tells.
+                State::Gone | State::Unmapping => {
+                    e.links().state.store(State::Gone as u8, Ordering::Relaxed);
+                    e.links().owner.store(NOBODY, Ordering::Relaxed);
+                }
+                State::Live | State::Pending | State::Cached | State::Doomed => {
+                    lists.admit(e, e.class(), e.bytes());
+                    if !in_use(e) {
+                        lists.shelve(e, End::Front);
+                    }
+                }
             }
         }
     }
@@ -923,13 +907,21 @@ impl<'a, E: Entry> Victims<'a, E> {
     /// The next stack to unmap; puts the last one back, unless [`Victims::unmapped`] was called.
     /// O(1), and O(1) for each pending stack that `trim`, `clear` and `set_budget` have yet to look
     /// at.
+    #[inline]
     pub(crate) fn pop(&mut self) -> Option<&'static E> {
         if let Some(e) = self.current.take() {
             self.put_back(e);
         }
-        self.refill();
+        if self.left > 0 {
+            self.refill();
+        }
         self.current = self.ready.take();
         self.current
+    }
+
+    /// Whether the stacks are unmapped to keep the budget only, so that one whose memory is given back may stay.
+    pub(crate) fn are_excess(&self) -> bool {
+        matches!(self.limit, Limit::Budget)
     }
 
     /// The stack handed out last is unmapped. O(1).
@@ -942,12 +934,14 @@ impl<'a, E: Entry> Victims<'a, E> {
         }
     }
 
+    #[cold]
     fn put_back(&self, e: &'static E) {
         if let Some(mut lists) = self.ledger.enter(e, State::Unmapping) {
             lists.shelve(e, End::Back);
         }
     }
 
+    #[cold]
     fn refill(&mut self) {
         while self.ready.is_none() && self.left > 0 {
             let mut lists = self.ledger.lists.lock();
@@ -955,6 +949,7 @@ impl<'a, E: Entry> Victims<'a, E> {
         }
     }
 
+    #[inline]
     fn advance(&mut self, lists: &mut Lists<E>) {
         let look = self.look.min(TURN);
         self.look -= look;
@@ -969,11 +964,12 @@ impl<'a, E: Entry> Victims<'a, E> {
 }
 
 impl<E: Entry> Drop for Victims<'_, E> {
+    #[inline]
     fn drop(&mut self) {
-        for e in [self.current.take(), self.ready.take()]
-            .into_iter()
-            .flatten()
-        {
+        if let Some(e) = self.current {
+            self.put_back(e);
+        }
+        if let Some(e) = self.ready {
             self.put_back(e);
         }
     }

@@ -5,20 +5,19 @@
 //!   a thread-local destructor. A thread that gives its stack back has already run its destructors,
 //!   and on the way from a refused step to the error nothing may be allocated (rule 4).
 //! - Its queues are process-wide. A child forked while any thread parked on any parking_lot mutex
-//!   can find a bucket locked for ever, even if this lock was held across the fork on purpose.
-//! - A word can be taken over in a forked child, and read by gdb in a core file.
+//!   can find a bucket locked for ever.
+//! - A word can be reset in a forked child, and read by gdb in a core file.
 //!
-//! std's mutex has no way to be taken over either.
+//! std's mutex has no way to be reset either.
 
 use std::cell::UnsafeCell;
-use std::mem;
 use std::ops::{Deref, DerefMut};
 
 use super::futex::Word;
 
 const FREE: u32 = 0;
 const TAKEN: u32 = 1;
-/// Taken, and somebody may sleep: whoever unlocks must wake.
+/// Taken, and a thread may sleep: the one that unlocks must wake it.
 const CONTENDED: u32 = 2;
 
 /// Looks at a taken lock this often before sleeping. The critical sections are some 50 ns long; the
@@ -49,12 +48,6 @@ impl<T> Lock<T> {
         Guard { lock: self }
     }
 
-    pub(crate) fn try_lock(&self) -> Option<Guard<'_, T>> {
-        self.word
-            .change(FREE, TAKEN)
-            .then_some(Guard { lock: self })
-    }
-
     #[cold]
     fn lock_contended(&self) {
         for _ in 0..SPINS {
@@ -63,34 +56,19 @@ impl<T> Lock<T> {
             }
             std::hint::spin_loop();
         }
-        // Whoever has slept cannot know whether others still sleep, so it always takes the lock as
+        // A thread that has slept cannot know whether others still sleep, so it always takes the lock as
         // contended: one needless wake-up at worst, never a lost one.
         while self.word.swap(CONTENDED) != FREE {
             self.word.wait(CONTENDED);
         }
     }
 
-    /// Takes the lock and keeps it without a guard, for the time of a fork.
-    pub(crate) fn hold(&self) {
-        mem::forget(self.lock());
-    }
-
-    /// Ends [`Lock::hold`].
+    /// Frees the lock, whichever thread holds it. The value may be as a critical section left it half-way.
     ///
     /// # Safety
-    /// This thread, or the thread that it is a forked copy of, holds the lock and has no guard of
-    /// it.
-    pub(crate) unsafe fn held(&self) -> Guard<'_, T> {
-        Guard { lock: self }
-    }
-
-    /// Takes the lock whoever holds it. The value may be as a critical section left it half-way.
-    ///
-    /// # Safety
-    /// The process has a single thread and the lock's owner is not part of it: a child of fork(2).
-    pub(crate) unsafe fn seize(&self) -> Guard<'_, T> {
-        self.word.swap(TAKEN);
-        Guard { lock: self }
+    /// The process is a forked child, the lock was taken before the fork, and no thread of the child holds it.
+    pub(crate) unsafe fn reset(&self) {
+        self.word.swap(FREE);
     }
 }
 
@@ -134,9 +112,6 @@ pub(crate) struct Guarded<T>(UnsafeCell<T>);
 unsafe impl<T: Send> Sync for Guarded<T> {}
 
 impl<T: Copy> Guarded<T> {
-    /// Offset of the value, for a debugger.
-    pub(crate) const VALUE: usize = mem::offset_of!(Self, 0);
-
     pub(crate) const fn new(value: T) -> Self {
         Guarded(UnsafeCell::new(value))
     }

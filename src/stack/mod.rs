@@ -7,7 +7,6 @@
 pub(crate) mod cache;
 mod caps;
 mod class;
-pub(crate) mod fallible;
 mod futex;
 pub(crate) mod layout;
 mod ledger;
@@ -20,12 +19,11 @@ pub(crate) use lock::Lock;
 
 use crate::clone::{self, sys};
 use crate::error::{StackFate, Step};
-use crate::scope::Latch;
-use crate::start::Body;
+use crate::mem::{Shared, try_box};
+use crate::sync::{Latch, forked_bare, notice_fork};
 use crate::tcb::{Block, BlockState, Enlisted, Runtime};
 use cache::StackCache;
 use class::Class;
-use fallible::Shared;
 use layout::Layout;
 use ledger::{Entry, Links};
 use nix::errno::Errno;
@@ -34,44 +32,28 @@ use std::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
 };
 
-/// Who gives the stack back when its thread has ended.
+/// Who discards what the thread used of its stack, and gives the stack back, when the thread has ended.
 ///
 /// ```text
-///  handle dropped:  Attached ─► Detached    the thread gives it back on its way out: ─► Given
-///  thread at its end: Attached ─► Ending    the handle does, after the join or when it is dropped: ─► Given
-///  thread off glibc's list: Ending ─► Deferred    the handle also discards what the thread used
-///  died, or not in this process: Attached or Detached ─► Ending
+///  handle dropped:    Attached ─► Detached    the thread, as its last act but leaving glibc's list: ─► Given
+///  thread at its end: Attached ─► Ending      the handle, when it is joined or dropped: ─► Given
+///  the thread died, or is not in this process (fork): Attached or Detached ─► Ending
 /// ```
-/// Exactly one side sees the other's mark, so a stack is given back once, and somebody discards.
+/// Exactly one side sees the other's mark, so a stack is given back once.
+///
+/// Handles discard for their threads because two tasks inside madvise(2) make the kernel flush the TLB of every CPU
+/// that runs the process (`mm_tlb_flush_nested`), 8 µs each: threads that end at once would all pay for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Life {
-    /// A handle exists, and the thread has not yet come to its end.
+    /// A handle exists, or a spawn is on its way, and the thread has not yet come to its end.
     Attached = 0,
     /// No handle.
     Detached = 1,
     /// The thread has passed the point where it would have given its stack back.
     Ending = 2,
-    /// It is given back, or about to be: whoever runs on the stack discards for himself.
+    /// It is given back, or about to be.
     Given = 3,
-    /// As `Ending`, and what the thread used of its stack is still there. The thread is off glibc's list.
-    Deferred = 4,
-}
-
-/// The stack whose ending thread discards what it used just now; never followed, only compared.
-///
-/// While two tasks of a process are inside madvise(2), the kernel cannot know whose stale addresses a CPU has seen
-/// (`mm_tlb_flush_nested`): each then flushes them on every CPU that runs the process, which costs an interrupt
-/// there and 8 µs, although neither had a page to discard. One that is preempted inside does this to all others
-/// until it runs again, so that a burst of ending threads paid it for each. Hence one at a time, never waiting:
-/// whoever comes second leaves the discarding to its handle.
-///
-/// It guards no memory, so Relaxed will do everywhere.
-static DISCARDING: AtomicPtr<Stack> = AtomicPtr::new(std::ptr::null_mut());
-
-/// In a forked child: whoever was inside is not here.
-fn forget_discards() {
-    DISCARDING.store(std::ptr::null_mut(), Ordering::Relaxed);
 }
 
 /// The record of one stack.
@@ -91,6 +73,10 @@ pub(crate) struct Stack {
     /// How often it was taken from the cache; touched by its owner only.
     uses: AtomicU32,
     life: AtomicU8,
+    /// Nothing is resident of the stack but the bytes to keep: the thread has discarded the rest as its last act, or its
+    /// handle has. `false` where the handle was dropped in the moment between the thread's last act and its end: the
+    /// next call that takes or gives a stack does it then.
+    discarded: AtomicBool,
     /// The tid word in the descriptor; null where there is no block in memory.
     tid: AtomicPtr<AtomicU32>,
     pub(crate) block: Block,
@@ -150,10 +136,9 @@ impl Records {
 
 const NO_CLASS: u16 = u16::MAX;
 
-/// Records whose mappings are gone. They carry parked heap caches, so the last is used first.
-static SPARE: Lock<SpareList> = Lock::new(SpareList(None));
-
-struct SpareList(Option<&'static Stack>);
+/// Records whose mappings are gone. They carry parked heap caches, so the last is used first. The list is whole at
+/// every instruction, for a forked child.
+static SPARE: Lock<AtomicPtr<Stack>> = Lock::new(AtomicPtr::new(std::ptr::null_mut()));
 
 impl Stack {
     fn new() -> Stack {
@@ -168,7 +153,8 @@ impl Stack {
             keep: AtomicUsize::new(0),
             locked: AtomicBool::new(false),
             uses: AtomicU32::new(0),
-            life: AtomicU8::new(Life::Attached as u8),
+            life: AtomicU8::new(Life::Given as u8),
+            discarded: AtomicBool::new(true),
             tid: AtomicPtr::new(std::ptr::null_mut()),
             block: Block::new(),
             signal_lock: AtomicU32::new(0),
@@ -194,28 +180,26 @@ impl Stack {
         std::mem::offset_of!(Stack, links) + Links::<Stack>::OWNER_OFFSET,
     ];
 
-    /// A record without a mapping: the one that lost its mapping last, or a new one. None: no memory.
+    /// A record without a mapping: the one that lost its mapping last, or a new one. `None`: no memory.
     fn spare() -> Option<&'static Stack> {
-        let mut spare = SPARE.lock();
-        if let Some(stack) = spare.0 {
-            // SAFETY: null, or a record that was pushed by `retire_record`; records are never freed.
-            spare.0 = unsafe { stack.next_spare.load(Ordering::Relaxed).as_ref() };
+        let spare = SPARE.lock();
+        // SAFETY: null, or a record that was pushed by `retire_record`; records are never freed.
+        if let Some(stack) = unsafe { spare.load(Ordering::Relaxed).as_ref() } {
+            spare.store(stack.next_spare.load(Ordering::Relaxed), Ordering::Relaxed);
             return Some(stack);
         }
         drop(spare);
-        let stack: &'static Stack = Box::leak(fallible::try_box(Stack::new()).ok()?);
+        let stack: &'static Stack = Box::leak(try_box(Stack::new()).ok()?);
         crate::debug::publish_record(stack);
         Some(stack)
     }
 
     fn retire_record(&'static self) {
         self.base.store(0, Ordering::Relaxed);
-        let mut spare = SPARE.lock();
-        let next = spare.0.map_or(std::ptr::null_mut(), |next| {
-            std::ptr::from_ref(next).cast_mut()
-        });
-        self.next_spare.store(next, Ordering::Relaxed);
-        spare.0 = Some(self);
+        let spare = SPARE.lock();
+        self.next_spare
+            .store(spare.load(Ordering::Relaxed), Ordering::Relaxed);
+        spare.store(std::ptr::from_ref(self).cast_mut(), Ordering::Release);
     }
 
     /// Maps and guards a stack, which is live in the cache's ledger then.
@@ -244,7 +228,7 @@ impl Stack {
         if guarded == Ok(mapping::Guard::Protected) {
             caps::note_protected_guard();
         }
-        // A stack without its guard is for nobody.
+        // A stack whose guard failed must never be cached, so it gets no size class.
         let class = class.filter(|_| guarded.is_ok());
         stack.describe(runtime, base, layout, class);
         stack.keep.store(cache.keep_resident(), Ordering::Relaxed);
@@ -253,7 +237,7 @@ impl Stack {
             Ok(_) => Ok(stack),
             Err(errno) => {
                 // This undoes the mmap and needs no mapping for itself, unless another thread has taken
-                // the one that was left: then the stack waits in the ledger for the next who unmaps.
+                // the one that was left: then the stack waits in the ledger for the next call that unmaps.
                 let victims = cache.ledger().retire(stack);
                 let round = cache::unmap_victims(victims, Some(runtime), stack);
                 Err(Shortage {
@@ -298,18 +282,17 @@ impl Stack {
     /// # Safety
     /// The caller is the idle stack's only owner.
     unsafe fn renew(&self, cache: &StackCache, runtime: &Runtime) {
-        // SAFETY: passed on. A detached thread that died, found by a sweep.
-        unsafe { self.drop_remains() };
+        // SAFETY: passed on. What a detached thread has left, ended or dead.
+        unsafe { self.drop_message() };
         let uses = self.uses.load(Ordering::Relaxed).wrapping_add(1);
         self.uses.store(uses, Ordering::Relaxed);
         if uses.is_multiple_of(caps::EVERY) {
             cache::heed_limits(runtime);
         }
-        // The cache's configuration can have changed, and with it the bytes that are accounted for; a
-        // thread that died, and that nobody has joined, has left all of its stack.
+        // The cache's configuration can have changed, and with it the bytes that are accounted for.
         let (before, keep) = (self.keep.load(Ordering::Relaxed), cache.keep_resident());
         self.keep.store(keep, Ordering::Relaxed);
-        if before > keep || self.block.died() {
+        if before > keep {
             // SAFETY: nothing runs on an idle stack.
             unsafe { self.discard() };
         }
@@ -344,7 +327,7 @@ impl Stack {
         let (base, length) = (self.base(), self.length());
         // SAFETY: idle and owned by the caller, who passes it on or, on failure, keeps it.
         unsafe {
-            self.drop_remains();
+            self.drop_message();
             runtime.retire(&self.block);
             // Before its memory goes, because a fork in between leaves the child with this record.
             let tid = self.tid.swap(std::ptr::null_mut(), Ordering::AcqRel);
@@ -411,10 +394,10 @@ impl Stack {
             .is_none_or(|word| word.load(Ordering::Acquire) == 0)
     }
 
-    /// As [`Stack::is_released`], for a handle. In the child of a `_Fork` nobody else may have noticed
-    /// that the thread does not exist, and the kernel never clears its word there.
+    /// Like [`Stack::is_released`], for a handle. In a forked child the kernel never clears the word of a thread that
+    /// does not exist there; the repair does.
     pub(crate) fn has_ended(&self) -> bool {
-        cache::notice_fork();
+        notice_fork();
         self.is_released()
     }
 
@@ -448,21 +431,28 @@ impl Stack {
         }
     }
 
-    /// Takes a thread that died without its last frames out of glibc's books, before anybody sees that it
-    /// has been joined.
-    pub(crate) fn bury(&self) {
+    /// Does what an ended thread has left to the owner of its stack: glibc's list and count, what it used of the stack,
+    /// its message. All of it before any other thread can see that it was joined.
+    pub(crate) fn reap(&self) {
+        // A thread that died of a bare exit or a filter has not said so.
+        self.change_life(Life::Attached, Life::Ending);
+        // In a child of _Fork(3) the locks of glibc's list and of malloc can be held for ever.
+        if forked_bare() {
+            return;
+        }
         if let Some(runtime) = Runtime::existing()
-            && self.block.died()
+            && self.block.is_known_to_glibc()
         {
             let old = sys::set_signal_mask(sys::APPLICATION);
-            // SAFETY: the joiner is the only owner of a stack that the kernel has let go; signals are as
+            // SAFETY: the caller is the only owner of a stack whose tid word the kernel has cleared; signals are as
             // rule 3 asks.
-            unsafe { runtime.bury(&self.block) };
+            unsafe { runtime.reap(&self.block) };
             sys::set_signal_mask(old);
-            // SAFETY: nothing runs on the stack any more.
-            unsafe { self.discard() };
-            // SAFETY: as above.
-            unsafe { self.drop_remains() };
+        }
+        // SAFETY: the kernel has cleared the tid word, so nothing runs on the stack, and the caller is its only owner.
+        unsafe {
+            self.discard();
+            self.drop_message();
         }
     }
 
@@ -484,6 +474,7 @@ impl Stack {
     /// Calls `f` while the thread cannot end in the normal way, or says ESRCH if it has. Signals are
     /// blocked meanwhile: a handler that came here would wait for the thread that it interrupted.
     fn with_tid<T>(&self, f: impl FnOnce() -> nix::Result<T>) -> nix::Result<T> {
+        notice_fork();
         let old = sys::set_signal_mask(sys::APPLICATION);
         sys::lll_lock(&self.signal_lock);
         let result = if self.exiting.load(Ordering::Relaxed) || self.is_released() {
@@ -496,7 +487,7 @@ impl Stack {
         result
     }
 
-    /// The thread's side of [`Stack::signal`]: from here on nobody uses the tid.
+    /// The thread's side of [`Stack::signal`]: from here on no sender uses the tid.
     pub(crate) fn close_to_signals(&self) {
         sys::lll_lock(&self.signal_lock);
         self.exiting.store(true, Ordering::Relaxed);
@@ -511,25 +502,45 @@ impl Stack {
             .is_ok()
     }
 
-    /// Whether the stack's detached thread died without giving it back: true once, for whoever is
-    /// to give it. Only a mark seen *before* the tid word says so: a word that was clear before a
-    /// clone, beside the mark that a handle dropped after it has left, is a running thread.
-    pub(crate) fn claim_orphan(&self) -> bool {
+    /// Like [`Stack::reap`], for a stack that was claimed.
+    pub(crate) fn reap_unowned(&self) {
+        self.reap();
+        self.change_life(Life::Ending, Life::Given);
+    }
+
+    /// Claims the stack of a detached thread that died without giving it back. Returns `true` once. Only a mark seen
+    /// *before* the tid word says so: a word that was clear before a clone, beside the mark that a handle dropped after
+    /// it has left, is a running thread.
+    pub(crate) fn claim_unowned(&self) -> bool {
         self.life.load(Ordering::Acquire) == Life::Detached as u8
             && self.is_released()
             && self.change_life(Life::Detached, Life::Ending)
     }
 
-    /// Whether it is an orphan, and of a thread of this scope. Called with the ledger's lock held, as
-    /// [`Stack::claim_orphan`].
-    pub(crate) fn is_orphan_of(&self, latch: &Shared<Latch>) -> bool {
+    /// Whether it can be claimed, and its thread was of this scope. Called with the ledger's lock held, as
+    /// [`Stack::claim_unowned`].
+    pub(crate) fn is_unowned_of(&self, latch: &Shared<Latch>) -> bool {
         if self.life.load(Ordering::Acquire) != Life::Detached as u8 || !self.is_released() {
             return false;
         }
-        // SAFETY: the thread is gone, and has no handle; whoever claims the stack does so under the lock.
+        // SAFETY: the thread is gone, and has no handle; the one that claims the stack does so under the lock.
         let message = unsafe { (*self.start.get()).as_ref() };
         let entered = message.and_then(|start| start.latch.as_ref());
         entered.is_some_and(|entered| entered.is_of(latch))
+    }
+
+    /// In a forked child: whether a handle exists that gives the stack back. Ends the life of a thread that is not in
+    /// this process.
+    fn has_handle(&self) -> bool {
+        if self.change_life(Life::Attached, Life::Ending) || self.is_in(Life::Ending) {
+            return true;
+        }
+        self.change_life(Life::Detached, Life::Given);
+        false
+    }
+
+    fn is_in(&self, life: Life) -> bool {
+        self.life.load(Ordering::Acquire) == life as u8
     }
 
     /// Lends the name to the record for as long as the thread runs: what an overflow report, a
@@ -572,37 +583,38 @@ impl Stack {
         unsafe { (*self.start.get()).as_ref() }
     }
 
-    /// # Safety
-    /// Called by that thread, or by the only owner of an idle stack.
-    pub(crate) unsafe fn take_start(&self) -> Option<crate::start::Start> {
-        // SAFETY: by the caller's promise nobody else reaches it.
-        unsafe { (*self.start.get()).take() }
-    }
-
-    /// The body alone; the rest of the message stays.
+    /// The thread's own part of its end: drops its reference to the body, leaves its scope. Memory stays in the message
+    /// for the next owner of the stack to free ([`Stack::drop_message`]).
     ///
     /// # Safety
-    /// As for [`Stack::take_start`].
-    pub(crate) unsafe fn take_body(&self) -> Option<Shared<dyn Body>> {
-        // SAFETY: passed on; the borrow ends here.
-        unsafe { (*self.start.get()).as_mut() }.and_then(|start| start.body.take())
+    /// Called by that thread, which does not use [`Stack::start`] any more.
+    pub(crate) unsafe fn leave_body(&self) {
+        // Alone, because the destructor of the closure's result can end the thread by a bare exit, and then the rest
+        // of the message must be found.
+        // SAFETY: only the thread looks at its message while it lives; the borrow ends here.
+        let body = unsafe { (*self.start.get()).as_mut() }.and_then(|start| start.body.take());
+        let memory = body.and_then(Shared::leave);
+        // SAFETY: a borrow of its own, after the destructor.
+        if let Some(start) = unsafe { (*self.start.get()).as_mut() } {
+            start.memory = memory;
+            // The latch of its scope comes after the body, because that may borrow from there.
+            if let Some(latch) = &mut start.latch {
+                latch.leave();
+            }
+        }
     }
 
-    /// Drops what a thread that died on its way has left.
+    /// Drops what the last thread has left: memory, or the whole message if it died on its way.
     ///
     /// # Safety
     /// The caller is the idle stack's only owner.
-    unsafe fn drop_remains(&self) {
-        if std::ptr::eq(DISCARDING.load(Ordering::Relaxed), self) {
-            // A filter killed it there: nobody else would ever be alone again.
-            self.end_discard();
-        }
-        // SAFETY: passed on. The name goes with the message that it is borrowed from.
-        // A closure that never ran may be among them: its packet keeps a panic of it to itself.
+    unsafe fn drop_message(&self) {
+        // SAFETY: by the caller's promise nothing else reaches it. The name goes with the message that it is borrowed
+        // from. A closure that never ran may be among it: its packet keeps a panic of it to itself.
         unsafe {
             if (*self.start.get()).is_some() {
                 self.set_name(None);
-                drop(self.take_start());
+                drop((*self.start.get()).take());
             }
         }
     }
@@ -612,94 +624,50 @@ impl Stack {
         (self.top(), self.signal_stack.load(Ordering::Relaxed))
     }
 
-    /// Gives back to the kernel what an ending thread used of its stack beyond the remainder that
-    /// stays warm. Only inline assembly; madvise(MADV_DONTNEED) is in every VMM's filter.
+    /// Gives back to the kernel what the thread used of its stack beyond the remainder that
+    /// stays warm. madvise(MADV_DONTNEED) is in every VMM's filter.
     ///
     /// # Safety
-    /// Called by the ending thread on its own stack, or by whoever the stack is left to; nothing deeper than the
+    /// Called by the ending thread on its own stack, or by the owner of an idle one; nothing deeper than the
     /// remainder is in use, and nothing can come to be.
-    #[inline(always)]
     pub(crate) unsafe fn discard(&self) {
         let keep = self.keep.load(Ordering::Relaxed);
         let size = self.size();
         if keep < size {
-            let call = [
-                self.bottom(),
-                size - keep,
-                libc::MADV_DONTNEED as usize,
-                0,
-                0,
-                0,
-            ];
-            // Not by `sys::madvise`, which looks the errno up by a call.
             // SAFETY: below the remainder there is nothing but the dead frames of this thread.
-            unsafe { clone::syscall(libc::SYS_madvise, call) };
+            let _ = unsafe { sys::madvise(self.bottom(), size - keep, libc::MADV_DONTNEED) };
         }
+        self.discarded.store(true, Ordering::Relaxed);
     }
 
-    /// The same, at the end of the stack's own thread, if no other is at it now or nobody else would do it. False:
-    /// it is for [`Stack::defer_discard`].
+    /// The thread comes to its end. Without a handle it gives its stack back itself: from then on the stack waits in
+    /// the ledger until the kernel has cleared the tid word.
     ///
     /// # Safety
-    /// As for [`Stack::discard`].
-    #[inline(always)]
-    pub(crate) unsafe fn discard_at_end(&self) -> bool {
-        let alone = self.begin_discard();
-        if !alone && self.life.load(Ordering::Relaxed) == Life::Ending as u8 {
-            return false;
+    /// Called by the ending thread on its own stack, with application signals blocked: what is in use now, the frames
+    /// of `start::main` and of what it calls, is in the page that is always kept, and no handler comes that would need
+    /// more. (glibc's 33 can come until the thread is marked as exiting.)
+    pub(crate) unsafe fn end(&'static self) {
+        if self.change_life(Life::Attached, Life::Ending) {
+            return;
         }
         // SAFETY: passed on.
         unsafe { self.discard() };
-        if alone {
-            self.end_discard();
-        }
-        true
+        // `Detached` says that this thread will give its stack back. It has: left standing, the word would call the
+        // stack unowned in its next life (`StackCache::sweep`).
+        self.change_life(Life::Detached, Life::Given);
+        StackCache::give_running(self);
     }
 
-    /// Leaves the discarding to the handle, or does it, if that is gone by now.
-    ///
-    /// From here on the handle may discard while this thread still runs. So not before glibc's list is done with:
-    /// until then the set-id signal can come (rule 3), and where the thread has no signal stack, or not that of its
-    /// record, its frame lies here, deeper than the page that is always kept. What is in use now, the frames of
-    /// `start::main` and `start::leave`, is in that page.
-    ///
-    /// # Safety
-    /// As for [`Stack::discard`]; the thread is off glibc's list, with application signals blocked.
-    #[inline(always)]
-    pub(crate) unsafe fn defer_discard(&self) {
-        if !self.change_life(Life::Ending, Life::Deferred) {
-            // SAFETY: passed on.
-            unsafe { self.discard() };
-        }
-    }
-
-    #[inline(always)]
-    fn begin_discard(&self) -> bool {
-        let this = std::ptr::from_ref(self).cast_mut();
-        let nobody = std::ptr::null_mut();
-        DISCARDING
-            .compare_exchange(nobody, this, Ordering::Relaxed, Ordering::Relaxed)
-            .is_ok()
-    }
-
-    #[inline(always)]
-    fn end_discard(&self) {
-        DISCARDING.store(std::ptr::null_mut(), Ordering::Relaxed);
-    }
-
-    /// The handle is dropped. Whether the stack is now its to give back: the thread has passed its end, and has
-    /// discarded what it used or is about to.
+    /// The handle is dropped. Returns `true` if the stack is now its to give back: the thread has passed its end.
     pub(crate) fn leave_handle(&self) -> bool {
-        let attached = self.life.load(Ordering::Relaxed) == Life::Attached as u8;
-        if attached && self.change_life(Life::Attached, Life::Detached) {
+        if self.change_life(Life::Attached, Life::Detached) {
             return false;
         }
-        if !self.change_life(Life::Ending, Life::Given)
-            && self.change_life(Life::Deferred, Life::Given)
-        {
-            // SAFETY: the thread has left this to us, and uses no more than its last frames if it is not gone.
-            unsafe { self.discard() };
+        if self.is_released() && !self.is_discarded() {
+            self.reap();
         }
+        self.change_life(Life::Ending, Life::Given);
         true
     }
 
@@ -708,23 +676,25 @@ impl Stack {
         self.block.set_state(BlockState::Ended);
     }
 
-    /// In a forked child: the thread that ran here does not exist. See [`cache::after_fork`].
-    ///
-    /// If no handler has prepared the child, what hangs off the block stays where it is: another thread can have
-    /// been at the allocator, and `trim` would wait for it.
-    fn forget_after_fork(&self, prepared: bool) {
+    /// In a forked child: a thread of the parent can have held the lock, and none here does.
+    fn forget_senders(&self) {
+        self.signal_lock.store(0, Ordering::Relaxed);
+    }
+
+    /// In a forked child: the thread that ran here does not exist.
+    fn forget_thread(&self) {
+        let was_running = !self.block.has_ended();
         if let Some(word) = self.tid_word() {
             word.store(0, Ordering::Release);
-            if !prepared && let Some(runtime) = Runtime::existing() {
+            if was_running && let Some(runtime) = Runtime::existing() {
                 // SAFETY: with a tid word the block is mapped, and no thread of this child runs on it.
                 unsafe { runtime.abandon_dtv(&self.block) };
             }
         }
-        self.signal_lock.store(0, Ordering::Relaxed);
         self.block.forget_after_fork();
         // SAFETY: the child has one thread, and none runs here. The parent's values are not this
         // process's to drop.
-        std::mem::forget(unsafe { self.take_start() });
+        std::mem::forget(unsafe { (*self.start.get()).take() });
     }
 }
 
@@ -744,8 +714,8 @@ unsafe impl Entry for Stack {
 
     fn resident(&self) -> usize {
         let size = self.size();
-        // A thread that died has not discarded what it used.
-        let keep = if self.locked.load(Ordering::Relaxed) || self.block.died() {
+        let keep = if self.locked.load(Ordering::Relaxed) || !self.discarded.load(Ordering::Relaxed)
+        {
             size
         } else {
             self.keep.load(Ordering::Relaxed).min(size)
@@ -756,6 +726,10 @@ unsafe impl Entry for Stack {
 
     fn released(&self) -> bool {
         self.is_released()
+    }
+
+    fn is_discarded(&self) -> bool {
+        self.discarded.load(Ordering::Relaxed)
     }
 }
 
@@ -826,7 +800,11 @@ impl Idle {
         );
         let (size, guard) = fit.map_or((wanted.size, wanted.guard), |fit| (fit.usable, fit.guard));
         let class = fit.map(|fit| fit.class);
-        let hit = class.and_then(|class| cache.ledger().take(class));
+        let hit = class.and_then(|class| {
+            let (hit, victims) = cache.ledger().take(class);
+            cache::unmap_victims(victims, Some(runtime), std::ptr::null());
+            hit
+        });
         let (stack, from_cache) = match hit {
             Some(stack) => {
                 // SAFETY: whoever takes a stack from the ledger is its only owner.
@@ -848,6 +826,8 @@ impl Idle {
                 (Stack::map(cache, runtime, &layout, class)?, false)
             }
         };
+        // A child that a handler of the application forks from here on must not take the stack for a free one.
+        stack.life.store(Life::Attached as u8, Ordering::Relaxed);
         Ok(Idle {
             stack,
             cache: cache.clone(),
@@ -921,9 +901,9 @@ impl Idle {
         _blocked: &Signals,
     ) -> Result<libc::pid_t, (Errno, clone::Call)> {
         let stack = self.stack;
-        stack.life.store(Life::Attached as u8, Ordering::Relaxed);
+        stack.discarded.store(false, Ordering::Relaxed);
         stack.exiting.store(false, Ordering::Relaxed);
-        // Nobody has a handle of the last thread here; but somebody can have died with the lock.
+        // There is no handle of the last thread here; but a thread can have died with the lock.
         stack.signal_lock.store(0, Ordering::Relaxed);
         // SAFETY: no thread runs on this stack, so the slot is the creator's.
         unsafe { *stack.start.get() = Some(start) };
@@ -939,7 +919,8 @@ impl Idle {
         // `&'static Stack` with a message in it.
         let answer = unsafe { clone::thread(&request) };
         if answer.is_err() {
-            // SAFETY: no thread came of it; dropping the message here gives the closure back.
+            stack.discarded.store(true, Ordering::Relaxed);
+            // SAFETY: no thread was made; dropping the message here gives the closure back.
             drop(unsafe { (*stack.start.get()).take() });
         }
         answer
@@ -978,6 +959,11 @@ impl Idle {
 
     fn undo(&self) -> StackFate {
         self.unprepare();
+        self.stack.life.store(Life::Given as u8, Ordering::Relaxed);
+        // In a child of _Fork(3), which a handler of the application can have returned in, ledgers are out of use.
+        if forked_bare() {
+            return StackFate::Cached;
+        }
         let ledger = self.cache.ledger();
         let unmapped = if self.from_cache {
             let before = std::ptr::from_ref(self.stack);

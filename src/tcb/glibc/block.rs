@@ -1,10 +1,8 @@
 //! One thread's TLS block: preparing it, listing it, handing its heap cache on, retiring it.
 
-use super::{KEY_BLOCKS, KeyValues, Runtime, calibrate::JoinMark, image, symbols};
+use super::{KEY_BLOCKS, KeyValues, Runtime, calibrate::JoinMark};
 use crate::clone::{self, sys};
-use crate::stack::fallible::Left;
 use std::cell::{Cell, UnsafeCell};
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
 /// The largest TLS segment of libc itself that is handed on; 128 to 144 bytes were seen.
@@ -23,9 +21,8 @@ pub(crate) enum BlockState {
 }
 
 /// What outlives a block whose memory is unmapped, until the next fresh block takes it: malloc's
-/// thread cache and arena, and the getrandom state. Dropping these would leak them, because glibc
-/// exports no way to release them (facts/glibc.md). The buffers of strsignal and strerror go with
-/// them, since they can be too short to be a [`Left`], and the allocator is not for an ending thread.
+/// thread cache and arena, the getrandom state, and the buffers of strsignal and strerror. Dropping these
+/// would leak them, because glibc exports no way to release them.
 pub(crate) struct Parked {
     segment: [u8; SEGMENT_MAX],
     /// Of [`Runtime::parked_words`].
@@ -38,14 +35,12 @@ pub(crate) struct Block {
     /// The thread pointer; 0 while nothing is mapped.
     tp: AtomicUsize,
     state: AtomicU8,
-    /// On glibc's list. Cleared by the thread itself as its last act; whoever finds it set after
-    /// the kernel cleared the tid word must unlist in its stead (rule 7).
+    /// On glibc's list. The thread leaves the list as its last act if the list's lock is free. The owner that finds
+    /// the flag set after the kernel has cleared the tid word unlinks it before the memory is used for anything
+    /// else (rule 7).
     listed: AtomicBool,
     /// In glibc's count of live threads; cleared by the thread itself once it has counted down.
     counted: AtomicBool,
-    /// The generation of modules that DTV and static TLS are of, or [`image::NONE`]. With the state
-    /// `Ended`: they are those of a thread that has just begun.
-    generation: AtomicUsize,
     /// Only touched by the owner of the stack, like the block itself.
     parked: UnsafeCell<Parked>,
 }
@@ -63,7 +58,6 @@ impl Block {
             state: AtomicU8::new(BlockState::Fresh as u8),
             listed: AtomicBool::new(false),
             counted: AtomicBool::new(false),
-            generation: AtomicUsize::new(image::NONE),
             parked: UnsafeCell::new(Parked {
                 segment: [0; SEGMENT_MAX],
                 words: [0; 3],
@@ -95,8 +89,13 @@ impl Block {
         }
     }
 
-    /// Asked of a block whose thread the kernel has let go: it died without its last frames.
-    pub(crate) fn died(&self) -> bool {
+    /// Whether no thread runs here, and the last one ended normally.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.state() != BlockState::InUse
+    }
+
+    /// Whether glibc still lists or counts the thread that was here, after the kernel has cleared its tid word.
+    pub(crate) fn is_known_to_glibc(&self) -> bool {
         self.listed.load(Ordering::Acquire) || self.counted.load(Ordering::Acquire)
     }
 
@@ -105,12 +104,13 @@ impl Block {
         self.counted.swap(false, Ordering::AcqRel)
     }
 
-    pub(crate) fn listed(&self) -> &AtomicBool {
+    pub(super) fn listed(&self) -> &AtomicBool {
         &self.listed
     }
 
-    /// In a forked child glibc has emptied its list, and a heap cache saved by the parent's threads
-    /// refers to arenas whose counts fork has reset (rule 16).
+    /// In a forked child: glibc has emptied its list, and a heap cache saved by the parent's threads refers to
+    /// arenas whose counts fork has reset (rule 16). What hangs off a block whose thread was running stays
+    /// allocated, because the thread can have stopped in the middle of changing it.
     pub(crate) fn forget_after_fork(&self) {
         self.listed.store(false, Ordering::Relaxed);
         self.counted.store(false, Ordering::Relaxed);
@@ -142,7 +142,7 @@ impl Runtime {
     ///
     /// # Safety
     /// The block is idle: its last thread's tid word was cleared by the kernel, or it is fresh
-    /// (rule 2 of architecture.md), the caller is its only owner, and `stack` describes its stack.
+    /// (A2), the caller is its only owner, and `stack` describes its stack.
     pub(crate) unsafe fn enlist<'a>(
         &'static self,
         block: &'a Block,
@@ -150,7 +150,7 @@ impl Runtime {
     ) -> Enlisted<'a> {
         // SAFETY: the caller owns the idle block.
         unsafe {
-            self.bury(block);
+            self.reap(block);
             let otherwise = self.prepare(block, stack);
             self.count_up();
             block.counted.store(true, Ordering::Relaxed);
@@ -164,24 +164,21 @@ impl Runtime {
         }
     }
 
-    /// Does what a thread that died abnormally (a bare exit, a filter) did not do for itself: off the list,
-    /// out of the count (rules 7 and 17).
+    /// Does what the thread that was here left to the owner of its stack: off the list, if the list's lock was taken
+    /// at its end, and out of the count, if it died by a bare exit or a filter (rules 7 and 17).
     ///
     /// # Safety
     /// As for [`Runtime::enlist`]. Application signals are blocked, 33 is open (rule 3).
-    pub(crate) unsafe fn bury(&self, block: &Block) {
+    pub(crate) unsafe fn reap(&self, block: &Block) {
         if block.listed.load(Ordering::Acquire) {
-            // SAFETY: passed on.
-            unsafe { self.unlist(block.thread_pointer(), &block.listed) };
+            // SAFETY: the block is the caller's, and mapped.
+            unsafe {
+                self.list
+                    .remove(block.thread_pointer() + self.symbols.list, &block.listed);
+            }
         }
         // Cannot be the last: the calling thread is in the count, too.
         self.count_down(block);
-    }
-
-    /// Bytes from the lowest address of static TLS to the end of the descriptor.
-    fn extent(&self, tp: usize) -> (usize, usize) {
-        let below = self.symbols.tls_size - self.symbols.descriptor_size;
-        (tp - below, tp + self.symbols.descriptor_size)
     }
 
     /// The state the block has once it is prepared, should nothing come of it.
@@ -190,10 +187,10 @@ impl Runtime {
     /// As for [`Runtime::enlist`]: the block is idle, and the caller its only owner.
     unsafe fn prepare(&self, block: &Block, stack: (usize, usize, usize)) -> BlockState {
         let tp = block.thread_pointer();
-        let (lowest, end) = self.extent(tp);
-        // SAFETY: the caller owns the idle block; every address lies between lowest and end.
+        let state = block.state();
+        block.set_state(BlockState::InUse);
+        // SAFETY: the caller owns the idle block; every address lies in its static TLS and descriptor.
         unsafe {
-            let state = block.state();
             match state {
                 BlockState::Fresh => {
                     let parked = &mut *block.parked.get();
@@ -206,20 +203,21 @@ impl Runtime {
                     }
                 }
                 BlockState::Ended => {
-                    // What others can have changed since the thread's end; the rest is as
-                    // `Runtime::reset` left it, and what never changes is there already.
-                    self.reset_shared(tp);
-                    block.set_state(BlockState::InUse);
+                    self.save_segment(block);
+                    self.release_dtv(tp);
+                    self.release_priorities(tp);
+                    self.reset(tp);
                     return BlockState::Ended;
                 }
                 BlockState::InUse => {
                     // An abnormal end: anything in here may dangle, so all of it goes.
                     self.release_dtv(tp);
-                    std::ptr::write_bytes(lowest as *mut u8, 0, end - lowest);
+                    self.release_priorities(tp);
+                    self.release_key_tables(tp);
+                    let lowest = tp - (self.symbols.tls_size - self.symbols.descriptor_size);
+                    std::ptr::write_bytes(lowest as *mut u8, 0, self.symbols.tls_size);
                 }
             }
-            block.generation.store(image::NONE, Ordering::Relaxed);
-            block.set_state(BlockState::InUse);
             clone::fill_header(tp);
             self.fill_descriptor(tp, stack);
             BlockState::Fresh
@@ -242,30 +240,42 @@ impl Runtime {
         }
     }
 
-    /// As [`Runtime::release_dtv`], but it is freed by [`free_left`](crate::stack::fallible::free_left): the caller can
-    /// be an ending thread.
+    /// Frees what priority-protect mutexes have allocated for the thread that was here (rule 32). Left in place it
+    /// would raise the priority of the next thread.
     ///
     /// # Safety
-    /// As for [`Runtime::release_dtv`]; the block has no use for its DTV any more.
-    unsafe fn leave_dtv(&self, tp: usize) {
-        let dtv = (tp + self.symbols.dtv) as *mut usize;
-        // SAFETY: as there. The pointer leads to the first of the DTV's entries of two words, which holds its
-        // generation: `_dl_deallocate_tls` looks at the length before it and at the modules' behind.
+    /// As for [`Runtime::release_dtv`].
+    unsafe fn release_priorities(&self, tp: usize) {
+        let tpp = (tp + self.offsets.tpp) as *mut *mut libc::c_void;
+        // SAFETY: a word of the caller's idle descriptor: null, or a block of malloc's that only it points to.
         unsafe {
-            if let Some(first) = NonNull::new(dtv.read() as *mut Left) {
-                dtv.write(0);
-                Left::place(first, free_dtv);
+            if !tpp.read().is_null() {
+                libc::free(tpp.replace(std::ptr::null_mut()));
             }
         }
     }
 
-    /// Gives the DTV and dynamic TLS of the thread that was here up, without the allocator.
+    /// Frees the second-level tables of pthread keys (rule 18); the first table is part of the descriptor.
     ///
     /// # Safety
-    /// The block is mapped, no thread runs on it, and the caller is its only owner.
+    /// As for [`Runtime::release_dtv`].
+    unsafe fn release_key_tables(&self, tp: usize) {
+        let tables = (tp + self.symbols.specific) as *mut *mut KeyValues;
+        for index in 1..KEY_BLOCKS {
+            // SAFETY: words of the caller's idle descriptor: null, or blocks of malloc's that only they point to.
+            unsafe { libc::free(tables.add(index).replace(std::ptr::null_mut()).cast()) };
+        }
+    }
+
+    /// Leaves the DTV of the thread that was here allocated, in a forked child: the thread can have stopped between
+    /// two steps of changing it.
+    ///
+    /// # Safety
+    /// As for [`Runtime::release_dtv`].
     pub(crate) unsafe fn abandon_dtv(&self, block: &Block) {
         let dtv = (block.thread_pointer() + self.symbols.dtv) as *mut usize;
-        // SAFETY: as for `release_dtv`. Without one nothing is written, so that no page is copied for it.
+        // SAFETY: the caller owns the idle block. Without a DTV nothing is written, so that the kernel copies no page
+        // for it.
         unsafe {
             if dtv.read() != 0 {
                 dtv.write(0);
@@ -273,39 +283,19 @@ impl Runtime {
         }
     }
 
-    /// Back to a fresh descriptor, by the thread that ends: known fields are reset, buffers and tables
-    /// that hang off it stay and are used again (rule 5 among them). The static TLS likewise, if the
-    /// modules are still those that it was allocated for.
-    ///
-    /// At a thread's end rather than at the next one's start, because the memory is in this
-    /// processor's cache now.
+    /// Back to a fresh descriptor after a normal end: known fields are reset, buffers and tables that hang off it
+    /// stay and are used again (rule 5 among them).
     ///
     /// # Safety
-    /// Called by an ending thread on its own listed block, after its last use of a thread-local.
-    pub(super) unsafe fn reset(&self, block: &Block) {
-        let (tp, symbols) = (block.thread_pointer(), &self.symbols);
-        // SAFETY: offsets lie in the descriptor, which is the calling thread's.
+    /// As for [`Runtime::release_dtv`].
+    unsafe fn reset(&self, tp: usize) {
+        let (symbols, offsets) = (&self.symbols, &self.offsets);
+        // SAFETY: offsets lie in the descriptor, which the caller owns.
         unsafe {
             ((tp + symbols.report_events) as *mut u8).write(0);
             ((tp + symbols.nextevent) as *mut usize).write(0);
             std::ptr::write_bytes((tp + symbols.eventbuf.0) as *mut u8, 0, symbols.eventbuf.1);
-            ((tp + self.offsets.result) as *mut usize).write(0);
-            let generation = block.generation.load(Ordering::Relaxed);
-            if !image::restore(generation, tp) {
-                block.generation.store(image::NONE, Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// The rest of [`Runtime::reset`]: what glibc writes into the descriptor of a thread that has
-    /// ended already (`pthread_setschedparam`), or what the thread needs until its end.
-    ///
-    /// # Safety
-    /// As for [`Runtime::release_dtv`].
-    unsafe fn reset_shared(&self, tp: usize) {
-        let (symbols, offsets) = (&self.symbols, &self.offsets);
-        // SAFETY: offsets lie in the descriptor, which the caller owns.
-        unsafe {
+            ((tp + offsets.result) as *mut usize).write(0);
             // Without the flag for them, policy and priority are asked of the kernel.
             let flags = (tp + offsets.flags) as *mut u32;
             flags.write(flags.read() & !offsets.flags_changed);
@@ -317,7 +307,7 @@ impl Runtime {
         }
     }
 
-    /// The non-zero fields of a descriptor at the moment of clone (facts/glibc.md). Those that only the
+    /// The non-zero fields of a descriptor at the moment of clone. Those that only the
     /// thread itself looks at are left to [`Runtime::enter`].
     ///
     /// # Safety
@@ -347,56 +337,28 @@ impl Runtime {
         }
     }
 
-    /// Makes room for another `_dl_allocate_tls`: saves libc's segment, frees the DTV, and zeroes the
-    /// gaps between modules, which nobody else writes.
-    ///
-    /// # Safety
-    /// The block is idle, the caller its only owner, and its last thread has ended normally.
-    unsafe fn release_tls(&self, block: &Block) {
-        let tp = block.thread_pointer();
-        let (lowest, _) = self.extent(tp);
-        // SAFETY: the caller owns the block, whose thread ended normally.
-        unsafe {
-            let parked = &mut *block.parked.get();
-            if !parked.present {
-                self.save_segment(tp, parked);
-            }
-            block.generation.store(image::NONE, Ordering::Relaxed);
-            self.release_dtv(tp);
-            std::ptr::write_bytes(lowest as *mut u8, 0, tp - lowest);
-        }
-    }
-
-    /// [`image::learn`] from a block whose TLS was just allocated.
-    ///
-    /// # Safety
-    /// `tp` is the thread pointer of a block of the caller's, whose TLS was allocated in this `generation`.
-    unsafe fn learn(&self, table: &symbols::ModuleTable, generation: usize, tp: usize) -> usize {
-        let (lowest, _) = self.extent(tp);
-        let rseq = self.symbols.rseq.map_or(0..0, |rseq| {
-            rseq.offset..rseq.offset + rseq.registered_size() as isize
-        });
-        let kept = [self.offsets.segment.clone(), rseq];
-        // SAFETY: passed on; `_dl_allocate_tls` has written the DTV's address.
-        unsafe {
-            let dtv = ((tp + self.symbols.dtv) as *const usize).read();
-            image::learn(table, generation, tp, dtv, lowest, kept)
-        }
-    }
-
     /// Where a descriptor has the words that go on with libc's segment.
     fn parked_words(&self) -> [Option<usize>; 3] {
         let offsets = &self.offsets;
         [offsets.getrandom, offsets.strsignal, offsets.strerror]
     }
 
+    /// Saves what goes on to the next thread, unless it is saved already: a spawn that was refused between
+    /// [`Runtime::prepare`] and [`Enlisted::allocate_tls`] has left it so.
+    ///
     /// # Safety
-    /// `tp` is the thread pointer of an idle block of the caller's, whose last thread has ended normally.
-    unsafe fn save_segment(&self, tp: usize, parked: &mut Parked) {
+    /// The block is idle and the caller's, and its last thread has ended normally.
+    unsafe fn save_segment(&self, block: &Block) {
+        let tp = block.thread_pointer();
         let segment = &self.offsets.segment;
         let size = (segment.end - segment.start) as usize;
-        // SAFETY: the segment lies in the block, and calibration checked its size.
+        // SAFETY: the segment lies in the block, and calibration checked its size; the owner of the block is the only
+        // one to reach what is parked.
         unsafe {
+            let parked = &mut *block.parked.get();
+            if parked.present {
+                return;
+            }
             std::ptr::copy_nonoverlapping(
                 (tp as isize + segment.start) as *const u8,
                 parked.segment.as_mut_ptr(),
@@ -405,12 +367,12 @@ impl Runtime {
             parked.words = self
                 .parked_words()
                 .map(|at| at.map_or(0, |at| ((tp + at) as *const usize).read()));
+            parked.present = true;
         }
-        parked.present = true;
     }
 
-    /// Saves, or leaves to be freed, what hangs off a block before its memory goes away: the heap cache stays
-    /// with the record for the next block that it describes.
+    /// Saves or frees what hangs off a block before its memory goes away: the heap cache stays with the record for
+    /// the next block that it describes.
     ///
     /// # Safety
     /// The block is idle and the caller its only owner, as for [`Runtime::enlist`]; afterwards its
@@ -420,92 +382,35 @@ impl Runtime {
         // SAFETY: the caller owns the idle block. Application signals are blocked around the
         // list's lock, 33 is not (rule 3).
         unsafe {
-            if block.died() {
+            if block.is_known_to_glibc() {
                 let old = sys::set_signal_mask(sys::APPLICATION);
-                self.bury(block);
+                self.reap(block);
                 sys::set_signal_mask(old);
             }
-            if block.state() == BlockState::Fresh {
-                return;
+            match block.state() {
+                BlockState::Fresh => return,
+                BlockState::Ended => self.save_segment(block),
+                BlockState::InUse => {}
             }
-            self.leave_dtv(tp);
-            if block.state() == BlockState::Ended {
-                let parked = &mut *block.parked.get();
-                if !parked.present {
-                    self.save_segment(tp, parked);
-                }
-                for index in 1..KEY_BLOCKS {
-                    let table = (tp + self.symbols.specific + index * 8) as *const *mut KeyValues;
-                    leave_key_table(table.read());
-                }
-            }
+            self.release_dtv(tp);
+            self.release_priorities(tp);
+            self.release_key_tables(tp);
         }
         block.set_state(BlockState::Fresh);
     }
 }
 
-/// Frees a DTV that has lost its block.
-///
-/// # Safety
-/// `first` is the first entry of a DTV of the dynamic linker's that no block has any more.
-unsafe fn free_dtv(first: NonNull<Left>) {
-    let Some(runtime) = Runtime::existing() else {
-        return;
-    };
-    // Nothing else of a block is looked at.
-    let mut header = [0_usize; 8];
-    if let Some(dtv) = header.get_mut(runtime.symbols.dtv / size_of::<usize>()) {
-        *dtv = first.as_ptr() as usize;
-        // SAFETY: the DTV of a block that is gone; false: the block itself is not to be freed.
-        unsafe { (runtime.symbols.deallocate_tls)(header.as_mut_ptr().cast(), false) };
-    }
-}
-
-/// As free(3), but it is [`free_left`](crate::stack::fallible::free_left) that calls it.
-///
-/// # Safety
-/// Null, or a second-level key table that is the caller's: memory of malloc's, aligned and larger than a [`Left`].
-unsafe fn leave_key_table(table: *mut KeyValues) {
-    /// # Safety
-    /// Memory of malloc's that is the caller's.
-    unsafe fn free(left: NonNull<Left>) {
-        // SAFETY: malloc's.
-        unsafe { libc::free(left.as_ptr().cast()) };
-    }
-    const { assert!(size_of::<Left>() <= size_of::<KeyValues>()) };
-    if let Some(left) = NonNull::new(table.cast()) {
-        // SAFETY: by the caller's promise.
-        unsafe { Left::place(left, free) };
-    }
-}
-
 impl Enlisted<'_> {
     /// DTV and static TLS images of every module, then libc's own segment as the last thread on
-    /// this block left it. False: out of memory (`_dl_allocate_tls` gave null).
+    /// this block left it. Returns `false` if there is no memory (`_dl_allocate_tls` gave null).
     pub(crate) fn allocate_tls(&self) -> bool {
         let (runtime, block) = (self.runtime, self.block);
-        let table = runtime.symbols.modules.as_ref();
-        // Asked for after the list's lock was held: see `image`.
-        let now = table.and_then(symbols::ModuleTable::generation);
-        let now = now.unwrap_or(image::NONE);
-        if self.otherwise.get() == BlockState::Ended {
-            if now != image::NONE && block.generation.load(Ordering::Relaxed) == now {
-                return true;
-            }
-            // SAFETY: the block is enlisted, so this holder is its only owner. Libraries that a dlopen
-            // initialises in it meanwhile are in the table by then, and `_dl_allocate_tls` does it again.
-            unsafe { runtime.release_tls(block) };
-        }
         let tp = block.thread_pointer();
-        // SAFETY: as above; the segment's place and size were found by calibration, and static TLS
-        // offsets never change.
+        // SAFETY: the block is enlisted, so this holder is its only owner; the segment's place and size were found by
+        // calibration, and static TLS offsets never change.
         unsafe {
             if (runtime.symbols.allocate_tls)(tp as *mut libc::c_void).is_null() {
                 return false;
-            }
-            if let Some(table) = table.filter(|_| now != image::NONE) {
-                let generation = runtime.learn(table, now, tp);
-                block.generation.store(generation, Ordering::Relaxed);
             }
             let parked = &mut *block.parked.get();
             if parked.present {
@@ -530,12 +435,8 @@ impl Enlisted<'_> {
 
 impl Drop for Enlisted<'_> {
     fn drop(&mut self) {
-        self.runtime.count_down(self.block);
         self.block.set_state(self.otherwise.get());
         // SAFETY: enlisted, and no thread was made of it; signals are as the type's contract says.
-        unsafe {
-            self.runtime
-                .unlist(self.block.thread_pointer(), &self.block.listed);
-        }
+        unsafe { self.runtime.reap(self.block) };
     }
 }

@@ -54,6 +54,8 @@ pub(super) struct Offsets {
     pub stackblock_size: usize,
     pub guardsize: usize,
     pub reported_guardsize: usize,
+    /// The heap block of priority-protect mutexes.
+    pub tpp: usize,
     pub user_stack: usize,
     pub user_stack_value: u8,
     pub flags: usize,
@@ -665,6 +667,7 @@ fn conclude(
         stackblock_size: stackblock + 8,
         guardsize,
         reported_guardsize,
+        tpp: reported_guardsize + 8,
         user_stack,
         user_stack_value: first.0[user_stack],
         flags,

@@ -14,8 +14,7 @@ struct Links {
 }
 
 /// In `_rtld_global` the user list is followed by the cache list (16 bytes), the cache's size (8),
-/// the in-flight word (8) and the lock, in this order since 2.34 (facts/glibc.md).
-const CACHE: usize = 16;
+/// the in-flight word (8) and the lock, in this order since 2.34.
 const IN_FLIGHT: usize = 40;
 const LOCK: usize = 48;
 
@@ -104,17 +103,44 @@ impl ThreadList {
         sys::lll_unlock(self.lock_word());
     }
 
-    /// Takes `element` off its list. The in-flight word holds it meanwhile, so that a fork in
-    /// between replays the removal in the child.
+    /// Takes `element` off its list, unless `listed` says under the lock that it is off already.
     ///
     /// # Safety
-    /// `element` is listed. 33 is unblocked, application signals are blocked (rule 3).
-    #[inline(always)]
+    /// `listed` belongs to `element`, which is mapped. 33 is unblocked, application signals are blocked
+    /// (rule 3).
     pub(super) unsafe fn remove(&self, element: usize, listed: &AtomicBool) {
         sys::lll_lock(self.lock_word());
+        // The flag that brought the caller here was read without the lock.
+        if listed.load(Ordering::Relaxed) {
+            // SAFETY: the lock is held and the element is linked.
+            unsafe { self.unlink(element, listed) };
+        }
+        sys::lll_unlock(self.lock_word());
+    }
+
+    /// Like [`ThreadList::remove`], unless the lock is taken: then nothing happens.
+    ///
+    /// # Safety
+    /// `element` is listed, with this flag.
+    #[inline(always)]
+    pub(super) unsafe fn try_remove(&self, element: usize, listed: &AtomicBool) {
+        if sys::lll_try_lock(self.lock_word()) {
+            // SAFETY: the lock is held and the element is linked.
+            unsafe { self.unlink(element, listed) };
+            sys::lll_unlock(self.lock_word());
+        }
+    }
+
+    /// The in-flight word holds the element meanwhile, so that a fork in between replays the removal in
+    /// the child.
+    ///
+    /// # Safety
+    /// The lock is held, and `element` is linked.
+    #[inline(always)]
+    unsafe fn unlink(&self, element: usize, listed: &AtomicBool) {
         self.in_flight().store(element, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        // SAFETY: the lock is held and the element is linked.
+        // SAFETY: by the caller's promise the element and its neighbours are linked and stay so.
         unsafe {
             let links = Self::links(element);
             let next = links.next.load(Ordering::Relaxed);
@@ -125,44 +151,5 @@ impl ThreadList {
         fence(Ordering::SeqCst);
         self.in_flight().store(0, Ordering::Relaxed);
         listed.store(false, Ordering::Release);
-        sys::lll_unlock(self.lock_word());
-    }
-    /// In a forked child that glibc has not prepared: only `own` stays on the user list. The other
-    /// lists, of glibc's stacks, keep their elements, which nobody will take off them any more.
-    /// Whoever held the lock stopped anywhere, but each operation changes the back link first, so
-    /// that the forward links are whole at every instruction and the back links follow from them.
-    ///
-    /// # Safety
-    /// The process is a forked child with one thread, which is not inside a list operation.
-    pub(super) unsafe fn repair(&self, own: usize) {
-        for head in [self.head, self.used, self.head + CACHE] {
-            let mut at = head;
-            let mut own_found = false;
-            for _ in 0..LONGEST {
-                // SAFETY: a head or a linked element; nobody else changes links in this process.
-                let next = unsafe { Self::links(at) }.next.load(Ordering::Relaxed);
-                own_found |= next == own;
-                // SAFETY: as above.
-                unsafe { Self::links(next) }
-                    .prev
-                    .store(at, Ordering::Relaxed);
-                if next == head {
-                    break;
-                }
-                at = next;
-            }
-            if head == self.head {
-                let only = if own_found { own } else { head };
-                // SAFETY: as above; `only` is the head or the linked element of this thread.
-                unsafe {
-                    for (from, to) in [(head, only), (only, head)] {
-                        Self::links(from).next.store(to, Ordering::Relaxed);
-                        Self::links(to).prev.store(from, Ordering::Relaxed);
-                    }
-                }
-            }
-        }
-        self.in_flight().store(0, Ordering::Relaxed);
-        self.lock_word().store(0, Ordering::Release);
     }
 }

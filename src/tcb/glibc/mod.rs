@@ -10,7 +10,6 @@
 
 mod block;
 mod calibrate;
-mod image;
 mod list;
 mod symbols;
 
@@ -18,8 +17,8 @@ pub(crate) use block::{Block, BlockState, Enlisted};
 
 use super::RuntimeError;
 use crate::clone::{self, sys};
+use crate::mem::try_box;
 use crate::stack::Lock;
-use crate::stack::fallible::try_box;
 use calibrate::Offsets;
 use list::ThreadList;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -27,6 +26,9 @@ use symbols::Symbols;
 
 /// Rounds of destructors of pthread keys: `PTHREAD_DESTRUCTOR_ITERATIONS`.
 const DESTRUCTOR_ROUNDS: usize = 4;
+
+/// In `cancelhandling`: a set-id broadcast counts on the thread (SETXID_BITMASK).
+const SETXID: u32 = 0x40;
 
 /// Keys in one block of `specific`, and number of such blocks: nptl's two-level table.
 const KEYS_PER_BLOCK: usize = 32;
@@ -96,46 +98,32 @@ impl Runtime {
         result
     }
 
-    /// For fork's "prepare" handler: no calibration is under way until [`Runtime::release_calibration`].
-    pub(crate) fn hold_calibration() {
-        CALIBRATION.hold();
-    }
-
-    /// Ends [`Runtime::hold_calibration`], in the parent and in the child.
-    pub(crate) fn release_calibration() {
-        // SAFETY: called only by fork's later handlers, in the thread (or its copy) that held it.
-        drop(unsafe { CALIBRATION.held() });
-    }
-
-    /// In a child that no handler prepared: whoever calibrated does not exist here.
+    /// In a forked child: the thread that calibrated in the parent does not exist here. What a calibration has found
+    /// out holds in the child as well: glibc's fork resets neither its single-thread flags nor the set-id handler
+    /// (2.34 to 2.43).
     ///
     /// # Safety
-    /// The process is a forked child with one thread.
-    pub(crate) unsafe fn seize_calibration() {
+    /// The process is a forked child, and no thread of it is calibrating.
+    pub(crate) unsafe fn forget_calibration() {
         // SAFETY: passed on.
-        drop(unsafe { CALIBRATION.seize() });
+        unsafe { CALIBRATION.reset() };
     }
 
-    /// In a forked child. What calibration has found out, and what it has set in motion, holds there as
-    /// well: glibc's fork resets neither its single-thread flags nor the set-id handler (2.34 to 2.43).
-    pub(crate) fn after_fork() {
-        image::forget_after_fork();
-    }
-
-    /// In a child that glibc's own fork did not prepare: gives its lists of threads the state that
-    /// fork would have, with no thread of the parent's on them, and frees their lock. `threads` is the
-    /// number of those that exist, which becomes glibc's count, so that the last one ends the process
-    /// by exit(3) (rule 17).
+    /// In a forked child, for the thread that forked: what other threads of the parent were about to do with it. One
+    /// can have held the lock that `pthread_kill` takes to use this thread's tid; one can have marked it for a set-id
+    /// broadcast, whose signal never comes here.
     ///
     /// # Safety
-    /// The process is a forked child with one thread, which is not inside a list operation.
-    pub(crate) unsafe fn repair_lists(&self, threads: i32) {
-        self.symbols.nthreads().store(threads, Ordering::Release);
-        // SAFETY: passed on.
-        unsafe {
-            self.list
-                .repair(clone::thread_pointer() + self.symbols.list)
+    /// `tp` is the calling thread's descriptor, and no other thread of the process uses it.
+    pub(crate) unsafe fn forget_senders(&self, tp: usize) {
+        let word = |offset| {
+            // SAFETY: a word of the calling thread's descriptor that glibc uses atomically.
+            unsafe { &*((tp + offset) as *const AtomicU32) }
         };
+        if let Some(exiting) = self.offsets.exiting {
+            word(exiting.lock).store(0, Ordering::Release);
+        }
+        word(self.symbols.cancelhandling).fetch_and(!SETXID, Ordering::AcqRel);
     }
 
     /// Bytes of a TLS block, a multiple of the page size.
@@ -298,13 +286,12 @@ impl Runtime {
     ///
     /// # Safety
     /// Called by an ending thread of this crate with all application signals blocked.
-    pub(crate) unsafe fn clear_leftovers(&self, block: &Block) {
-        // SAFETY: as in `run_destructors`; after `reset` nobody uses a thread-local.
+    pub(crate) unsafe fn clear_leftovers(&self) {
+        // SAFETY: as in `run_destructors`.
         unsafe {
             (self.symbols.call_tls_dtors)();
             self.clear_keys(false);
             self.release_libc_state();
-            self.reset(block);
         }
     }
 
@@ -374,35 +361,48 @@ impl Runtime {
         self.symbols.nthreads().fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Tells glibc's own `pthread_kill` (2.35+) that this thread can no longer be signalled, under
-    /// the lock that a sender holds while it uses the tid (rule 13).
+    /// Tells glibc that this thread is about to end, as nptl's own threads do.
+    ///
+    /// - `pthread_kill` (2.35+) no longer uses the tid: it looks at `exiting` under `exit_lock` (rule 13).
+    /// - A set-id broadcast no longer counts on the thread: it leaves out what is EXITING. One that had marked the
+    ///   thread before has sent it 33, or is about to; the handler clears the mark, and until then this waits.
+    ///   Without the bit, a thread that waits for the list's lock is signalled anew in every round (rule 30).
     ///
     /// # Safety
-    /// Called by an ending thread of this crate with all application signals blocked.
+    /// Called by an ending thread of this crate with application signals blocked and 33 open (rule 3).
     pub(crate) unsafe fn mark_exiting(&self) {
-        let Some(exiting) = self.offsets.exiting else {
-            return;
-        };
+        const EXITING: u32 = 0x10;
         let tp = clone::thread_pointer();
-        // SAFETY: both words lie in this thread's descriptor; glibc reads `exiting` only under
-        // `exit_lock`, as it is written here.
-        unsafe {
-            let lock = &*((tp + exiting.lock) as *const AtomicU32);
-            sys::lll_lock(lock);
-            ((tp + exiting.flag) as *mut u8).write(1);
-            sys::lll_unlock(lock);
+        if let Some(exiting) = self.offsets.exiting {
+            // SAFETY: both words lie in this thread's descriptor; glibc reads `exiting` only under
+            // `exit_lock`, as it is written here.
+            unsafe {
+                let lock = &*((tp + exiting.lock) as *const AtomicU32);
+                sys::lll_lock(lock);
+                ((tp + exiting.flag) as *mut u8).write(1);
+                sys::lll_unlock(lock);
+            }
+        }
+        // SAFETY: a word of this thread's descriptor that glibc uses atomically.
+        let word = unsafe { &*((tp + self.symbols.cancelhandling) as *const AtomicU32) };
+        let mut value = word.fetch_or(EXITING, Ordering::AcqRel) | EXITING;
+        while value & SETXID != 0 {
+            // The signal interrupts this, or has come before and changed the word.
+            sys::futex_wait(word, value, None);
+            value = word.load(Ordering::Acquire);
         }
     }
 
-    /// Takes the descriptor at `tp` off the list of live threads. After this, glibc neither counts
-    /// on the thread nor protects it: only inline assembly may follow (rule 11). `unlisted` is set
-    /// while the lock is held, so that the flag and the list never disagree to another holder.
+    /// Takes the calling thread off the list of live threads, if the list's lock is free; else the owner of its
+    /// stack does ([`Runtime::reap`]). glibc may no longer protect the thread after this: only inline assembly may
+    /// follow (rule 11).
     ///
     /// # Safety
-    /// `tp` is on the list. The caller has 33 unblocked (rule 3) and application signals blocked.
+    /// Called by an ending thread of this crate on its own listed block, after [`Runtime::mark_exiting`].
     #[inline(always)]
-    pub(crate) unsafe fn unlist(&self, tp: usize, listed: &std::sync::atomic::AtomicBool) {
-        // SAFETY: passed on.
-        unsafe { self.list.remove(tp + self.symbols.list, listed) };
+    pub(crate) unsafe fn leave_list(&self, block: &Block) {
+        let element = block.thread_pointer() + self.symbols.list;
+        // SAFETY: by the caller's promise the descriptor is listed.
+        unsafe { self.list.try_remove(element, block.listed()) };
     }
 }

@@ -90,8 +90,6 @@ pub(super) struct Symbols {
     /// `sizeof (struct __res_state)`, public in resolv.h
     pub resolver_size: usize,
     pub rseq: Option<Rseq>,
-    /// None: blocks are not used again with the TLS they have.
-    pub modules: Option<ModuleTable>,
     /// Heads of the circular lists of live threads: on stacks of the user, on stacks of glibc.
     pub user_list: usize,
     pub used_list: usize,
@@ -241,7 +239,6 @@ impl Symbols {
             descriptor_size,
             resolver_size: 568,
             rseq: rseq()?,
-            modules: ModuleTable::find(rtld_global),
             user_list,
             used_list,
             tid: field_of(c"_thread_db_pthread_tid", 32)?,
@@ -336,108 +333,6 @@ fn rseq() -> Result<Option<Rseq>, RuntimeError> {
 
 /// Bytes of an entry of a DTV: where a module's TLS is, and what is to be freed.
 pub(super) const DTV_ENTRY: usize = 16;
-
-/// The table of modules with TLS that dlopen and dlclose keep, `dl_tls_dtv_slotinfo_list`: an array of
-/// (generation, module), and a link to more of them.
-pub(super) struct ModuleTable {
-    /// Address of the pointer to the first array, which is never freed.
-    head: usize,
-    length: usize,
-    next: usize,
-    slots: usize,
-}
-
-/// A slot of [`ModuleTable`]. glibc writes both words atomically.
-#[repr(C)]
-struct Slot {
-    generation: AtomicUsize,
-    /// 0: no module.
-    module: AtomicUsize,
-}
-
-impl ModuleTable {
-    /// None: this glibc's table or DTV is not as expected.
-    fn find(rtld_global: usize) -> Option<ModuleTable> {
-        let word = |name| field_of(name, usize::BITS).ok();
-        let slots = field(c"_thread_db_dtv_slotinfo_list_slotinfo").ok()?;
-        let dtv = field(c"_thread_db_dtv_dtv").ok()?;
-        let dtv_is_known = dtv.bits as usize == 8 * DTV_ENTRY
-            && dtv.offset == 0
-            && word(c"_thread_db_dtv_t_pointer_val")? == 0
-            && word(c"_thread_db_dtv_t_counter")? == 0;
-        let slots_are_known = slots.bits as usize == 8 * size_of::<Slot>()
-            && word(c"_thread_db_dtv_slotinfo_gen")? == std::mem::offset_of!(Slot, generation)
-            && word(c"_thread_db_dtv_slotinfo_map")? == std::mem::offset_of!(Slot, module);
-        let table = ModuleTable {
-            head: rtld_global + word(c"_thread_db_rtld_global__dl_tls_dtv_slotinfo_list")?,
-            length: word(c"_thread_db_dtv_slotinfo_list_len")?,
-            next: word(c"_thread_db_dtv_slotinfo_list_next")?,
-            slots: slots.offset,
-        };
-        (dtv_is_known && slots_are_known && table.is_mapped()).then_some(table)
-    }
-
-    fn is_mapped(&self) -> bool {
-        // The first array has room for the modules that the program started with, and a few more.
-        const LARGEST: usize = 4096;
-        let header = self.length.max(self.next) + size_of::<usize>();
-        is_mapped(self.head, size_of::<usize>())
-            && is_mapped(self.first(), header)
-            // SAFETY: just found to be mapped.
-            && (1..=LARGEST).contains(&unsafe { ((self.first() + self.length) as *const usize).read() })
-            && is_mapped(self.first() + self.slots, size_of_val(self.array()))
-    }
-
-    /// A number that tells the last dlopen or dlclose of a module with TLS: the largest generation of
-    /// any slot, because each of them writes the next one. Never 0. `None`: there are more modules than
-    /// one array holds.
-    ///
-    /// All slots are looked at, also those that nothing has used yet: a module has its slot from the
-    /// time it is mapped, and enters itself later, so that modules need not come in the slots' order.
-    pub(super) fn generation(&self) -> Option<usize> {
-        if !self.is_all() {
-            return None;
-        }
-        // Four at a time, because each has to wait for the one before it. This is on the way of every spawn.
-        let generation = |slot: &Slot| slot.generation.load(Ordering::Relaxed);
-        let (fours, rest) = self.array().as_chunks::<4>();
-        let mut largest = [0; 4];
-        for four in fours {
-            for (largest, slot) in largest.iter_mut().zip(four) {
-                *largest = generation(slot).max(*largest);
-            }
-        }
-        let largest = largest.into_iter().chain(rest.iter().map(generation)).max();
-        largest.map(|largest| largest + 1)
-    }
-
-    /// Number of modules with TLS, whatever their link namespace. Slot 0 is not for modules.
-    pub(super) fn modules(&self) -> usize {
-        let used = |slot: &&Slot| slot.module.load(Ordering::Relaxed) != 0;
-        self.array().iter().skip(1).filter(used).count()
-    }
-
-    /// There is no other array of slots behind the first.
-    fn is_all(&self) -> bool {
-        // SAFETY: as in `array`; glibc writes the link atomically.
-        let next = unsafe { &*((self.first() + self.next) as *const AtomicUsize) };
-        next.load(Ordering::Acquire) == 0
-    }
-
-    fn first(&self) -> usize {
-        // SAFETY: a pointer in `_rtld_global`, set before the program began.
-        unsafe { (self.head as *const usize).read() }
-    }
-
-    fn array(&self) -> &[Slot] {
-        let first = self.first();
-        // SAFETY: the first array is never freed, nor does its length change; the slots are as `find` has checked.
-        unsafe {
-            let capacity = ((first + self.length) as *const usize).read();
-            std::slice::from_raw_parts((first + self.slots) as *const Slot, capacity)
-        }
-    }
-}
 
 /// Keeps the shared object that this crate is part of loaded, if it is one (rule 21): a thread can still
 /// be in its last instructions when a plugin is closed. For the program itself there is nothing to keep.

@@ -1,0 +1,118 @@
+//! fork(3): what its handlers do, and the one repair of a forked child.
+//!
+//! Nothing is locked across a fork, because the program's own handlers run between the crate's: prepare handlers in
+//! reverse order of registration, child handlers in order. They spawn, join and take locks of their own (rule 24).
+//!
+//! ```text
+//!  parent   prepare: this thread is inside fork(3) ──► fork ──► parent: it no longer is
+//!  child                                               └──► the first call that notices, of any handler: repair
+//!                                                           child: notices, if nothing else has
+//! ```
+//!
+//! A child of `_Fork(3)`, or of a bare clone, has no handlers, and glibc does not repair itself there: no thread can be
+//! made in it. It differs from a child of fork(3) in that its thread was not between "prepare" and "parent".
+
+use crate::clone::{self, sys};
+use crate::error::Step;
+use crate::failures;
+use crate::stack::cache;
+use crate::sync::{forked_bare, note_bare_fork, notice_fork, set_up_notice};
+use crate::tcb::Runtime;
+use nix::errno::Errno;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// The thread pointers of threads inside fork(3). A thread that finds no place is taken for one that calls `_Fork`: its
+/// child gets no threads.
+static FORKING: [AtomicUsize; 64] = [const { AtomicUsize::new(0) }; 64];
+
+/// The handlers are registered.
+static GUARDED: AtomicBool = AtomicBool::new(false);
+
+/// What a spawn in a child of `_Fork(3)` is told.
+pub(crate) const BARE: &str =
+    "this process was forked by _Fork(3) or a bare clone, where glibc can start no thread";
+
+/// Registers the handlers, at the first call.
+///
+/// # Errors
+/// The step that there was no memory for, the errno, and the bytes.
+pub(crate) fn guard() -> Result<(), (Step, Errno, usize)> {
+    if GUARDED.load(Ordering::Acquire) {
+        return Ok(());
+    }
+    register()
+}
+
+/// Two threads may do this at once, and a forked child may do it again: handlers that are registered twice do no harm,
+/// but a thread that waited for another one here could wait in a child that does not have that thread.
+#[cold]
+fn register() -> Result<(), (Step, Errno, usize)> {
+    sys::at_fork(prepare, in_parent, in_child).map_err(|errno| (Step::Allocate, errno, 0))?;
+    let page = crate::stack::layout::page_size();
+    set_up_notice(repair).map_err(|errno| (Step::MapStack, errno, page))?;
+    GUARDED.store(true, Ordering::Release);
+    Ok(())
+}
+
+/// Changes the first place that holds `from`.
+fn change(from: usize, to: usize) {
+    let change = |place: &AtomicUsize| {
+        place
+            .compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+    };
+    let _ = FORKING.iter().any(change);
+}
+
+extern "C" fn prepare() {
+    change(0, clone::thread_pointer());
+}
+
+extern "C" fn in_parent() {
+    change(clone::thread_pointer(), 0);
+}
+
+extern "C" fn in_child() {
+    notice_fork();
+    // Where the kernel does not wipe pages nothing else tells.
+    if is_forking(clone::thread_pointer()) {
+        repair();
+    }
+}
+
+fn is_forking(thread: usize) -> bool {
+    FORKING
+        .iter()
+        .any(|place| place.load(Ordering::Relaxed) == thread)
+}
+
+/// Whether this child's first thread was inside fork(3).
+fn has_handlers() -> bool {
+    if is_forking(clone::thread_pointer()) {
+        return true;
+    }
+    // A thread that an earlier child handler of the program has started: the one that forked cannot be looked up by
+    // it, but is most likely the only one that was forking.
+    let first = nix::unistd::gettid() == nix::unistd::getpid();
+    !first
+        && !FORKING
+            .iter()
+            .all(|place| place.load(Ordering::Relaxed) == 0)
+}
+
+/// Makes the crate's state one of this process: run once by the first call that notices the fork, with application
+/// signals blocked. It may be repeated, by a child that is forked in the middle of it.
+fn repair() {
+    if !has_handlers() {
+        note_bare_fork();
+    }
+    for place in &FORKING {
+        place.store(0, Ordering::Relaxed);
+    }
+    // SAFETY: a forked child, whose other threads, if there are any, wait for this or have not used the crate.
+    unsafe {
+        Runtime::forget_calibration();
+        failures::FAILURES.reset();
+        cache::repair_after_fork(forked_bare());
+    }
+}

@@ -1,0 +1,9 @@
+//! Memory that creator and thread share, and memory that may be refused.
+
+pub(crate) mod fallible;
+pub(crate) mod packet;
+pub(crate) mod shared;
+
+pub(crate) use fallible::try_box;
+pub(crate) use packet::{Body, Deliver, Packet};
+pub(crate) use shared::{Memory, Shared};

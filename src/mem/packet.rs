@@ -1,0 +1,128 @@
+//! [`Packet`]: the closure on its way in, the result on its way out.
+
+use super::Shared;
+use crate::sync::Latch;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::Result as Outcome;
+
+/// The thread's work, without its types.
+pub(crate) trait Body: Send + Sync {
+    /// Runs the closure and keeps its result, or its panic. Does not unwind.
+    fn run(&self);
+}
+
+/// The handle's view of a packet.
+pub(crate) trait Deliver<T>: Send + Sync {
+    /// The result, once, if the thread has stored it.
+    fn take(&self) -> Option<Outcome<T>>;
+}
+
+/// What creator and thread share. One allocation a thread. A refused spawn finds the closure still inside.
+///
+/// `state` says what is inside, so that neither side waits for the other: a forked child can have a copy of a packet
+/// whose thread was just storing a result.
+///
+/// ```text
+///  WORK ──► EMPTY    by the thread, or by the creator if no thread was made
+///  EMPTY ──► RESULT  by the thread
+///  RESULT ──► EMPTY  by the handle
+/// ```
+pub(crate) struct Packet<F, T> {
+    state: AtomicU8,
+    work: UnsafeCell<Option<F>>,
+    result: UnsafeCell<Option<Outcome<T>>>,
+    scope: Option<Shared<Latch>>,
+}
+
+const EMPTY: u8 = 0;
+const WORK: u8 = 1;
+const RESULT: u8 = 2;
+
+// SAFETY: a cell is touched only by the one that has changed `state` away from it (`work` from WORK, `result` from
+// RESULT), or by the one that is about to announce it (`result` before RESULT). So a value moves from thread to thread
+// and is never shared.
+unsafe impl<F: Send, T: Send> Sync for Packet<F, T> {}
+
+impl<F, T> Packet<F, T> {
+    pub(crate) fn new(work: F, scope: Option<Shared<Latch>>) -> Packet<F, T> {
+        Packet {
+            state: AtomicU8::new(WORK),
+            work: UnsafeCell::new(Some(work)),
+            result: UnsafeCell::new(None),
+            scope,
+        }
+    }
+
+    /// Whether this caller is the one that takes what `state` announces.
+    fn claim(&self, state: u8) -> bool {
+        self.state
+            .compare_exchange(state, EMPTY, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// The closure of a thread that was not made.
+    pub(crate) fn take_work(&self) -> Option<F> {
+        if !self.claim(WORK) {
+            return None;
+        }
+        // SAFETY: claimed.
+        unsafe { (*self.work.get()).take() }
+    }
+
+    /// The same, where there was not even memory to share it.
+    pub(crate) fn into_work(mut self) -> Option<F> {
+        self.work.get_mut().take()
+    }
+}
+
+impl<F, T> Body for Packet<F, T>
+where
+    F: FnOnce() -> T + Send,
+    T: Send,
+{
+    fn run(&self) {
+        if let Some(work) = self.take_work() {
+            // As in std: join tells the one that looks at the data afterwards that it panicked.
+            let outcome = catch_unwind(AssertUnwindSafe(work));
+            // SAFETY: the work was inside until now, so no result was announced before.
+            unsafe { *self.result.get() = Some(outcome) };
+            self.state.store(RESULT, Ordering::Release);
+        }
+    }
+}
+
+impl<F: Send, T: Send> Deliver<T> for Packet<F, T> {
+    fn take(&self) -> Option<Outcome<T>> {
+        if !self.claim(RESULT) {
+            return None;
+        }
+        // SAFETY: claimed.
+        unsafe { (*self.result.get()).take() }
+    }
+}
+
+impl<F, T> Drop for Packet<F, T> {
+    fn drop(&mut self) {
+        let result = self.result.get_mut().take();
+        if let (Some(Err(_)), Some(scope)) = (&result, &self.scope) {
+            scope.note_panic();
+        }
+        // The closure of a thread that died before it ran.
+        let work = self.work.get_mut().take();
+        // A destructor that panics must take down neither a thread that ends nor the one that reaps another; the
+        // panic hook has reported it.
+        drop_quietly(work);
+        drop_quietly(result);
+    }
+}
+
+fn drop_quietly<T>(value: T) {
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(value)))
+        && let Err(worse) = catch_unwind(AssertUnwindSafe(|| drop(payload)))
+    {
+        // A payload whose own destructor panics could go on like this for ever.
+        std::mem::forget(worse);
+    }
+}
