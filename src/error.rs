@@ -2,6 +2,7 @@
 
 use crate::diagnose::{Cause, Causes, Certainty, Explanation, Verdict};
 use crate::mem::fallible::{Kept, Reservation, Slot};
+use crate::sync::forked_bare;
 use nix::errno::Errno;
 use std::fmt;
 use std::time::Duration;
@@ -236,7 +237,8 @@ pub(crate) struct Reserve(Reservation<Refusal>);
 
 impl Reserve {
     pub(crate) fn new() -> Reserve {
-        Reserve(Reservation::new(&EMERGENCY))
+        // In a child of _Fork(3) malloc's locks can be held for ever.
+        Reserve(Reservation::new(&EMERGENCY, !forked_bare()))
     }
 
     /// Turns the reserve into the error, without allocating.

@@ -10,6 +10,7 @@
 
 use crate::builder::Request;
 use crate::clone::Call;
+use crate::clone::sys::NoCancellation;
 use crate::diagnose::{self, Circumstances, CloneCall, Detail, Finding, Verdict};
 use crate::error::{Refusal, Reserve, SpawnError, StackOrigin, StackOutcome, Step};
 use crate::failures;
@@ -30,17 +31,19 @@ pub(crate) fn spawn(
     body: &Shared<dyn Body>,
     latch: Option<&Shared<Latch>>,
 ) -> Result<Running, SpawnError> {
+    notice_fork();
     // The error's memory, while there is some.
     let reserve = Reserve::new();
-    notice_fork();
 
     let mut attempts = 0;
     let mut started = None;
+    let mut cancellation = None;
     loop {
         let refused = match attempt(request, body, latch, &mut attempts) {
             Ok(running) => return Ok(running),
             Err(refused) => refused,
         };
+        cancellation.get_or_insert_with(NoCancellation::new);
         // Only what a clone meets goes away by itself within milliseconds. A calibration is left to
         // the next spawn: it allocates, which nothing does after a refusal (rule 4).
         let transient =
@@ -56,17 +59,18 @@ pub(crate) fn spawn(
 }
 
 /// Memory for what creator and thread share, if need be after giving back what the caches hold: with a cached stack
-/// lies what its last thread was made with.
+/// lies what its last thread was made with. In a child of `_Fork(3)`, where no thread is made and malloc can wait for
+/// ever, there is none.
 pub(crate) fn share<T>(value: T) -> Result<Shared<T>, T> {
+    notice_fork();
+    if forked_bare() {
+        return Err(value);
+    }
     Shared::try_new(value).or_else(|value| {
-        notice_fork();
-        match Runtime::existing() {
-            Some(runtime) if !forked_bare() => {
-                StackCache::reclaim_all(runtime);
-                Shared::try_new(value)
-            }
-            _ => Err(value),
+        if let Some(runtime) = Runtime::existing() {
+            StackCache::reclaim_all(runtime);
         }
+        Shared::try_new(value)
     })
 }
 
@@ -76,6 +80,7 @@ pub(crate) fn refused_memory(request: &Request, bytes: usize) -> SpawnError {
     // A refusal is recorded all the same.
     let _ = fork::guard();
     let refused = match check(request) {
+        _ if forked_bare() => no_runtime(RuntimeError::Unsupported(fork::BARE)),
         Ok(_) => no_memory(bytes),
         Err(refused) => refused,
     };
@@ -102,6 +107,7 @@ struct Refused {
 impl Refused {
     /// Finds out why, with nothing but what is known now.
     fn explained(step: Step, errno: Errno, bytes: usize, detail: Detail) -> Refused {
+        let _cancellation = NoCancellation::new();
         let circumstances = circumstances(step, errno, bytes, CloneCall::Clone3, &detail);
         Refused {
             step,
@@ -249,6 +255,8 @@ fn attempt(
     };
     let detail = Detail::default();
     let circumstances = circumstances(step, errno, 0, call, &detail);
+    // Reading files is a cancellation point, and so is sleeping between attempts.
+    let _cancellation = NoCancellation::new();
     let finding = if request.retry.repeats() {
         diagnose::diagnose(&circumstances, Some(&mut again))
     } else {

@@ -38,8 +38,9 @@ pub(crate) enum Reservation<T: Copy + 'static> {
 }
 
 impl<T: Copy + 'static> Reservation<T> {
-    pub(crate) fn new(slots: &'static [Slot<T>]) -> Reservation<T> {
-        if let Some(place) = allocate::<MaybeUninit<T>>() {
+    /// `heap`: whether malloc may be called at all.
+    pub(crate) fn new(slots: &'static [Slot<T>], heap: bool) -> Reservation<T> {
+        if heap && let Some(place) = allocate::<MaybeUninit<T>>() {
             // SAFETY: allocated with the layout that Box frees it with; nothing is no value to be read.
             return Reservation::Heap(unsafe { Box::from_raw(place.as_ptr()) });
         }

@@ -225,6 +225,7 @@ fn a_field_that_is_not_where_it_is_said_to_be_is_named() {
                     &[
                         "_thread_db_pthread_specific",
                         "the first block of pthread keys",
+                        "report_events behind the table of pthread keys",
                     ],
                 ),
                 (
@@ -406,9 +407,9 @@ fn a_wrong_size_list_or_variable_is_named() {
             }
         }
         const RESP: &[&str] = &[
+            "__resp",
             "__resp outside libc's TLS segment",
             "__resp is not the resolver's state",
-            "the resolver's state outside the descriptor",
         ];
         for wrong in ["missing", "0", "+8", "+4096"] {
             add("__resp", wrong.to_owned(), RESP);

@@ -1,6 +1,7 @@
 //! One thread's TLS block: preparing it, listing it, handing its heap cache on, retiring it.
 
-use super::{KEY_BLOCKS, KeyValues, Runtime, calibrate::JoinMark};
+use super::calibrate::{self, JoinMark};
+use super::{KEY_BLOCKS, KeyValues, Runtime};
 use crate::clone::{self, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
@@ -298,7 +299,7 @@ impl Runtime {
             ((tp + offsets.result) as *mut usize).write(0);
             // Without the flag for them, policy and priority are asked of the kernel.
             let flags = (tp + offsets.flags) as *mut u32;
-            flags.write(flags.read() & !offsets.flags_changed);
+            flags.write(flags.read() & !calibrate::FLAGS_SCHEDULING);
             ((tp + symbols.cancelhandling) as *mut u32).write(0);
             if let Some(exiting) = offsets.exiting {
                 ((tp + exiting.flag) as *mut u8).write(0);
@@ -332,7 +333,8 @@ impl Runtime {
         }
         // SAFETY: as in `write`.
         unsafe {
-            ((tp + offsets.user_stack) as *mut u8).write(offsets.user_stack_value);
+            let (user_stack, value) = offsets.user_stack;
+            ((tp + user_stack) as *mut u8).write(value);
             ((tp + symbols.tid) as *mut u32).write(0);
         }
     }

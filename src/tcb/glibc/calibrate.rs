@@ -1,22 +1,26 @@
-//! Offsets that no symbol gives, read off real threads.
+//! Offsets that no symbol gives: predicted from those that a symbol gives and from the order of the fields, which is
+//! the same from 2.34 to 2.43, then verified on a real thread.
 //!
-//! Two threads are started with `pthread_create`, once in a process: one on a stack of ours, whose
-//! descriptor stays readable after its end, and one on a stack of glibc's that detaches itself.
-//! What differs between them, between moments of one of them, and what equals values that were
-//! chosen by us, gives every offset; each must be found exactly once, or the glibc is unsupported.
+//! One thread is started with `pthread_create`, once in a process, on a stack of ours, so that its descriptor stays
+//! readable after its end. A prediction that does not hold there is an unsupported glibc. What is compared between two
+//! moments lies in a part of the descriptor that no other thread writes: links of the list, `setxid_futex` and
+//! `cancelhandling` change at any time, and scheduling flags are inherited (rule 27).
 //!
-//! The threads are needed in any case: only a real `pthread_create` ends glibc's single-thread fast
+//! The thread is needed in any case: only a real `pthread_create` ends glibc's single-thread fast
 //! paths (malloc without locks, unlocked stdio) and installs the set-id handler.
+//!
+//! Its creator can be inside a constructor or a callback of dl_iterate_phdr, with the loader's locks: the thread makes no
+//! call that takes one of them (rule 26).
 
 use super::super::RuntimeError;
-use super::symbols::{self, Segment, Symbols};
-use super::{Runtime, block, list::ThreadList};
-use crate::clone::{self, sys};
+use super::symbols::{self, Symbols};
+use super::{KEY_BLOCKS, KEYS_PER_BLOCK, list::ThreadList};
+use crate::clone;
 use crate::error::Step;
 use libc::c_void;
 use nix::errno::Errno;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 /// `sizeof (struct robust_list_head)`: the list, the futex offset, the pending operation.
 pub(super) const ROBUST_HEAD_SIZE: usize = 24;
@@ -24,8 +28,17 @@ pub(super) const ROBUST_HEAD_SIZE: usize = 24;
 /// What the calibration thread returns: `result` is the word that holds it after the join.
 const MAGIC: usize = 0x6e70_746c_c0de_2357_u64 as usize;
 
-/// A guard size that no other word of a descriptor is likely to hold.
+/// A guard size that `pthread_getattr_np` must find where it was put.
 const GUARD: usize = 11 * 4096;
+
+/// A check that fails is tried again before it is called proven.
+const TRIES: usize = 3;
+
+/// In `flags`: the stack is the user's; policy and priority are known; the thread registers rseq, if its creator has
+/// (`ATTR_FLAG_STACKADDR`, `_SCHED_SET` and `_POLICY_SET`, `_DO_RSEQ` in glibc's internal headers).
+const FLAG_STACK: u32 = 0x08;
+pub(super) const FLAGS_SCHEDULING: u32 = 0x60;
+const FLAG_RSEQ: u32 = 0x80;
 
 /// How glibc marks a thread that its own join and detach must refuse (rule 12).
 #[derive(Clone, Copy, Debug)]
@@ -56,10 +69,9 @@ pub(super) struct Offsets {
     pub reported_guardsize: usize,
     /// The heap block of priority-protect mutexes.
     pub tpp: usize,
-    pub user_stack: usize,
-    pub user_stack_value: u8,
+    /// `user_stack`, a bool, or from 2.42 on the low byte of `stack_mode`; and its value where the stack is the user's.
+    pub user_stack: (usize, u8),
     pub flags: usize,
-    pub flags_changed: u32,
     pub result: usize,
     pub join: usize,
     pub join_mark: JoinMark,
@@ -114,35 +126,32 @@ impl Snapshot {
         self.bytes(at).map_or(0, u32::from_ne_bytes)
     }
 
-    fn words(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.0.len().saturating_sub(7)).step_by(8)
-    }
-
-    fn halves(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.0.len().saturating_sub(3)).step_by(4)
+    fn byte(&self, at: usize) -> u8 {
+        self.0.get(at).copied().unwrap_or(0)
     }
 }
 
-/// What the thread on our stack leaves behind.
-struct OnOurStack {
-    symbols: *const Symbols,
-    list: *const ThreadList,
-    /// Where its descriptor has to be: that ends where the stack does.
-    expected_tp: usize,
+/// What the calibration thread and its creator share.
+struct Seen<'a> {
+    symbols: &'a Symbols,
+    list: &'a ThreadList,
+    /// Lowest address of the stack, and its length.
+    stack: (usize, usize),
     tp: usize,
     start: Snapshot,
-    after_getschedparam: Snapshot,
+    /// Unless a filter denies it.
+    after_getschedparam: Option<Snapshot>,
     after_getrandom: Snapshot,
     after_strsignal: Snapshot,
     after_strerror: Snapshot,
     after_setspecific: Snapshot,
-    robust_head: usize,
     resolver: usize,
-    resp: usize,
-    segment: Option<Segment>,
     listed: bool,
     tid: u32,
     counted: bool,
+    /// The word before `result` while the thread was detached.
+    detached: usize,
+    guard: usize,
     dtv_is_known: bool,
     rseq_is_known: bool,
     resp_is_known: bool,
@@ -163,27 +172,34 @@ fn first_allocation() {
 unsafe extern "C" fn never_called(_: *mut c_void) {}
 
 /// # Safety
-/// `argument` is an `OnOurStack` whose owner waits for this thread's end.
-unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
+/// `argument` is a `Seen` whose owner waits for this thread's end.
+unsafe extern "C" fn look(argument: *mut c_void) -> *mut c_void {
     // SAFETY: the creator waits in pthread_join while this thread writes to what it passed.
+    let seen = unsafe { &mut *argument.cast::<Seen>() };
+    let symbols = seen.symbols;
+    let tp = clone::thread_pointer();
+    seen.tp = tp;
+    if tp != seen.expected_tp() {
+        // Past the end of a descriptor of another size there need not be anything.
+        return std::ptr::null_mut();
+    }
+    // SAFETY: the thread's own descriptor, of the size that its place shows; libc's functions are called as documented.
     unsafe {
-        let seen = &mut *argument.cast::<OnOurStack>();
-        let symbols = &*seen.symbols;
-        let tp = clone::thread_pointer();
-        seen.tp = tp;
-        if tp != seen.expected_tp {
-            // Past the end of a descriptor of another size there need not be anything.
-            return std::ptr::null_mut();
+        if !symbols.shape.locale.is_null() {
+            libc::uselocale(symbols.shape.locale);
         }
         first_allocation();
         seen.start.take(tp);
 
-        // pthread_getschedparam asks the kernel and caches the answer: `flags` is where it notes
-        // so, and a stale note would answer for the next thread on this block.
+        // pthread_getschedparam asks the kernel and caches the answer: `flags` is where it notes so.
         let (mut policy, mut param) = (0, std::mem::zeroed::<libc::sched_param>());
-        libc::pthread_getschedparam(libc::pthread_self(), &raw mut policy, &raw mut param);
-        seen.after_getschedparam.take(tp);
-
+        let this = libc::pthread_self();
+        if libc::pthread_getschedparam(this, &raw mut policy, &raw mut param) != 0 {
+            seen.after_getschedparam = None;
+        }
+        if let Some(snapshot) = &mut seen.after_getschedparam {
+            snapshot.take(tp);
+        }
         let mut byte = 0_u8;
         libc::getrandom((&raw mut byte).cast(), 1, 0);
         seen.after_getrandom.take(tp);
@@ -192,148 +208,131 @@ unsafe extern "C" fn on_our_stack(argument: *mut c_void) -> *mut c_void {
         libc::strerror(99_999);
         seen.after_strerror.take(tp);
 
-        let (mut head, mut length) = (0_usize, 0_usize);
-        clone::syscall(
-            libc::SYS_get_robust_list,
-            [
-                0,
-                (&raw mut head) as usize,
-                (&raw mut length) as usize,
-                0,
-                0,
-                0,
-            ],
-        );
-        seen.robust_head = head;
         seen.resolver = symbols::__res_state() as usize;
-        seen.resp = symbols::resp_address().unwrap_or(0);
-        seen.segment = symbols::libc_segment().ok();
-        if let Some(segment) = seen.segment {
-            seen.dtv_is_known = segment.is_in(seen.start.word(symbols.dtv));
-            seen.resp_is_known = segment.contains(seen.resp)
-                && (seen.resp as *const usize).read_unaligned() == seen.resolver;
-        }
+        let segment = tp.wrapping_add_signed(symbols.shape.segment_start);
+        let resp = tp.wrapping_add_signed(symbols.shape.resp);
+        seen.dtv_is_known = symbols
+            .shape
+            .segment
+            .is_in(seen.start.word(symbols.dtv), segment);
+        seen.resp_is_known = (segment..segment + symbols.shape.segment.size).contains(&resp)
+            && (resp as *const usize).read_unaligned() == seen.resolver;
         seen.rseq_is_known = symbols.knows_rseq(tp);
         seen.tid = libc::gettid() as u32;
         // Its creator and itself.
         seen.counted = symbols.nthreads().load(Ordering::Relaxed) >= 2;
-        seen.listed = (*seen.list).contains(tp + symbols.list, true);
+        seen.listed = seen.list.contains(tp + symbols.list);
 
         let mut key = 0;
         if libc::pthread_key_create(&raw mut key, Some(never_called)) == 0 {
             seen.keys_are_known = symbols.knows_key(key, never_called);
-            libc::pthread_setspecific(key, std::ptr::from_mut(seen).cast());
+            libc::pthread_setspecific(key, argument);
             seen.after_setspecific.take(tp);
             libc::pthread_setspecific(key, std::ptr::null());
             libc::pthread_key_delete(key);
+        }
+
+        // A detached thread, as glibc marks it; and joinable again.
+        let mark = (tp + symbols.result() - size_of::<usize>()) as *mut usize;
+        let before = mark.read();
+        libc::pthread_detach(this);
+        seen.detached = mark.read();
+        mark.write(before);
+
+        if let Some(stackblock) = seen.stackblock() {
+            let reported = (tp + stackblock + REPORTED_GUARDSIZE) as *mut usize;
+            let before = reported.replace(GUARD);
+            let mut attributes = Attributes::new();
+            libc::pthread_attr_destroy(&raw mut attributes.0);
+            if libc::pthread_getattr_np(this, &raw mut attributes.0) == 0 {
+                libc::pthread_attr_getguardsize(&raw const attributes.0, &raw mut seen.guard);
+            }
+            reported.write(before);
         }
         MAGIC as *mut c_void
     }
 }
 
-/// What the thread on glibc's stack leaves behind. It is detached, so it says when it is done with
-/// this, and the creator waits for the kernel to let go of its tid.
-struct OnGlibcStack {
-    symbols: *const Symbols,
-    list: *const ThreadList,
-    tp: usize,
-    start: Snapshot,
-    detached: Snapshot,
-    listed: bool,
-    /// 0: not yet; else the tid, and nothing here is touched any more.
-    done: AtomicU32,
-}
+// Behind `stackblock`, in this order: its size, the size of its guard, the guard that `pthread_getattr_np` reports, the
+// data of priority-protect mutexes, and the resolver's state.
+const STACKBLOCK_SIZE: usize = 8;
+const GUARDSIZE: usize = 16;
+const REPORTED_GUARDSIZE: usize = 24;
+const TPP: usize = 32;
+const RESOLVER: usize = 40;
 
-/// # Safety
-/// `argument` is an `OnGlibcStack` whose owner waits for its `done`.
-unsafe extern "C" fn on_glibc_stack(argument: *mut c_void) -> *mut c_void {
-    // SAFETY: the creator waits for `done`, the last access to what it passed.
-    unsafe {
-        let seen = argument.cast::<OnGlibcStack>();
-        let tp = clone::thread_pointer();
-        let symbols = &*(*seen).symbols;
-        (*seen).tp = tp;
-        first_allocation();
-        (*seen).start.take(tp);
-        libc::pthread_detach(libc::pthread_self());
-        (*seen).detached.take(tp);
-        (*seen).listed = (*(*seen).list).contains(tp + symbols.list, false);
-        let done = &raw const (*seen).done;
-        (*done).store(libc::gettid() as u32, Ordering::Release);
-        // The word may be gone when this arrives; a wake touches no memory.
-        clone::syscall(
-            libc::SYS_futex,
-            [done as usize, libc::FUTEX_WAKE as usize, 1, 0, 0, 0],
-        );
-        std::ptr::null_mut()
+impl<'a> Seen<'a> {
+    fn new(
+        symbols: &'a Symbols,
+        list: &'a ThreadList,
+        stack: (usize, usize),
+    ) -> Result<Seen<'a>, RuntimeError> {
+        let snapshot = || Snapshot::empty(symbols.descriptor_size);
+        Ok(Seen {
+            symbols,
+            list,
+            stack,
+            tp: 0,
+            start: snapshot()?,
+            after_getschedparam: Some(snapshot()?),
+            after_getrandom: snapshot()?,
+            after_strsignal: snapshot()?,
+            after_strerror: snapshot()?,
+            after_setspecific: snapshot()?,
+            resolver: 0,
+            listed: false,
+            tid: 0,
+            counted: false,
+            detached: 0,
+            guard: 0,
+            dtv_is_known: false,
+            rseq_is_known: false,
+            resp_is_known: false,
+            // Where there is no key left, it cannot be asked.
+            keys_are_known: true,
+        })
+    }
+
+    fn expected_tp(&self) -> usize {
+        self.symbols.thread_pointer_in(self.stack.0 + self.stack.1)
+    }
+
+    /// The only place that holds the stack's address and, behind it, its length.
+    fn stackblock(&self) -> Option<usize> {
+        let (base, length) = self.stack;
+        let start = &self.start;
+        let is_here = |at: &usize| start.word(*at) == base && start.word(at + 8) == length;
+        let mut found = (0..start.0.len()).step_by(8).filter(is_here);
+        found.next().filter(|_| found.next().is_none())
     }
 }
 
 /// `pthread_create`, with the raw errno that it folds: glibc leaves it in `errno`.
-///
-/// # Safety
-/// As for pthread_create(3): `argument` is what `routine` expects, for as long as it runs.
-unsafe fn create(
-    attributes: *const libc::pthread_attr_t,
-    routine: unsafe extern "C" fn(*mut c_void) -> *mut c_void,
-    argument: *mut c_void,
-) -> Result<libc::pthread_t, RuntimeError> {
+fn create(attributes: &Attributes, seen: &mut Seen<'_>) -> Result<libc::pthread_t, RuntimeError> {
     let mut thread = 0;
     Errno::set_raw(0);
-    let mut ask = || {
-        // SAFETY: the libc crate wants a safe function type; ours is called once, by the new thread,
-        // with exactly the argument it is written for.
-        unsafe {
-            let routine: extern "C" fn(*mut c_void) -> *mut c_void = std::mem::transmute(routine);
-            libc::pthread_create(&raw mut thread, attributes, routine, argument)
-        }
+    // SAFETY: the libc crate wants a safe function type; `look` is called once, by the new thread, with the argument that
+    // it is written for, which outlives the thread: the caller joins it.
+    let answer = unsafe {
+        type Routine = extern "C" fn(*mut c_void) -> *mut c_void;
+        let routine =
+            std::mem::transmute::<unsafe extern "C" fn(*mut c_void) -> *mut c_void, Routine>(look);
+        let argument = std::ptr::from_mut(seen).cast();
+        libc::pthread_create(&raw mut thread, &raw const attributes.0, routine, argument)
     };
-    let mut answer = ask();
-    if answer == libc::EPERM {
-        // A filter without clone3, and glibc falls back to clone on ENOSYS only.
-        // SAFETY: the calibration's lock is held, and application signals are blocked; pthread_create
-        // makes its thread as the last but restoring the mask.
-        answer = unsafe { clone::dispatch::without_clone3(ask) }.unwrap_or(answer);
-    }
-    if answer == 0 {
-        return Ok(thread);
-    }
     let raw = Errno::last_raw();
-    let errno = if answer == libc::EAGAIN && raw != 0 {
-        raw
-    } else {
-        answer
-    };
-    Err(RuntimeError::Refused {
-        step: Step::Clone,
-        errno: Errno::from_raw(errno),
-        bytes: 0,
-    })
-}
-
-/// The refusal of a mapping such as glibc makes for a stack, if it is refused: `pthread_create` does not
-/// say which of its steps failed, so the one before clone is asked again.
-fn refused_mapping(length: usize) -> Option<RuntimeError> {
-    // SAFETY: a new private mapping without access, which nobody else knows and which goes at once.
-    unsafe {
-        let base = libc::mmap(
-            std::ptr::null_mut(),
-            length,
-            libc::PROT_NONE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_STACK,
-            -1,
-            0,
-        );
-        if base == libc::MAP_FAILED {
-            return Some(RuntimeError::Refused {
-                step: Step::MapStack,
-                errno: Errno::last(),
-                bytes: length,
-            });
-        }
-        libc::munmap(base, length);
+    match answer {
+        0 => Ok(thread),
+        errno => Err(RuntimeError::Refused {
+            step: Step::Clone,
+            errno: Errno::from_raw(if errno == libc::EAGAIN && raw != 0 {
+                raw
+            } else {
+                errno
+            }),
+            bytes: 0,
+        }),
     }
-    None
 }
 
 /// Thread attributes that are destroyed on every way out.
@@ -357,17 +356,23 @@ impl Drop for Attributes {
     }
 }
 
-/// Runs the two threads and concludes. The caller has blocked application signals.
-pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
-    let symbols = Symbols::look_up()?;
-    // SAFETY: the heads come from libthread_db's descriptors.
-    let list = unsafe { ThreadList::new(symbols.user_list, symbols.used_list) };
-    if !list.lock_is_plausible() {
-        return unsupported("the lock beside glibc's thread lists");
+/// Runs the thread and concludes. The caller has blocked application signals and disabled cancellation, because
+/// pthread_join is a cancellation point (rule 28).
+pub(super) fn calibrate(symbols: &Symbols, list: &ThreadList) -> Result<Offsets, RuntimeError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match attempt(symbols, list) {
+            Err(RuntimeError::Unsupported(_)) if tries < TRIES => {}
+            answer => return answer,
+        }
     }
-    let size = symbols.descriptor_size;
+}
 
-    let length = (symbols.tls_size + symbols.tls_align + 128 * 1024).next_multiple_of(4096);
+fn attempt(symbols: &Symbols, list: &ThreadList) -> Result<Offsets, RuntimeError> {
+    // Room for what glibc puts into it, and for the calls above.
+    let length = (symbols.tls_size + symbols.tls_align + 128 * 1024)
+        .next_multiple_of(crate::stack::layout::page_size());
     let stack = memmap2::MmapOptions::new()
         .len(length)
         .stack()
@@ -378,113 +383,26 @@ pub(super) fn calibrate() -> Result<Runtime, RuntimeError> {
             bytes: length,
         })?;
     let base = stack.as_ptr() as usize;
-    let mut ours = OnOurStack {
-        symbols: &raw const symbols,
-        list: &raw const list,
-        expected_tp: symbols.thread_pointer_in(base + length),
-        tp: 0,
-        start: Snapshot::empty(size)?,
-        after_getschedparam: Snapshot::empty(size)?,
-        after_getrandom: Snapshot::empty(size)?,
-        after_strsignal: Snapshot::empty(size)?,
-        after_strerror: Snapshot::empty(size)?,
-        after_setspecific: Snapshot::empty(size)?,
-        robust_head: 0,
-        resolver: 0,
-        resp: 0,
-        segment: None,
-        listed: false,
-        tid: 0,
-        counted: false,
-        dtv_is_known: false,
-        rseq_is_known: false,
-        resp_is_known: false,
-        // Where there is no key left, it cannot be asked.
-        keys_are_known: true,
-    };
-    let mut ended = Snapshot::empty(size)?;
+    let mut seen = Seen::new(symbols, list, (base, length))?;
+    let mut ended = Snapshot::empty(symbols.descriptor_size)?;
     let mut attributes = Attributes::new();
-    // SAFETY: the mapping outlives the thread, which is joined below; the argument likewise.
+    // SAFETY: the mapping outlives the thread, which is joined below.
     unsafe {
-        let answer =
-            libc::pthread_attr_setstack(&raw mut attributes.0, base as *mut c_void, length);
-        if answer != 0 {
+        let place = base as *mut c_void;
+        if libc::pthread_attr_setstack(&raw mut attributes.0, place, length) != 0 {
             return unsupported("pthread_attr_setstack");
         }
-        let thread = create(
-            &raw const attributes.0,
-            on_our_stack,
-            (&raw mut ours).cast(),
-        )?;
-        let mut result = std::ptr::null_mut();
-        libc::pthread_join(thread, &raw mut result);
-        if thread as usize != ours.tp {
+        let thread = create(&attributes, &mut seen)?;
+        libc::pthread_join(thread, std::ptr::null_mut());
+        if thread as usize != seen.tp {
             return unsupported("pthread_t is not the thread pointer");
         }
-        if ours.tp != ours.expected_tp {
+        if seen.tp != seen.expected_tp() {
             return unsupported("_thread_db_sizeof_pthread");
         }
-        ended.take(ours.tp);
+        ended.take(seen.tp);
     }
-
-    let mut glibcs = OnGlibcStack {
-        symbols: &raw const symbols,
-        list: &raw const list,
-        tp: 0,
-        start: Snapshot::empty(size)?,
-        detached: Snapshot::empty(size)?,
-        listed: false,
-        done: AtomicU32::new(0),
-    };
-    let mut attributes = Attributes::new();
-    // glibc takes the guard out of the size. The default size, RLIMIT_STACK, could be refused where
-    // the caller's own stack is not.
-    let glibcs_length = length + GUARD;
-    // SAFETY: `glibcs` outlives the thread's use of it: this waits for `done`. Past that, the loop
-    // waits for the thread itself, so that it does not count when the first clone meets a limit.
-    unsafe {
-        libc::pthread_attr_setguardsize(&raw mut attributes.0, GUARD);
-        libc::pthread_attr_setstacksize(&raw mut attributes.0, glibcs_length);
-        create(
-            &raw const attributes.0,
-            on_glibc_stack,
-            (&raw mut glibcs).cast(),
-        )
-        .map_err(|error| refused_mapping(glibcs_length).unwrap_or(error))?;
-    }
-    let mut tid;
-    loop {
-        tid = glibcs.done.load(Ordering::Acquire);
-        if tid != 0 {
-            break;
-        }
-        sys::futex_wait(&glibcs.done, 0, None);
-    }
-    for _ in 0..10_000 {
-        if sys::tgkill(sys::process_id(), tid as i32, 0).is_err() {
-            break;
-        }
-        std::thread::yield_now();
-    }
-
-    let offsets = conclude(&symbols, (base, length), &ours, &ended, &glibcs)?;
-    symbols::keep_loaded();
-    Ok(Runtime {
-        symbols,
-        offsets,
-        list,
-    })
-}
-
-/// The only element, or the error.
-fn exactly_one(
-    mut found: impl Iterator<Item = usize>,
-    what: &'static str,
-) -> Result<usize, RuntimeError> {
-    match (found.next(), found.next()) {
-        (Some(one), None) => Ok(one),
-        _ => unsupported(what),
-    }
+    conclude(&seen, &ended)
 }
 
 /// At most one element; two are an error.
@@ -498,185 +416,150 @@ fn at_most_one(
     }
 }
 
-fn conclude(
-    symbols: &Symbols,
-    (base, length): (usize, usize),
-    ours: &OnOurStack,
-    ended: &Snapshot,
-    glibcs: &OnGlibcStack,
-) -> Result<Offsets, RuntimeError> {
-    let tp = ours.tp;
-    let first = &ours.start;
-    if !ours.listed || !glibcs.listed {
-        return unsupported("a new pthread is not on glibc's thread list");
-    }
-    if first.word(symbols.list) == 0 || ours.robust_head.wrapping_sub(tp) >= first.0.len() {
-        return unsupported("robust list head outside the descriptor");
-    }
-    if !ours.counted {
-        return unsupported("__nptl_nthreads does not count a new pthread");
-    }
-    if first.half(symbols.tid) != ours.tid || ended.half(symbols.tid) == ours.tid {
-        return unsupported("_thread_db_pthread_tid");
-    }
-    if !ours.dtv_is_known {
-        return unsupported("_thread_db_pthread_dtvp");
-    }
+/// What glibc exports is what it is said to be.
+fn check_symbols(seen: &Seen<'_>, ended: &Snapshot) -> Result<(), RuntimeError> {
     // EXITING_BITMASK (nptl/descr.h), set at a thread's end.
     const EXITING: u32 = 0x10;
-    let cancelhandling = symbols.cancelhandling;
-    if first.half(cancelhandling) & EXITING != 0 || ended.half(cancelhandling) & EXITING == 0 {
-        return unsupported("_thread_db_pthread_cancelhandling");
+    let (symbols, start) = (seen.symbols, &seen.start);
+    let exits = |at: &Snapshot| at.half(symbols.cancelhandling) & EXITING != 0;
+    let specific_end = symbols.specific + KEY_BLOCKS * size_of::<usize>();
+    let checks = [
+        (seen.listed, "a new pthread is not on glibc's thread list"),
+        (start.word(symbols.list) != 0, "_thread_db_pthread_list"),
+        (seen.counted, "__nptl_nthreads does not count a new pthread"),
+        (
+            start.half(symbols.tid) == seen.tid && ended.half(symbols.tid) != seen.tid,
+            "_thread_db_pthread_tid",
+        ),
+        (seen.dtv_is_known, "_thread_db_pthread_dtvp"),
+        (
+            !exits(start) && exits(ended),
+            "_thread_db_pthread_cancelhandling",
+        ),
+        (seen.rseq_is_known, "__rseq_offset"),
+        (seen.keys_are_known, "__pthread_keys"),
+        (seen.resp_is_known, "__resp is not the resolver's state"),
+        // These hold nothing that could be looked for, but each has a neighbour in every glibc from 2.34 to 2.43.
+        (
+            symbols.schedpolicy == symbols.sched_priority + 4,
+            "schedpolicy behind the priority",
+        ),
+        (
+            symbols.nextevent == symbols.eventbuf.0 + symbols.eventbuf.1,
+            "nextevent behind eventbuf",
+        ),
+        (
+            symbols.report_events == specific_end + 1,
+            "report_events behind the table of pthread keys",
+        ),
+    ];
+    match checks.iter().find(|(holds, _)| !holds) {
+        Some((_, what)) => unsupported(what),
+        None => Ok(()),
     }
-    let Some(segment) = ours.segment else {
-        return unsupported("libc's own TLS segment was not found");
-    };
-    let below = tp.wrapping_sub(segment.start);
-    if below > symbols.tls_size - symbols.descriptor_size {
-        return unsupported("libc's TLS segment outside static TLS");
-    }
-    if !ours.rseq_is_known {
-        return unsupported("__rseq_offset");
-    }
-    if !ours.keys_are_known {
-        return unsupported("__pthread_keys");
-    }
-    // These hold nothing that could be looked for, but each has a neighbour in every glibc from 2.34 to 2.43.
-    if symbols.schedpolicy != symbols.sched_priority + 4 {
-        return unsupported("schedpolicy behind the priority");
-    }
-    if symbols.nextevent != symbols.eventbuf.0 + symbols.eventbuf.1 {
-        return unsupported("nextevent behind eventbuf");
-    }
-    // The words that change by themselves: the kernel writes the rseq area at every preemption.
-    let (rseq_start, rseq_end) = symbols.rseq.map_or((0, 0), |rseq| {
-        let start = rseq.offset.max(0) as usize;
-        (start, start + rseq.registered_size())
-    });
-    let quiet = move |at: &usize| !(rseq_start..rseq_end).contains(at);
-    fn changed<'a>(
-        quiet: impl Fn(&usize) -> bool + 'a,
-        before: &'a Snapshot,
-        after: &'a Snapshot,
-    ) -> impl Iterator<Item = usize> + 'a {
-        let words = before.words().filter(quiet);
-        words.filter(|&at| before.word(at) != after.word(at))
-    }
+}
 
-    let robust_head = ours.robust_head - tp;
-    if first.word(robust_head) != ours.robust_head {
-        return unsupported("robust list is not empty at start");
+fn conclude(seen: &Seen<'_>, ended: &Snapshot) -> Result<Offsets, RuntimeError> {
+    check_symbols(seen, ended)?;
+    let (symbols, start, tp) = (seen.symbols, &seen.start, seen.tp);
+
+    // An empty list points to itself, and so does the word before it. get_robust_list(2) can be denied (rule 31).
+    let robust_head = symbols.tid + 16;
+    let itself = tp + robust_head;
+    if start.word(robust_head) != itself || start.word(robust_head - 8) != itself {
+        return unsupported("the robust list behind the tid");
     }
-    let specific_first = first.word(symbols.specific);
-    let first_key_block = specific_first.wrapping_sub(tp);
-    if first_key_block + super::KEYS_PER_BLOCK * size_of::<symbols::KeyValue>() != symbols.specific
-    {
+    let first_key_block = start.word(symbols.specific).wrapping_sub(tp);
+    if first_key_block + KEYS_PER_BLOCK * size_of::<symbols::KeyValue>() != symbols.specific {
         return unsupported("the first block of pthread keys");
     }
-    let specific_end = symbols.specific + super::KEY_BLOCKS * size_of::<usize>();
-    if symbols.report_events != specific_end + 1 {
-        return unsupported("report_events behind the table of pthread keys");
-    }
-    let stackblock = exactly_one(
-        first
-            .words()
-            .filter(|&at| first.word(at) == base && first.word(at + 8) == length),
-        "stackblock",
-    )?;
-    let (guardsize, reported_guardsize) = (stackblock + 16, stackblock + 24);
-    if glibcs.start.word(guardsize) != GUARD || glibcs.start.word(reported_guardsize) != GUARD {
+    let flags = flags(seen, first_key_block)?;
+    let user_stack = user_stack(symbols.report_events, start)?;
+
+    let Some(stackblock) = seen.stackblock() else {
+        return unsupported("stackblock");
+    };
+    if seen.guard != GUARD {
         return unsupported("guardsize beside stackblock_size");
     }
-    let result = exactly_one(
-        ended.words().filter(|&at| ended.word(at) == MAGIC),
-        "result",
-    )?;
-    let join = result.wrapping_sub(8);
-    let join_mark = match glibcs.detached.word(join) {
-        itself if itself == glibcs.tp && first.word(join) == 0 => JoinMark::Itself,
-        state if (1..16).contains(&(state as u32)) && glibcs.start.half(join) != state as u32 => {
+    let resolver = seen.resolver.wrapping_sub(tp);
+    let resolver_end = resolver + symbols.resolver_size;
+    if resolver != stackblock + RESOLVER
+        || start.word(stackblock + TPP) != 0
+        || resolver_end > start.0.len()
+    {
+        return unsupported("the resolver's state behind stackblock");
+    }
+
+    let result = symbols.result();
+    if ended.word(result) != MAGIC || start.word(result) == MAGIC {
+        return unsupported("result before the priority");
+    }
+    let join = result - size_of::<usize>();
+    let before = start.word(join);
+    let join_mark = match seen.detached {
+        itself if itself == tp && before == 0 => JoinMark::Itself,
+        state if (1..16).contains(&(state as u32)) && before as u32 != state as u32 => {
             JoinMark::State(state as u32)
         }
         _ => return unsupported("joinid or joinstate before result"),
     };
-    // Only bytes that are constant in a thread's life can differ here, so the two moments agree.
-    let user_stack = exactly_one(
-        (symbols.report_events..join).filter(|&at| first.0[at] != glibcs.start.0[at]),
-        "user_stack",
-    )?;
-    let flags = exactly_one(
-        first.halves().filter(quiet).filter(|&at| {
-            at != symbols.schedpolicy
-                && at != symbols.sched_priority
-                && first.half(at) != ours.after_getschedparam.half(at)
-        }),
-        "flags",
-    )?;
-    let flags_changed = first.half(flags) ^ ours.after_getschedparam.half(flags);
-    let getrandom = at_most_one(
-        changed(quiet, &ours.after_getschedparam, &ours.after_getrandom),
-        "the state of getrandom",
-    )?;
-    let strsignal = at_most_one(
-        changed(quiet, &ours.after_getrandom, &ours.after_strsignal),
+
+    // No other thread writes behind the resolver's state, but for the kernel, into the rseq area.
+    let (rseq_start, rseq_end) = symbols.rseq.map_or((0, 0), |rseq| {
+        let start = rseq.offset.max(0) as usize;
+        (start, start + rseq.registered_size())
+    });
+    let own = || (resolver_end..start.0.len()).filter(|at| !(rseq_start..rseq_end).contains(at));
+    let changed = |before: &Snapshot, after: &Snapshot, what| {
+        let word = own().filter(|at| at.is_multiple_of(8));
+        at_most_one(word.filter(|&at| before.word(at) != after.word(at)), what)
+    };
+    let before = seen.after_getschedparam.as_ref().unwrap_or(start);
+    let getrandom = changed(before, &seen.after_getrandom, "the state of getrandom")?;
+    let strsignal = changed(
+        &seen.after_getrandom,
+        &seen.after_strsignal,
         "the buffer of strsignal",
     )?;
-    let strerror = at_most_one(
-        changed(quiet, &ours.after_strsignal, &ours.after_strerror),
+    let strerror = changed(
+        &seen.after_strsignal,
+        &seen.after_strerror,
         "the buffer of strerror",
     )?;
-    let resolver = ours.resolver.wrapping_sub(tp);
-    if resolver + symbols.resolver_size > first.0.len() || ours.resp == 0 {
-        return unsupported("the resolver's state outside the descriptor");
-    }
-    let segment = -(below as isize)..segment.size as isize - below as isize;
-    let resp = ours.resp as isize - tp as isize;
-    if !segment.contains(&resp) || segment.end - segment.start > block::SEGMENT_MAX as isize {
-        return unsupported("__resp outside libc's TLS segment");
-    }
-    if !ours.resp_is_known {
-        return unsupported("__resp is not the resolver's state");
-    }
     // A byte that became 1 at the thread's end, in an otherwise empty word, with a free lock in
     // the next one. Absent before 2.35: then pthread_kill asks the tid word, which we keep right.
-    let exiting = at_most_one(
-        (reported_guardsize + 8..first.0.len().saturating_sub(8))
-            .filter(quiet)
-            .filter(|&at| {
-                let word = at & !3;
-                ours.after_strerror.half(word) == 0
-                    && ended.half(word) == 1 << (8 * (at % 4))
-                    && ended.0[at] == 1
-                    && ended.half(word + 4) == 0
-            }),
-        "exiting",
-    )?
-    .map(|flag| Exiting {
+    let is_exiting = |&at: &usize| {
+        let word = at & !3;
+        seen.after_strerror.half(word) == 0
+            && ended.half(word) == 1 << (8 * (at % 4))
+            && ended.half(word + 4) == 0
+    };
+    let exiting = at_most_one(own().filter(is_exiting), "exiting")?.map(|flag| Exiting {
         flag,
         lock: (flag & !3) + 4,
     });
     // Right behind the table of values: 1 in a thread with a value, 0 again once it has ended.
-    let specific_used = Some(specific_end).filter(|&at| {
-        ours.after_setspecific.bytes(at) == Some([1]) && ended.bytes(at) == Some([0])
-    });
+    let specific_used = Some(symbols.report_events - 1)
+        .filter(|&at| seen.after_setspecific.byte(at) == 1 && ended.byte(at) == 0);
+    let segment = symbols.shape.segment_start
+        ..symbols.shape.segment_start + symbols.shape.segment.size as isize;
     Ok(Offsets {
         robust_head,
-        robust_futex_offset: first.word(robust_head + 8),
+        robust_futex_offset: start.word(robust_head + 8),
         first_key_block,
         stackblock,
-        stackblock_size: stackblock + 8,
-        guardsize,
-        reported_guardsize,
-        tpp: reported_guardsize + 8,
+        stackblock_size: stackblock + STACKBLOCK_SIZE,
+        guardsize: stackblock + GUARDSIZE,
+        reported_guardsize: stackblock + REPORTED_GUARDSIZE,
+        tpp: stackblock + TPP,
         user_stack,
-        user_stack_value: first.0[user_stack],
         flags,
-        flags_changed,
         result,
         join,
         join_mark,
         resolver,
-        resp,
+        resp: symbols.shape.resp,
         segment,
         exiting,
         getrandom,
@@ -684,4 +567,36 @@ fn conclude(
         strerror,
         specific_used,
     })
+}
+
+/// The word of flags before the first block of keys: behind `cancelhandling`, up to 2.35 with two bytes in between. Policy
+/// and priority can be known already, because the creator knew its own.
+fn flags(seen: &Seen<'_>, first_key_block: usize) -> Result<usize, RuntimeError> {
+    let behind = seen.symbols.cancelhandling;
+    let is_flags = |at: &usize| {
+        let asked = seen.after_getschedparam.as_ref();
+        at + 4 <= first_key_block
+            && seen.start.half(*at) & !(FLAGS_SCHEDULING | FLAG_RSEQ) == FLAG_STACK
+            && asked
+                .is_none_or(|asked| asked.half(*at) & !FLAG_RSEQ == FLAG_STACK | FLAGS_SCHEDULING)
+    };
+    let found = [behind + 4, behind + 8].into_iter().filter(is_flags);
+    match at_most_one(found, "flags")? {
+        Some(flags) => Ok(flags),
+        None => unsupported("flags"),
+    }
+}
+
+/// What says that a stack is the user's, behind `report_events`: a bool up to 2.41, then an int.
+fn user_stack(report_events: usize, start: &Snapshot) -> Result<(usize, u8), RuntimeError> {
+    const IS_USERS: u8 = 1;
+    const MODE_IS_USERS: u8 = 2;
+    let (flag, mode) = (report_events + 1, (report_events + 1).next_multiple_of(4));
+    if start.byte(flag) == IS_USERS {
+        Ok((flag, IS_USERS))
+    } else if start.half(mode) == u32::from(MODE_IS_USERS) {
+        Ok((mode, MODE_IS_USERS))
+    } else {
+        unsupported("user_stack behind report_events")
+    }
 }

@@ -22,17 +22,15 @@ const LOCK: usize = 48;
 const LONGEST: usize = 1 << 22;
 
 pub(super) struct ThreadList {
-    /// Address of the head of `_dl_stack_user`.
+    /// Address of the head of `_dl_stack_user`, the list of threads with stacks of their own.
     head: usize,
-    /// Address of the head of `_dl_stack_used`.
-    used: usize,
 }
 
 impl ThreadList {
     /// # Safety
-    /// `user` and `used` are the heads that libthread_db's descriptors give.
-    pub(super) unsafe fn new(user: usize, used: usize) -> ThreadList {
-        ThreadList { head: user, used }
+    /// `head` is the head that libthread_db's descriptors give.
+    pub(super) unsafe fn new(head: usize) -> ThreadList {
+        ThreadList { head }
     }
 
     fn lock_word(&self) -> &AtomicU32 {
@@ -58,10 +56,9 @@ impl ThreadList {
             && self.in_flight().load(Ordering::Relaxed) & 7 <= 1
     }
 
-    /// Whether `element` is on the list of threads with stacks of their own (`user`), or on that
-    /// of threads with glibc's stacks.
-    pub(super) fn contains(&self, element: usize, user: bool) -> bool {
-        let head = if user { self.head } else { self.used };
+    /// Whether `element` is on the list.
+    pub(super) fn contains(&self, element: usize) -> bool {
+        let head = self.head;
         sys::lll_lock(self.lock_word());
         let mut found = false;
         // SAFETY: head and elements are linked while the lock is held.

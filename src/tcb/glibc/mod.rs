@@ -78,24 +78,42 @@ impl Runtime {
 
     #[cold]
     fn calibrate() -> Result<&'static Runtime, RuntimeError> {
-        // The calibration threads inherit this mask: no handler of the application ever runs on
-        // them, and none can call spawn while this thread holds the calibration's lock.
+        // What takes a lock of the loader comes before any lock of ours: this thread can have the loader's already, and
+        // another that waits for ours can have it, too (rule 26).
+        let symbols = Symbols::look_up()?;
+        symbols::keep_loaded();
+        // SAFETY: the head comes from libthread_db's descriptors.
+        let list = unsafe { ThreadList::new(symbols.user_list) };
+        if !list.lock_is_plausible() {
+            return Err(RuntimeError::Unsupported(
+                "the lock beside glibc's thread lists",
+            ));
+        }
+        // The calibration thread inherits this mask: no handler of the application ever runs on
+        // it, and none can call spawn while this thread holds the calibration's lock.
         let old = sys::set_signal_mask(sys::APPLICATION);
+        let cancellation = sys::NoCancellation::new();
         let result = {
             let _serial = CALIBRATION.lock();
-            match Runtime::existing() {
-                Some(runtime) => Ok(runtime),
-                None => calibrate::calibrate().and_then(|runtime| {
-                    let runtime = try_box(runtime)
-                        .map_err(|_| RuntimeError::no_memory(size_of::<Runtime>()))?;
-                    let runtime: &'static Runtime = Box::leak(runtime);
-                    RUNTIME.store(std::ptr::from_ref(runtime).cast_mut(), Ordering::Release);
-                    Ok(runtime)
-                }),
-            }
+            Runtime::existing().map_or_else(|| Runtime::publish(symbols, list), Ok)
         };
         sys::set_signal_mask(old & sys::APPLICATION);
+        drop(cancellation);
         result
+    }
+
+    fn publish(symbols: Symbols, list: ThreadList) -> Result<&'static Runtime, RuntimeError> {
+        let offsets = calibrate::calibrate(&symbols, &list)?;
+        let runtime = Runtime {
+            symbols,
+            offsets,
+            list,
+        };
+        let runtime =
+            try_box(runtime).map_err(|_| RuntimeError::no_memory(size_of::<Runtime>()))?;
+        let runtime: &'static Runtime = Box::leak(runtime);
+        RUNTIME.store(std::ptr::from_ref(runtime).cast_mut(), Ordering::Release);
+        Ok(runtime)
     }
 
     /// In a forked child: the thread that calibrated in the parent does not exist here. What a calibration has found
@@ -173,7 +191,7 @@ impl Runtime {
             *symbols::__h_errno_location() = 0;
             // Cancellation unwinds through Rust frames and aborts the process; a request stays
             // pending instead, unless code in the thread asks for it.
-            symbols::pthread_setcancelstate(symbols::PTHREAD_CANCEL_DISABLE, std::ptr::null_mut());
+            sys::pthread_setcancelstate(sys::PTHREAD_CANCEL_DISABLE, std::ptr::null_mut());
             // Until 2.35 the type is a field of its own, which no offset is known of.
             symbols::pthread_setcanceltype(symbols::PTHREAD_CANCEL_DEFERRED, std::ptr::null_mut());
             *libc::__errno_location() = 0;

@@ -55,8 +55,6 @@ pub(super) const RSEQ_UNINITIALIZED: i32 = -1;
 pub(super) const RES_STATE_NSCOUNT: usize = 16;
 /// `LC_GLOBAL_LOCALE` (locale.h)
 pub(super) const LC_GLOBAL_LOCALE: libc::locale_t = -1_isize as libc::locale_t;
-/// `PTHREAD_CANCEL_DISABLE`
-pub(super) const PTHREAD_CANCEL_DISABLE: c_int = 1;
 /// `PTHREAD_CANCEL_DEFERRED`
 pub(super) const PTHREAD_CANCEL_DEFERRED: c_int = 0;
 
@@ -65,7 +63,6 @@ unsafe extern "C" {
     pub(super) fn __res_state() -> *mut c_void;
     pub(super) fn __pthread_register_cancel(buffer: *mut crate::clone::UnwindBuffer);
     pub(super) fn __pthread_unregister_cancel(buffer: *mut crate::clone::UnwindBuffer);
-    pub(super) fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
     pub(super) fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int;
 }
 
@@ -90,9 +87,9 @@ pub(super) struct Symbols {
     /// `sizeof (struct __res_state)`, public in resolv.h
     pub resolver_size: usize,
     pub rseq: Option<Rseq>,
-    /// Heads of the circular lists of live threads: on stacks of the user, on stacks of glibc.
+    /// Head of the circular list of live threads on stacks of the user.
     pub user_list: usize,
-    pub used_list: usize,
+    pub shape: Shape,
     // Offsets in the descriptor that libthread_db needs, too.
     pub tid: usize,
     pub dtv: usize,
@@ -177,7 +174,13 @@ impl Symbols {
             static_info(&raw mut tls_size, &raw mut tls_align);
         }
         let descriptor_size = u32_at(c"_thread_db_sizeof_pthread")? as usize;
-        if tls_size < descriptor_size || tls_size > 1 << 24 || !tls_align.is_power_of_two() {
+        // Initial-exec TLS of tens of MiB exists; more than this is no size.
+        const LARGEST: usize = 1 << 40;
+        if tls_size < descriptor_size
+            || tls_size > LARGEST
+            || !tls_align.is_power_of_two()
+            || !tls_size.is_multiple_of(tls_align.min(64))
+        {
             return Err(RuntimeError::Unsupported("static TLS size is implausible"));
         }
         // SAFETY: a pointer variable of libc, set when ld.so started.
@@ -240,7 +243,7 @@ impl Symbols {
             resolver_size: 568,
             rseq: rseq()?,
             user_list,
-            used_list,
+            shape: Shape::of_this_thread(tls_size - descriptor_size)?,
             tid: field_of(c"_thread_db_pthread_tid", 32)?,
             dtv: field_of(c"_thread_db_pthread_dtvp", usize::BITS)?,
             list: field_of(c"_thread_db_pthread_list", list_bits)?,
@@ -259,6 +262,11 @@ impl Symbols {
             ),
         };
         Ok(symbols)
+    }
+
+    /// What `pthread_exit` stores, before the priority.
+    pub(super) fn result(&self) -> usize {
+        self.sched_priority.saturating_sub(size_of::<usize>())
     }
 
     /// The thread pointer of a block that ends at `end`: where glibc puts it, too.
@@ -350,43 +358,71 @@ pub(super) fn keep_loaded() {
     }
 }
 
-/// The calling thread's address of libc's TLS variable `__resp`.
-pub(super) fn resp_address() -> Result<usize, RuntimeError> {
-    address(c"__resp")
+/// What the creator of the calibration thread finds out about libc's TLS in its own thread: relative to the thread pointer
+/// the same holds in every one.
+pub(super) struct Shape {
+    /// libc's own TLS segment: malloc's thread cache and arena, errno, locale, resolver pointer, …
+    pub segment: Segment,
+    pub segment_start: isize,
+    /// `__resp`, which points to the resolver's state.
+    pub resp: isize,
+    /// The C locale: with another one strsignal and strerror can load message catalogues and converters.
+    pub locale: libc::locale_t,
 }
 
-/// libc's own TLS segment of the calling thread.
+impl Shape {
+    fn of_this_thread(below: usize) -> Result<Shape, RuntimeError> {
+        let tp = crate::clone::thread_pointer();
+        let (start, segment) = libc_segment()?;
+        let resp = address(c"__resp")?;
+        if tp.wrapping_sub(start) > below {
+            return Err(RuntimeError::Unsupported(
+                "libc's TLS segment outside static TLS",
+            ));
+        }
+        if !(start..start + segment.size).contains(&resp) {
+            return Err(RuntimeError::Unsupported(
+                "__resp outside libc's TLS segment",
+            ));
+        }
+        // SAFETY: the C locale is a constant of libc's; nothing is loaded or allocated for it.
+        let locale =
+            unsafe { libc::newlocale(libc::LC_ALL_MASK, c"C".as_ptr(), std::ptr::null_mut()) };
+        Ok(Shape {
+            segment_start: start.wrapping_sub(tp) as isize,
+            resp: resp.wrapping_sub(tp) as isize,
+            segment,
+            locale,
+        })
+    }
+}
+
+/// libc's own TLS segment.
 #[derive(Clone, Copy)]
 pub(super) struct Segment {
-    pub start: usize,
     pub size: usize,
     /// Its number among the modules with TLS.
     module: usize,
 }
 
 impl Segment {
-    pub(super) fn contains(&self, address: usize) -> bool {
-        (self.start..self.start + self.size).contains(&address)
-    }
-
-    /// Whether the DTV, of which the calling thread's descriptor tells, has the segment where it is.
-    pub(super) fn is_in(&self, dtv: usize) -> bool {
+    /// Whether the DTV of a thread has the segment at `start`.
+    pub(super) fn is_in(&self, dtv: usize, start: usize) -> bool {
         let (first, entry) = (
             dtv.wrapping_sub(DTV_ENTRY),
             dtv.wrapping_add(self.module * DTV_ENTRY),
         );
         is_mapped(first, (self.module + 2) * DTV_ENTRY)
             // SAFETY: mapped and aligned.
-            && unsafe { (entry as *const usize).read() } == self.start
+            && unsafe { (entry as *const usize).read() } == start
     }
 }
 
-/// libc's own TLS segment (malloc's thread cache and arena, errno, locale, resolver pointer, …): found as the
-/// PT_TLS that `errno` lies in.
-pub(super) fn libc_segment() -> Result<Segment, RuntimeError> {
+/// libc's own TLS segment, and where it starts in the calling thread: the PT_TLS that `errno` lies in.
+fn libc_segment() -> Result<(usize, Segment), RuntimeError> {
     struct Search {
         errno: usize,
-        found: Option<Segment>,
+        found: Option<(usize, Segment)>,
     }
     /// # Safety
     /// Called by dl_iterate_phdr(3) with a `Search` as its data.
@@ -406,11 +442,11 @@ pub(super) fn libc_segment() -> Result<Segment, RuntimeError> {
                 let header = &*info.dlpi_phdr.add(index);
                 let end = start + header.p_memsz as usize;
                 if header.p_type == libc::PT_TLS && (start..end).contains(&search.errno) {
-                    search.found = Some(Segment {
-                        start,
+                    let segment = Segment {
                         size: end - start,
                         module: info.dlpi_tls_modid,
-                    });
+                    };
+                    search.found = Some((start, segment));
                     return 1;
                 }
             }
@@ -425,7 +461,7 @@ pub(super) fn libc_segment() -> Result<Segment, RuntimeError> {
     // SAFETY: the callback matches, and `search` outlives the call.
     unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut search).cast()) };
     match search.found {
-        Some(segment) if segment.size <= super::block::SEGMENT_MAX => Ok(segment),
+        Some(found) if found.1.size <= super::block::SEGMENT_MAX => Ok(found),
         _ => Err(RuntimeError::Unsupported(
             "libc's own TLS segment was not found",
         )),

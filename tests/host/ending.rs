@@ -1,0 +1,133 @@
+//! A thread's end, like that of nptl's threads.
+
+use super::{spawn_and_join, wait_until};
+use crate::support::{alone, malloc_in_use};
+use nptl::{Builder, StackCache, StackCacheConfig};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Counts how many threads are spawned and joined while another thread changes the user all the time, in turns with std.
+///
+/// A set-id call holds the lock of glibc's thread list, again and again. A thread that waits for that lock at its end is
+/// signalled anew in each round, and starves: 40 to 120 times fewer threads. That is what this tells from a thread that
+/// does not wait, not how long either takes.
+#[test]
+fn a_thread_does_not_wait_for_set_id_broadcasts() {
+    alone(
+        "ending::a_thread_does_not_wait_for_set_id_broadcasts",
+        || {
+            static STOP: AtomicBool = AtomicBool::new(false);
+            static BROADCASTS: AtomicUsize = AtomicUsize::new(0);
+            spawn_and_join();
+            let broadcaster = std::thread::spawn(|| {
+                // SAFETY: no preconditions.
+                let uid = unsafe { libc::geteuid() };
+                while !STOP.load(Ordering::Relaxed) {
+                    // SAFETY: the user that it is already.
+                    assert_eq!(unsafe { libc::seteuid(uid) }, 0);
+                    BROADCASTS.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            wait_until("broadcasts", || BROADCASTS.load(Ordering::Relaxed) > 10);
+            let (mut std, mut ours) = (0, 0);
+            for _ in 0..10 {
+                let slice = |count: &mut usize, each: fn()| {
+                    let start = Instant::now();
+                    while start.elapsed() < Duration::from_millis(200) {
+                        each();
+                        *count += 1;
+                    }
+                };
+                slice(&mut std, || std::thread::spawn(|| ()).join().unwrap());
+                slice(&mut ours, spawn_and_join);
+            }
+            STOP.store(true, Ordering::Relaxed);
+            broadcaster.join().unwrap();
+            assert!(ours * 2 >= std, "std {std}, nptl {ours}");
+        },
+    );
+}
+
+/// Locks a mutex with a priority ceiling, for which glibc allocates the thread's own data, whether or not the thread may
+/// have that priority.
+fn lock_with_ceiling() {
+    unsafe extern "C" {
+        fn pthread_mutexattr_setprioceiling(
+            attributes: *mut libc::pthread_mutexattr_t,
+            ceiling: libc::c_int,
+        ) -> libc::c_int;
+    }
+    const PTHREAD_PRIO_PROTECT: libc::c_int = 2;
+    // SAFETY: a mutex of this frame's.
+    unsafe {
+        let mut attributes = std::mem::zeroed();
+        let mut mutex = std::mem::zeroed();
+        libc::pthread_mutexattr_init(&raw mut attributes);
+        libc::pthread_mutexattr_setprotocol(&raw mut attributes, PTHREAD_PRIO_PROTECT);
+        pthread_mutexattr_setprioceiling(&raw mut attributes, 1);
+        assert_eq!(
+            libc::pthread_mutex_init(&raw mut mutex, &raw const attributes),
+            0
+        );
+        if libc::pthread_mutex_lock(&raw mut mutex) == 0 {
+            libc::pthread_mutex_unlock(&raw mut mutex);
+        }
+    }
+}
+
+/// The word of this thread's descriptor that points to that data: the fourth behind the address of the stack's mapping.
+fn ceiling_data(mapping: usize) -> usize {
+    const WORDS: usize = 2304 / 8;
+    // SAFETY: the thread's own descriptor, whose last fields are not looked at.
+    let descriptor: &[usize] = unsafe {
+        let at = libc::pthread_self() as *const usize;
+        std::slice::from_raw_parts(at, WORDS)
+    };
+    let stackblock = descriptor.iter().rposition(|&word| word == mapping);
+    descriptor[stackblock.expect("stackblock") + 4]
+}
+
+#[test]
+fn priority_ceilings_do_not_outlive_their_thread() {
+    alone(
+        "ending::priority_ceilings_do_not_outlive_their_thread",
+        || {
+            let cache = StackCache::new(StackCacheConfig::default());
+            let builder = Builder::new().stack_cache(&cache).guard_size(4096);
+            let run = |lock: bool| {
+                let (tell, told) = std::sync::mpsc::channel();
+                let body = move || {
+                    let mapping = told.recv().unwrap();
+                    let before = ceiling_data(mapping);
+                    if lock {
+                        lock_with_ceiling();
+                    }
+                    (before, ceiling_data(mapping))
+                };
+                let handle = builder.clone().spawn(body).unwrap();
+                tell.send(handle.stack().base - 4096).unwrap();
+                handle.join().unwrap()
+            };
+            let (before, after) = run(true);
+            assert_eq!(before, 0);
+            assert_ne!(after, 0, "glibc allocated nothing");
+            assert_eq!(run(false), (0, 0), "the last thread's");
+            assert_eq!(cache.stats().hits, 1);
+
+            // Freed with a block that is reused, and with one that is unmapped.
+            let caches = [cache.clone(), StackCache::new(StackCacheConfig::disabled())];
+            for cache in caches {
+                let run = |count: usize| {
+                    for _ in 0..count {
+                        let builder = Builder::new().stack_cache(&cache);
+                        builder.spawn(lock_with_ceiling).unwrap().join().unwrap();
+                    }
+                    malloc_in_use()
+                };
+                let before = run(100);
+                let growth = run(500).saturating_sub(before);
+                assert!(growth < 5000, "{growth} bytes after 500 threads");
+            }
+        },
+    );
+}

@@ -1,0 +1,77 @@
+//! Life in a host program: one that registers fork handlers, starts its first thread in an unusual place, is cancelled,
+//! changes its user, or protects mutexes by priority.
+//!
+//! Runs on the system's glibc and on newer ones. Everything happens in child processes.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod calibration;
+mod ending;
+mod fork;
+
+use std::ffi::{CString, c_void};
+use std::path::PathBuf;
+use std::process::Command;
+
+/// A shared object, in a folder that goes with it.
+struct Library(PathBuf);
+
+impl Library {
+    /// Compiles `source`. `Err`: why that cannot be done here.
+    fn compile(name: &str, source: &str) -> Result<Library, String> {
+        let folder = std::env::temp_dir().join(format!("nptl-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+        let library = Library(folder);
+        let file = library.0.join("library.c");
+        std::fs::write(&file, source).map_err(|e| e.to_string())?;
+        let mut command = Command::new("gcc");
+        let command = command.args(["-shared", "-fPIC", "-O1", "-o"]);
+        let output = command.args([&library.path(), &file]).output();
+        let output = output.map_err(|e| format!("no gcc: {e}"))?;
+        assert!(output.status.success(), "{output:?}");
+        Ok(library)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.join("library.so")
+    }
+
+    fn open(&self) -> *mut c_void {
+        let path = CString::new(self.path().into_os_string().into_encoded_bytes()).unwrap();
+        // SAFETY: a library of the test's; its constructor calls a function of the test's.
+        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
+        assert!(!handle.is_null(), "dlopen");
+        handle
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Polls for what another thread or the kernel brings about.
+#[track_caller]
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !holds() {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "never came true: {what}"
+        );
+        std::thread::yield_now();
+    }
+}
+
+/// Whether the thread sleeps in a futex.
+fn sleeps(tid: i32) -> bool {
+    let call = std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall"));
+    call.is_ok_and(|call| call.starts_with(&format!("{} ", libc::SYS_futex)))
+}
+
+fn spawn_and_join() {
+    let handle = nptl::spawn(|| 7).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(handle.join().expect("its end"), 7);
+}
