@@ -90,16 +90,17 @@ fn look(stack: StackInfo) -> Found {
         signal_stack
     };
     let top = stack.base + stack.size;
-    assert_eq!(signal_stack.ss_sp as usize, top);
-    let block = top + signal_stack.ss_size;
+    let guard = top..signal_stack.ss_sp as usize;
+    assert_eq!(guard.len(), 4096);
+    let block = guard.end + signal_stack.ss_size;
     // SAFETY: this thread's own descriptor; its size is a u32 that glibc exports for debuggers.
     let end = unsafe {
         let size = libc::dlsym(libc::RTLD_DEFAULT, c"_thread_db_sizeof_pthread".as_ptr());
         libc::pthread_self() as usize + *size.cast::<u32>() as usize
     };
     let mut found = Found::default();
-    for address in (stack.base..end).step_by(8) {
-        // SAFETY: mapped memory of this thread, all of it above the guard.
+    for address in (stack.base..guard.start).chain(guard.end..end).step_by(8) {
+        // SAFETY: mapped memory of this thread, without the guards.
         let word = unsafe { (address as *const u64).read_volatile() };
         if word.wrapping_add(1) == AFTER_SECRET {
             if address < top {
