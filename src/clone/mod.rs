@@ -15,7 +15,10 @@ pub(crate) mod dispatch;
 pub(crate) mod probe;
 pub(crate) mod sys;
 
-pub(crate) use arch::{UnwindBuffer, fill_header, syscall, thread_pointer, unwind_buffer};
+pub(crate) use arch::{
+    UnwindBuffer, fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer,
+    unwind_buffer,
+};
 
 use libc::{c_void, pid_t};
 use nix::errno::Errno;
