@@ -224,6 +224,38 @@ fn a_zeroed_stack_that_is_locked_holds_nothing() {
     assert_eq!(cache.stats().misses, 1);
 }
 
+/// Locked as a whole, guards and all, before or after its guards were made.
+#[test]
+fn a_zeroed_stack_in_locked_memory_holds_nothing() {
+    let name = "a_zeroed_stack_in_locked_memory_holds_nothing";
+    let Some(case) = case() else {
+        for case in ["before", "after"] {
+            or_skip!(child(name, case).run()).success();
+        }
+        return;
+    };
+    let (cache, builder) = private(StackCacheConfig::default().zeroed(true));
+    let run = || {
+        let handle = builder.clone().spawn(leave_secrets).expect("a thread");
+        let base = handle.stack().base;
+        handle.join().expect("its end");
+        base
+    };
+    if case == "after" {
+        run();
+    }
+    // SAFETY: locks memory, and changes nothing of it.
+    let answer =
+        unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
+    if answer != 0 {
+        support::skip!("mlockall: {}", std::io::Error::last_os_error());
+    }
+    let base = run();
+    let (_, found) = look_again(&builder, base);
+    assert_eq!(found, Found::default());
+    assert_eq!(cache.stats().misses, 1);
+}
+
 /// From the moment of the change on, also for stacks that are in the cache already.
 #[test]
 fn zeroing_can_be_turned_on() {

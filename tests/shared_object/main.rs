@@ -6,6 +6,7 @@ mod support;
 use std::ffi::{CStr, CString, c_void};
 use std::hint::black_box;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use support::{case, child, or_skip};
@@ -98,6 +99,52 @@ fn a_closed_object_stays_under_its_threads() {
                 .expect("its end"),
             7
         );
+    }
+}
+
+/// Where the handler of [`two_copies_leave_a_handler_its_stack`] ran.
+static FRAME: AtomicUsize = AtomicUsize::new(0);
+
+/// Each copy's handler is a guest of the other's, and both of the program's.
+#[test]
+fn two_copies_leave_a_handler_its_stack() {
+    extern "C" fn allow(_: i32, info: *mut libc::siginfo_t, _: *mut c_void) {
+        FRAME.store((&raw const info).addr(), Ordering::Relaxed);
+        // SAFETY: the page that the test has mapped.
+        unsafe { libc::mprotect((*info).si_addr(), 4096, libc::PROT_READ | libc::PROT_WRITE) };
+    }
+    let name = "two_copies_leave_a_handler_its_stack";
+    let Some(path) = case() else {
+        or_skip!(child(name, &plugin()).run()).success();
+        return;
+    };
+    let path = CString::new(path).expect("a path");
+    // SAFETY: the plugin's own functions, with their types; its constructors are Rust's. The handler is of the type
+    // that SA_SIGINFO asks for.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = allow as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO;
+        libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut());
+        let object = libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+        assert!(!object.is_null());
+        let answer: extern "C" fn() -> i32 = function(object, c"plugin_answer");
+        assert_eq!(answer(), 42);
+    }
+    let body = || {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping, which the handler makes writable.
+        unsafe {
+            let page = libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_NONE, flags, -1, 0);
+            page.cast::<u8>().write_volatile(1);
+        }
+        FRAME.load(Ordering::Relaxed)
+    };
+    for _ in 0..3 {
+        let thread = nptl::spawn(body).expect("a thread");
+        let stack = thread.stack();
+        let frame = thread.join().expect("its end");
+        assert!((stack.base..stack.base + stack.size).contains(&frame));
     }
 }
 
