@@ -152,7 +152,7 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
 
     // SAFETY: this very thread's stack; a body does not unwind.
     unsafe {
-        runtime.with_unwind_buffer(stack.signal_stack().0, || {
+        runtime.with_unwind_buffer(stack.top(), || {
             if let Some(body) = &start.body {
                 body.run();
             }

@@ -140,7 +140,7 @@ fn has_guard_marks() -> bool {
     }
 }
 
-/// With guards that are mappings, stacks are counted as well: two mappings each of the process's number.
+/// With guards that are mappings, stacks are counted as well: four mappings each of the process's number.
 #[test]
 fn stacks_with_protected_guards_keep_to_their_share_of_max_map_count() {
     const NAME: &str = "stacks_with_protected_guards_keep_to_their_share_of_max_map_count";
@@ -149,7 +149,7 @@ fn stacks_with_protected_guards_keep_to_their_share_of_max_map_count() {
         let maximum: usize = maximum.trim().parse().expect("a number");
         // So many caches that a share is small.
         const CACHES: usize = 80;
-        let share = maximum / 8 / CACHES;
+        let share = maximum / 16 / CACHES;
         if share > 500 {
             support::skip!("vm.max_map_count is {maximum}: that takes too many threads");
         }
@@ -186,7 +186,7 @@ fn stacks_are_given_back_before_a_guard_is_refused() {
         cache.clear();
         burst(&builder, 5);
         let _ballast = Mappings::fill_but(1);
-        // Five stacks are up to ten mappings.
+        // Five stacks are up to twenty mappings.
         let handle = wanted.clone().spawn(|| 7);
         assert_eq!(handle.expect("made room").join().expect("its end"), 7);
         assert_eq!(other.stats().mapped_stacks, 0);

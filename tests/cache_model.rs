@@ -96,7 +96,7 @@ struct Stack {
     started: usize,
 }
 
-/// Bytes of signal stack and TLS block; the same for all.
+/// Bytes of signal stack, its guard, and TLS block; the same for all.
 #[derive(Clone, Copy)]
 struct Overhead(usize);
 
@@ -109,7 +109,8 @@ impl Overhead {
     fn resident(self, stack: &Stack) -> usize {
         let size = KINDS[stack.kind].0;
         // Of a thread that died as well: whoever buries it discards what it used.
-        stack.keep.min(size) + self.0
+        // The guard of the signal stack has no memory.
+        stack.keep.min(size) + self.0 - PAGE
     }
 }
 

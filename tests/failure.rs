@@ -191,6 +191,26 @@ const CASES: &[Case] = &[
         configure: |builder| builder.guard_size(64 << 10),
     },
     Case {
+        name: "signal stack's guard madvise ENOMEM",
+        step: Step::GuardStack,
+        errno: Errno::ENOMEM,
+        refuse: |call| {
+            let second = call.advises(MADV_GUARD_INSTALL) && call.arguments[1] == 4096;
+            second.then_some(libc::ENOMEM)
+        },
+        configure: |builder| builder.guard_size(64 << 10),
+    },
+    Case {
+        name: "signal stack's guard mprotect ENOMEM",
+        step: Step::GuardStack,
+        errno: Errno::ENOMEM,
+        refuse: |call| match call.number {
+            libc::SYS_mprotect => (call.arguments[1] == 4096).then_some(libc::ENOMEM),
+            _ => call.advises(MADV_GUARD_INSTALL).then_some(libc::EINVAL),
+        },
+        configure: |builder| builder.guard_size(64 << 10),
+    },
+    Case {
         name: "mlock EPERM",
         step: Step::PrepareStack,
         errno: Errno::EPERM,
@@ -407,7 +427,7 @@ fn every_step_is_refused_and_leaves_nothing() {
     let output = child("every_step_is_refused_and_leaves_nothing", "refuse").run();
     let output = or_skip!(output).success();
     if output.skipped().is_none() {
-        assert_eq!(output.get("count"), Some("23"), "{output}");
+        assert_eq!(output.get("count"), Some("25"), "{output}");
     }
 }
 

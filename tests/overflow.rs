@@ -4,9 +4,10 @@
 
 mod support;
 
-use nptl::Builder;
+use nptl::{Builder, StackCache, StackCacheConfig};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
 use support::{Output, case, child, deny_guard_marks, or_skip};
 
 const STACK: usize = 64 << 10;
@@ -175,6 +176,25 @@ fn a_wild_access_is_not_called_an_overflow() {
     let test = "a_wild_access_is_not_called_an_overflow";
     match case().as_deref() {
         Some("ours") => nptl::spawn(fault).unwrap().join().unwrap(),
+        Some("beside unmapped stacks") => {
+            // Their records remain, and one was of the memory that the next thread gets.
+            let cache = StackCache::new(StackCacheConfig::default());
+            let builder = Builder::new().stack_cache(&cache);
+            for round in 0..4 {
+                let barrier = Arc::new(Barrier::new(8 - round));
+                let threads: Vec<_> = (round..8)
+                    .map(|_| {
+                        let barrier = barrier.clone();
+                        builder.clone().spawn(move || _ = barrier.wait()).unwrap()
+                    })
+                    .collect();
+                threads
+                    .into_iter()
+                    .for_each(|thread| thread.join().unwrap());
+                cache.clear();
+            }
+            builder.spawn(fault).unwrap().join().unwrap();
+        }
         Some("std's") => {
             nptl::spawn(|| ()).unwrap().join().unwrap();
             std::thread::spawn(fault).join().unwrap();
@@ -186,7 +206,7 @@ fn a_wild_access_is_not_called_an_overflow() {
             handle.join().unwrap();
         }
         None => {
-            for thread in ["ours", "std's", "sent"] {
+            for thread in ["ours", "beside unmapped stacks", "std's", "sent"] {
                 assert_silent_segv(&or_skip!(child(test, thread).run()));
             }
         }
@@ -312,4 +332,122 @@ fn ignored_faults_and_a_blocked_sigsegv_still_die() {
             }
         }
     }
+}
+
+/// A thread's stack from its closure's data up, and the words there before a fault.
+static UPPER: [AtomicUsize; 2] = [const { AtomicUsize::new(0) }; 2];
+static BEFORE: [AtomicUsize; 2048] = [const { AtomicUsize::new(0) }; 2048];
+
+fn upper_part() -> impl Iterator<Item = (*const usize, &'static AtomicUsize)> {
+    let [from, to] = UPPER.each_ref().map(|end| end.load(Ordering::Relaxed));
+    let places = (from..to).step_by(size_of::<usize>());
+    places.map(|place| place as *const usize).zip(&BEFORE)
+}
+
+#[inline(never)]
+fn remember(from: usize, to: usize) {
+    assert!(to - from < size_of_val(&BEFORE));
+    UPPER[0].store(from, Ordering::Relaxed);
+    UPPER[1].store(to, Ordering::Relaxed);
+    for (place, before) in upper_part() {
+        // SAFETY: on this thread's own stack.
+        before.store(unsafe { place.read_volatile() }, Ordering::Relaxed);
+    }
+}
+
+#[inline(never)]
+fn use_up<const BYTES: usize>() {
+    black_box(&mut [0xee_u8; BYTES]);
+}
+
+extern "C" fn hungry<const BYTES: usize>(_: i32) {
+    use_up::<BYTES>();
+    let overwritten = upper_part().filter(|(place, before)| {
+        // SAFETY: on the stack of this thread, which is here and writes to none of it.
+        unsafe { place.read_volatile() != before.load(Ordering::Relaxed) }
+    });
+    let overwritten = overwritten.count().min(100) as i32;
+    // Not by `report`, whose buffer has no room here.
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(overwritten) };
+}
+
+#[test]
+fn a_handler_that_needs_more_than_the_signal_stack_leaves_the_stack_alone() {
+    let test = "a_handler_that_needs_more_than_the_signal_stack_leaves_the_stack_alone";
+    let Some(case) = case() else {
+        for case in ["8", "14", "64", "14 protected", "64 protected"] {
+            let output = or_skip!(child(test, case).run());
+            match output.code() {
+                // Rounding may leave room for 14 KiB where the vector registers are of another size.
+                Some(overwritten) => {
+                    assert_eq!(overwritten, 0, "{case}: {output}");
+                    assert!(!case.starts_with("64"));
+                }
+                None => {
+                    assert_silent_segv(&output);
+                    assert_ne!(case, "8");
+                }
+            }
+        }
+        return;
+    };
+    let (size, guards) = case.split_once(' ').unwrap_or((&case, ""));
+    let handler = match size {
+        "8" => hungry::<{ 8 << 10 }>,
+        "14" => hungry::<{ 14 << 10 }>,
+        _ => hungry::<{ 64 << 10 }>,
+    };
+    install(handler as *const () as usize, 0);
+    if guards == "protected" {
+        deny_guard_marks(libc::EINVAL);
+    }
+    let (tell, know) = std::sync::mpsc::channel();
+    let body = move || {
+        let top = know.recv().unwrap();
+        let data = black_box([7_usize; 128]);
+        remember((&raw const data).addr(), top);
+        fault();
+    };
+    let handle = Builder::new().stack_size(STACK).spawn(body).unwrap();
+    let stack = handle.stack();
+    tell.send(stack.base + stack.size).unwrap();
+    handle.join().unwrap();
+}
+
+/// Nothing is left to handle that with. A handler with SA_NODEFER gets its own faults as well, and the first that
+/// is one of the signal stack ends it.
+#[test]
+fn an_overflow_of_the_signal_stack_dies() {
+    extern "C" fn endless(_: i32) {
+        recurse(0);
+    }
+    extern "C" fn returns(_: i32) {}
+    let test = "an_overflow_of_the_signal_stack_dies";
+    let Some(case) = case() else {
+        for case in ["SIGSEGV", "SIGSEGV nodefer", "SIGUSR1", "SIGUSR1 handled"] {
+            assert_silent_segv(&or_skip!(child(test, case).run()));
+        }
+        return;
+    };
+    match &*case {
+        "SIGSEGV" => install(endless as *const () as usize, 0),
+        "SIGSEGV nodefer" => install(endless as *const () as usize, libc::SA_NODEFER),
+        "SIGUSR1 handled" => install(returns as *const () as usize, libc::SA_NODEFER),
+        _ => {}
+    }
+    let body = move || {
+        if case.starts_with("SIGSEGV") {
+            fault();
+        }
+        // SAFETY: a handler without arguments but the signal's number; the signal is this thread's.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = endless as *const () as usize;
+            action.sa_flags = libc::SA_ONSTACK;
+            libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut());
+            libc::raise(libc::SIGUSR1);
+        }
+    };
+    nptl::spawn(body).unwrap().join().unwrap();
 }

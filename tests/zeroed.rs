@@ -90,16 +90,17 @@ fn look(stack: StackInfo) -> Found {
         signal_stack
     };
     let top = stack.base + stack.size;
-    assert_eq!(signal_stack.ss_sp as usize, top);
-    let block = top + signal_stack.ss_size;
+    let guard = top..signal_stack.ss_sp as usize;
+    assert_eq!(guard.len(), 4096);
+    let block = guard.end + signal_stack.ss_size;
     // SAFETY: this thread's own descriptor; its size is a u32 that glibc exports for debuggers.
     let end = unsafe {
         let size = libc::dlsym(libc::RTLD_DEFAULT, c"_thread_db_sizeof_pthread".as_ptr());
         libc::pthread_self() as usize + *size.cast::<u32>() as usize
     };
     let mut found = Found::default();
-    for address in (stack.base..end).step_by(8) {
-        // SAFETY: mapped memory of this thread, all of it above the guard.
+    for address in (stack.base..guard.start).chain(guard.end..end).step_by(8) {
+        // SAFETY: mapped memory of this thread, without the guards.
         let word = unsafe { (address as *const u64).read_volatile() };
         if word.wrapping_add(1) == AFTER_SECRET {
             if address < top {
@@ -220,6 +221,38 @@ fn a_zeroed_stack_that_is_locked_holds_nothing() {
         let (_, found) = look_again(second, base);
         assert_eq!(found, Found::default());
     }
+    assert_eq!(cache.stats().misses, 1);
+}
+
+/// Locked as a whole, guards and all, before or after its guards were made.
+#[test]
+fn a_zeroed_stack_in_locked_memory_holds_nothing() {
+    let name = "a_zeroed_stack_in_locked_memory_holds_nothing";
+    let Some(case) = case() else {
+        for case in ["before", "after"] {
+            or_skip!(child(name, case).run()).success();
+        }
+        return;
+    };
+    let (cache, builder) = private(StackCacheConfig::default().zeroed(true));
+    let run = || {
+        let handle = builder.clone().spawn(leave_secrets).expect("a thread");
+        let base = handle.stack().base;
+        handle.join().expect("its end");
+        base
+    };
+    if case == "after" {
+        run();
+    }
+    // SAFETY: locks memory, and changes nothing of it.
+    let answer =
+        unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
+    if answer != 0 {
+        support::skip!("mlockall: {}", std::io::Error::last_os_error());
+    }
+    let base = run();
+    let (_, found) = look_again(&builder, base);
+    assert_eq!(found, Found::default());
     assert_eq!(cache.stats().misses, 1);
 }
 

@@ -14,7 +14,10 @@ compile_error!("nptl supports x86-64 only: another architecture is one more file
 pub(crate) mod probe;
 pub(crate) mod sys;
 
-pub(crate) use arch::{UnwindBuffer, fill_header, syscall, thread_pointer, unwind_buffer};
+pub(crate) use arch::{
+    UnwindBuffer, fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer,
+    unwind_buffer,
+};
 
 use libc::{c_void, pid_t};
 use nix::errno::Errno;

@@ -120,6 +120,110 @@ pub(crate) fn thread_pointer() -> usize {
     pointer
 }
 
+/// The handler of SIGSEGV and SIGBUS. It asks [`decide`](crate::stack::overflow::decide) and then jumps to the handler
+/// that was there before, which finds the registers, the stack pointer and the return address that the kernel would
+/// have given to it. No frame of ours stays on the stack, and a shadow stack is as the kernel left it.
+///
+/// # Safety
+/// Called by the kernel as a handler with SA_SIGINFO, or by a handler that passes its own arguments on.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn fault_handler(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut c_void,
+) {
+    naked_asm!(
+        ".cfi_startproc",
+        "push rdi",
+        ".cfi_adjust_cfa_offset 8",
+        "push rsi",
+        ".cfi_adjust_cfa_offset 8",
+        "push rdx",
+        ".cfi_adjust_cfa_offset 8",
+        "lea rcx, [rsp + 24]", // rsp at the entry: where the kernel's frame begins
+        "call {decide}",       // rsp is 16-byte aligned here
+        "mov rcx, rdx",        // rcx = distance, rax = handler or 0
+        "pop rdx",
+        ".cfi_adjust_cfa_offset -8",
+        "pop rsi",
+        ".cfi_adjust_cfa_offset -8",
+        "pop rdi",
+        ".cfi_adjust_cfa_offset -8",
+        "test rax, rax",
+        "jz 2f",
+        "add rdx, rcx",        // context, siginfo and return address were moved together
+        "add rsi, rcx",
+        "add rsp, rcx",
+        "mov rcx, rax",
+        "xor eax, eax",        // as the kernel does, for a handler without a prototype
+        "jmp rcx",
+        "2:",
+        "ret",
+        ".cfi_endproc",
+        decide = sym crate::stack::overflow::decide,
+    )
+}
+
+/// Copies the frame of a signal from the signal stack to where the kernel would have built it without SA_ONSTACK,
+/// and returns the distance in bytes. 0: nothing was copied, because the kernel did not switch stacks, or because
+/// this is not the kernel's frame (another handler called ours, or valgrind delivers the signal).
+///
+/// ```text
+///  frame ► │ return address │ ucontext │ siginfo │ vector registers │ ◄ end of the signal stack
+/// ```
+///
+/// On a signal stack that was not in use the frame reaches up to the end. Nothing in it depends on its address but
+/// the pointer to the vector registers, which are aligned to 64 bytes: so all of it is copied as one block, by a
+/// multiple of 64. If the interrupted stack has no room, the write faults while all signals are blocked, and the
+/// kernel kills the process with SIGSEGV, as it does when it has no room for its own frame.
+///
+/// # Safety
+/// The arguments are those of a handler with SA_SIGINFO and the stack pointer at its entry. If the result is not
+/// 0, the caller continues on the copy at once.
+pub(crate) unsafe fn leave_signal_stack(
+    info: *const libc::siginfo_t,
+    context: *const libc::ucontext_t,
+    frame: usize,
+) -> isize {
+    const CONTEXT: usize = size_of::<usize>();
+    /// The kernel's `struct ucontext` has 304 bytes; glibc's is longer.
+    const INFO: usize = CONTEXT + 304;
+    const RED_ZONE: usize = 128;
+    if context.addr() != frame + CONTEXT || info.addr() != frame + INFO {
+        return 0;
+    }
+    // SAFETY: the kernel's frame, alive while its handler runs; these fields lie in the kernel's part.
+    let (stack, interrupted, vectors) = unsafe {
+        (
+            (*context).uc_stack,
+            (*context).uc_mcontext.gregs[libc::REG_RSP as usize] as usize,
+            (*context).uc_mcontext.fpregs.addr(),
+        )
+    };
+    let base = stack.ss_sp.addr();
+    // The kernel's own test.
+    let is_on_signal_stack = |sp: usize| sp > base && sp - base <= stack.ss_size;
+    if !is_on_signal_stack(frame) || is_on_signal_stack(interrupted) {
+        return 0;
+    }
+    let end = base + stack.ss_size;
+    let distance = interrupted.wrapping_sub(RED_ZONE).wrapping_sub(end) as isize & !63;
+    let copy = frame.wrapping_add_signed(distance);
+    let mask = super::sys::set_signal_mask(!0);
+    // SAFETY: the interrupted code uses nothing below its red zone. Whether that is memory at all is the program's
+    // responsibility, as it is when the kernel writes there.
+    unsafe {
+        core::ptr::copy(frame as *const u8, copy as *mut u8, end - frame);
+        let context = (copy + CONTEXT) as *mut libc::ucontext_t;
+        if vectors != 0 {
+            let vectors = vectors.wrapping_add_signed(distance);
+            (&raw mut (*context).uc_mcontext.fpregs).write(vectors as *mut _);
+        }
+    }
+    super::sys::set_signal_mask(mask);
+    distance
+}
+
 /// Fills the ABI part of a descriptor (`tcbhead_t`) whose memory is otherwise prepared: the self
 /// pointers, and what a thread inherits from its creator: stack guard, pointer guard, and the
 /// shadow-stack features, without which longjmp breaks under CET.

@@ -231,7 +231,7 @@ pub struct MemoryOracle {
     pub shared: Answer,
     /// The same length, as a stack is mapped.
     pub stack: Answer,
-    /// A guard made by mprotect in a fresh mapping of two pages.
+    /// Two guards made by mprotect in a fresh mapping of four pages.
     pub guard: Answer,
 }
 
@@ -1004,7 +1004,7 @@ impl Cause {
                     ("mmap, MAP_NORESERVE, same length", memory.unreserved),
                     ("mmap, shared, same length", memory.shared),
                     ("mmap, as a stack, same length", memory.stack),
-                    ("guard in a mapping of two pages", memory.guard),
+                    ("guards in a mapping of four pages", memory.guard),
                 ] {
                     if answer != Answer::NotAsked {
                         line(f, what, &answer)?;

@@ -179,8 +179,8 @@ fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
     // A kernel that marks guards inside a mapping lets adjacent stacks share one. Before 6.13 a guard splits, and so
     // it does in locked memory, which takes no marks.
     let mappings_per_thread = match future_locked {
-        Some(true) => 2,
-        _ if guards_split() => 2,
+        Some(true) => 4,
+        _ if guards_split() => 4,
         _ => 0,
     };
     let initial_user = limits::namespace(&file("ns/user"), calls)
@@ -468,7 +468,7 @@ fn memory(
             "{directory}/maps, /proc/sys/vm/max_map_count{}",
             match future {
                 None if mappings_per_thread == 0 =>
-                    "; under mlockall(MCL_FUTURE), of which only the process itself can tell, a thread takes two",
+                    "; under mlockall(MCL_FUTURE), of which only the process itself can tell, a thread takes four",
                 _ => "",
             }
         ),

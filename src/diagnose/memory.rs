@@ -138,7 +138,7 @@ fn guard(readings: &mut Readings) -> Naming {
     let memory = &mut readings.memory;
     memory.number_of_mappings = probe::number_of_mappings().into();
     if memory.number_of_mappings.is(Errno::EEXIST) {
-        memory.guard = probe::guard().map_or(Answer::NotAsked, Answer::from);
+        memory.guard = probe::guards().map_or(Answer::NotAsked, Answer::from);
     }
     let split = memory.guard.is(Errno::ENOMEM);
     // Making pages inaccessible charges nothing, so that ENOMEM means the split: the number of mappings, or

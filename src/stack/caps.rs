@@ -21,8 +21,8 @@ const ADDRESS_SPACE_PARTS: usize = 8;
 /// Parts of `vm.max_map_count`, one of which is the caches'.
 const MAPPINGS_PARTS: usize = 4;
 
-/// A stack and its guard.
-const MAPPINGS_OF_A_STACK: usize = 2;
+/// A stack, the signal stack with the block, and a guard below each.
+const MAPPINGS_OF_A_STACK: usize = 4;
 
 /// Reuses of a stack between two questions: getrlimit(2) takes 0.1 µs, a thread some 40.
 pub(super) const EVERY: u32 = 16;
@@ -92,8 +92,8 @@ mod tests {
         assert_eq!(Caps::of(8 << 30, 0, 1).bytes, 1 << 30);
         assert_eq!(Caps::of(8 << 30, 0, 4).bytes, 256 << 20);
         assert_eq!(Caps::of(0, 0, 1).bytes, 0);
-        assert_eq!(Caps::of(u64::MAX, 65_530, 1).stacks, 8_191);
-        assert_eq!(Caps::of(u64::MAX, 65_530, 2).stacks, 4_095);
+        assert_eq!(Caps::of(u64::MAX, 65_530, 1).stacks, 4_095);
+        assert_eq!(Caps::of(u64::MAX, 65_530, 2).stacks, 2_047);
         // No cache counted, as when the last is just going, divides by nothing.
         assert_eq!(Caps::of(8, 8, 0).bytes, 1);
     }

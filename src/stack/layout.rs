@@ -1,7 +1,7 @@
 //! What lies where in the mapping of one thread.
 //!
 //! ```text
-//!  base ──► guard │ stack ◄── top │ signal stack │ block ◄── end
+//!  base ──► guard │ stack ◄── top │ guard │ signal stack │ block ◄── end
 //! ```
 
 use crate::tcb::Runtime;
@@ -15,6 +15,7 @@ pub(crate) const SMALLEST: usize = 16 * 1024;
 pub(crate) struct Layout {
     pub guard: usize,
     pub stack: usize,
+    /// The page of guard below it included.
     pub signal_stack: usize,
     pub block: usize,
 }
@@ -26,7 +27,7 @@ impl Layout {
         let layout = Layout {
             guard: guard.checked_next_multiple_of(page)?,
             stack: stack.max(SMALLEST).checked_next_multiple_of(page)?,
-            signal_stack: signal_stack_size(page),
+            signal_stack: page + signal_stack_size(page),
             block: runtime.block_size(page),
         };
         let total = layout

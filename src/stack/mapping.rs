@@ -1,24 +1,12 @@
 //! The memory itself: map, guard, prepare, give back.
 
-use super::layout::Layout;
+use super::layout::{Layout, page_size};
 use crate::clone::sys;
 use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Linux 6.13: a guard that neither splits the mapping nor counts as one.
 const MADV_GUARD_INSTALL: libc::c_int = 102;
-
-/// How the guard of a stack is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub(crate) enum Guard {
-    /// There is none.
-    None = 0,
-    /// `MADV_GUARD_INSTALL`: adjacent stacks can still merge into one mapping.
-    Marker = 1,
-    /// `mprotect(PROT_NONE)`: a mapping of its own.
-    Protected = 2,
-}
 
 /// Maps `length` bytes, readable and writable at once: a mapping that is PROT_NONE first, as
 /// nptl's, could not merge with its neighbours.
@@ -72,26 +60,34 @@ fn stack_mappings_avoid_huge_pages() -> bool {
     ANSWER.load(Ordering::Relaxed)
 }
 
-/// Makes the lowest `layout.guard` bytes at `base` fault.
+/// Makes the guards below the stack and below the signal stack fault. Returns whether one of them has become a
+/// mapping of its own (`mprotect`); a marker is none, and adjacent stacks can still merge into one mapping. The
+/// error has the bytes of the guard that was refused.
 ///
 /// # Safety
 /// `base` is a fresh mapping of this layout.
-pub(crate) unsafe fn guard(base: usize, layout: &Layout) -> Result<Guard, Errno> {
-    if layout.guard == 0 {
-        return Ok(Guard::None);
+pub(crate) unsafe fn guard(base: usize, layout: &Layout) -> Result<bool, (Errno, usize)> {
+    let below_signal_stack = base + layout.guard + layout.stack;
+    let mut protected = false;
+    for (start, length) in [(base, layout.guard), (below_signal_stack, page_size())] {
+        if length == 0 {
+            continue;
+        }
+        if !protected {
+            // SAFETY: the caller owns the mapping, which nothing uses yet.
+            match unsafe { sys::madvise(start, length, MADV_GUARD_INSTALL) } {
+                Ok(()) => continue,
+                // EINVAL: a kernel before 6.13, or locked memory (mlockall's MCL_FUTURE included).
+                // EPERM, ENOSYS: a filter that knows madvise's older advice only.
+                Err(Errno::EINVAL | Errno::EPERM | Errno::ENOSYS) => protected = true,
+                Err(other) => return Err((other, length)),
+            }
+        }
+        // SAFETY: as for the marker, the range is the caller's, and unused.
+        let answer = unsafe { libc::mprotect(start as *mut libc::c_void, length, libc::PROT_NONE) };
+        Errno::result(answer).map_err(|errno| (errno, length))?;
     }
-    // SAFETY: the caller owns the range.
-    match unsafe { sys::madvise(base, layout.guard, MADV_GUARD_INSTALL) } {
-        Ok(()) => return Ok(Guard::Marker),
-        // EINVAL: a kernel before 6.13, or locked memory (mlockall's MCL_FUTURE included).
-        // EPERM, ENOSYS: a filter that knows madvise's older advice only.
-        Err(Errno::EINVAL | Errno::EPERM | Errno::ENOSYS) => {}
-        Err(other) => return Err(other),
-    }
-    // SAFETY: as above.
-    let answer =
-        unsafe { libc::mprotect(base as *mut libc::c_void, layout.guard, libc::PROT_NONE) };
-    Errno::result(answer).map(|_| Guard::Protected)
+    Ok(protected)
 }
 
 /// Gives memory back to the kernel.
@@ -130,7 +126,7 @@ pub(crate) unsafe fn populate(start: usize, length: usize) -> Result<(), Errno> 
     // SAFETY: passed on.
     match unsafe { sys::madvise(start, length, libc::MADV_POPULATE_WRITE) } {
         Err(Errno::EINVAL) => {
-            for page in (start..start + length).step_by(super::layout::page_size()) {
+            for page in (start..start + length).step_by(page_size()) {
                 // SAFETY: the page is writable and nothing else uses it; writing back what is
                 // there leaves its content alone.
                 unsafe {

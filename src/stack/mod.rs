@@ -62,6 +62,7 @@ pub(crate) struct Stack {
     base: AtomicUsize,
     guard: AtomicUsize,
     size: AtomicUsize,
+    /// With the page of guard below it.
     signal_stack: AtomicUsize,
     block_size: AtomicUsize,
     /// A class index, or [`NO_CLASS`].
@@ -225,7 +226,7 @@ impl Stack {
         };
         // SAFETY: just mapped with this layout.
         let guarded = unsafe { mapping::guard(base, layout) };
-        if guarded == Ok(mapping::Guard::Protected) {
+        if guarded == Ok(true) {
             caps::note_protected_guard();
         }
         // A stack whose guard failed must never be cached, so it gets no size class.
@@ -235,14 +236,14 @@ impl Stack {
         cache.ledger().adopt(stack);
         match guarded {
             Ok(_) => Ok(stack),
-            Err(errno) => {
+            Err((errno, bytes)) => {
                 // This undoes the mmap and needs no mapping for itself, unless another thread has taken
                 // the one that was left: then the stack waits in the ledger for the next call that unmaps.
                 let victims = cache.ledger().retire(stack);
                 let round = cache::unmap_victims(victims, Some(runtime), stack);
                 Err(Shortage {
                     fate: StackFate::of(round.found),
-                    ..Shortage::new(Step::GuardStack, errno, layout.guard)
+                    ..Shortage::new(Step::GuardStack, errno, bytes)
                 })
             }
         }
@@ -302,7 +303,7 @@ impl Stack {
         }
     }
 
-    /// Makes all of it zero, above the guard, as a fresh mapping is; what outlives a block stays with the
+    /// Makes all of it zero, but for the guards, as a fresh mapping is; what outlives a block stays with the
     /// record.
     ///
     /// # Safety
@@ -311,10 +312,12 @@ impl Stack {
         // SAFETY: the caller's idle stack, whose block is fresh then.
         unsafe {
             runtime.retire(&self.block);
-            let (bottom, length) = (self.bottom(), self.length() - self.guard_size());
-            // Locked memory cannot be discarded.
-            if sys::madvise(bottom, length, libc::MADV_DONTNEED).is_err() {
-                std::ptr::write_bytes(bottom as *mut u8, 0, length);
+            let end = self.base() + self.length();
+            for (start, end) in [(self.bottom(), self.top()), (self.signal_stack().0, end)] {
+                // Locked memory cannot be discarded.
+                if sys::madvise(start, end - start, libc::MADV_DONTNEED).is_err() {
+                    std::ptr::write_bytes(start as *mut u8, 0, end - start);
+                }
             }
         }
     }
@@ -377,8 +380,8 @@ impl Stack {
         self.base() + self.guard_size()
     }
 
-    /// The initial stack pointer; the signal stack begins here.
-    fn top(&self) -> usize {
+    /// The initial stack pointer; the guard of the signal stack begins here.
+    pub(crate) fn top(&self) -> usize {
         self.bottom() + self.size()
     }
 
@@ -621,7 +624,9 @@ impl Stack {
 
     /// Where signals are handled that say SA_ONSTACK: lowest address and length.
     pub(crate) fn signal_stack(&self) -> (usize, usize) {
-        (self.top(), self.signal_stack.load(Ordering::Relaxed))
+        let guard = layout::page_size();
+        let length = self.signal_stack.load(Ordering::Relaxed) - guard;
+        (self.top() + guard, length)
     }
 
     /// Gives back to the kernel what the thread used of its stack beyond the remainder that
@@ -721,7 +726,7 @@ unsafe impl Entry for Stack {
             self.keep.load(Ordering::Relaxed).min(size)
         };
         // A handler of the application can have run on the signal stack.
-        keep + self.signal_stack.load(Ordering::Relaxed) + self.block_size.load(Ordering::Relaxed)
+        keep + self.signal_stack().1 + self.block_size.load(Ordering::Relaxed)
     }
 
     fn released(&self) -> bool {

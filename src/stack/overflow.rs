@@ -1,10 +1,11 @@
 //! Reports of stack overflows, as std makes them, for threads of this crate.
 //!
-//! The handler runs on a signal stack in the thread's own mapping, tells a hit on the thread's guard
-//! from any other fault, and hands every other fault on to the handler that was there before.
+//! The handler runs on a signal stack in the thread's own mapping and tells a hit on the thread's guard from any
+//! other fault. Any other fault goes to the handler that was there before, which runs with the mask and the flags
+//! that it asked for, and on the stack on which it would have run without this one.
 
 use super::Stack;
-use crate::clone::sys;
+use crate::clone::{self, sys};
 use nix::errno::Errno;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -16,7 +17,7 @@ const ON: u8 = 3;
 
 static REPORTS: AtomicU8 = AtomicU8::new(UNDECIDED);
 
-/// The handlers that were there: for SIGSEGV and SIGBUS, address (or SIG_DFL, SIG_IGN) and flags.
+/// The actions that were there, for [`SIGNALS`]: handler (or SIG_DFL, SIG_IGN) and flags.
 static PREVIOUS: [(AtomicUsize, AtomicUsize); 2] = [
     (AtomicUsize::new(libc::SIG_DFL), AtomicUsize::new(0)),
     (AtomicUsize::new(libc::SIG_DFL), AtomicUsize::new(0)),
@@ -27,9 +28,9 @@ const SIGNALS: [libc::c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
 /// Turns reports of stack overflows off, for a program that wants SIGSEGV for itself.
 ///
-/// Reports are on by default: the first spawn installs a handler for SIGSEGV and SIGBUS that chains
-/// to whatever was there before. To be called before the first spawn; false, and without effect,
-/// if it comes too late. An overflow then still dies by SIGSEGV at the guard, without a word.
+/// Reports are on by default: the first spawn installs a handler for SIGSEGV and SIGBUS. Faults that are no overflow go
+/// to the handler that was there before, with its mask and its flags, and on the signal stack only if it has SA_ONSTACK.
+/// To be called before the first spawn; false, and without effect, if it comes too late. An overflow then still dies by SIGSEGV at the guard, without a word.
 ///
 /// ```
 /// assert!(nptl::disable_overflow_reports());
@@ -62,14 +63,20 @@ fn install() -> bool {
                 // SAFETY: sigaction with valid structures. What was there is stored before it can
                 // be needed: asked for first, replaced second.
                 unsafe {
-                    let mut old: libc::sigaction = std::mem::zeroed();
-                    libc::sigaction(*signal, std::ptr::null(), &raw mut old);
-                    previous.0.store(old.sa_sigaction, Ordering::Relaxed);
-                    previous.1.store(old.sa_flags as usize, Ordering::Release);
-                    let mut new: libc::sigaction = std::mem::zeroed();
-                    new.sa_sigaction = handler as *const () as usize;
-                    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-                    libc::sigaction(*signal, &raw const new, std::ptr::null_mut());
+                    let mut action: libc::sigaction = std::mem::zeroed();
+                    libc::sigaction(*signal, std::ptr::null(), &raw mut action);
+                    previous.0.store(action.sa_sigaction, Ordering::Relaxed);
+                    previous
+                        .1
+                        .store(action.sa_flags as usize, Ordering::Release);
+                    // The flags and the mask of a handler stay in force. Without a handler they have no
+                    // meaning, and SA_RESETHAND would end SIG_IGN at the first signal.
+                    if matches!(action.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) {
+                        action = std::mem::zeroed();
+                    }
+                    action.sa_sigaction = clone::fault_handler as *const () as usize;
+                    action.sa_flags |= libc::SA_SIGINFO | libc::SA_ONSTACK;
+                    libc::sigaction(*signal, &raw const action, std::ptr::null_mut());
                 }
             }
             REPORTS.store(ON, Ordering::Release);
@@ -91,23 +98,88 @@ pub(crate) fn use_signal_stack(stack: &Stack) -> Result<(), Errno> {
     Errno::result(answer).map(drop)
 }
 
+/// What [`clone::fault_handler`] does next, in two registers.
+#[repr(C)]
+pub(crate) struct Next {
+    /// The handler that it jumps to; 0: it returns to the interrupted code.
+    handler: usize,
+    /// How far the signal's frame was moved, and the handler's arguments with it.
+    distance: isize,
+}
+
+impl Next {
+    const RETURN: Next = Next {
+        handler: 0,
+        distance: 0,
+    };
+}
+
+/// Reports an overflow; every other SIGSEGV or SIGBUS goes to the action that was there before.
+///
+/// Neither the heap nor this crate's thread-locals are used: in a shared object the first access to a thread-local
+/// calls malloc, and the fault may have interrupted malloc.
+///
 /// # Safety
-/// Called by the kernel as a handler with SA_SIGINFO, or so by a handler that chains to it.
-unsafe extern "C" fn handler(
+/// Called by [`clone::fault_handler`] with that function's arguments, and its stack pointer at the entry.
+pub(crate) unsafe extern "C" fn decide(
     signal: libc::c_int,
-    info: *mut libc::siginfo_t,
-    context: *mut libc::c_void,
-) {
+    info: *const libc::siginfo_t,
+    context: *const libc::ucontext_t,
+    frame: usize,
+) -> Next {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
     let (address, sent) = unsafe { ((*info).si_addr() as usize, (*info).si_code <= 0) };
-    if let Some(stack) = crate::start::current()
-        && !sent
-        && (stack.base()..stack.bottom()).contains(&address)
-    {
-        report(stack);
+    if !sent && let Some(stack) = running_here() {
+        if (stack.base()..stack.bottom()).contains(&address) {
+            report(stack);
+        }
+        // A handler has overflowed the signal stack. Its stack pointer is below that stack, so the kernel has started
+        // there from the top again, over the handler's frames: no handler can continue from here.
+        if (stack.top()..stack.signal_stack().0).contains(&address) {
+            use_default_action(signal, false);
+            return Next::RETURN;
+        }
     }
-    // SAFETY: the arguments are the kernel's own.
-    unsafe { chain(signal, info, context) }
+    let previous = &PREVIOUS[usize::from(signal == SIGNALS[1])];
+    let flags = previous.1.load(Ordering::Acquire) as libc::c_int;
+    match previous.0.load(Ordering::Relaxed) {
+        // The kernel lets nobody ignore a fault.
+        libc::SIG_IGN if sent => Next::RETURN,
+        libc::SIG_DFL | libc::SIG_IGN => {
+            use_default_action(signal, sent);
+            Next::RETURN
+        }
+        handler => Next {
+            handler,
+            distance: match flags & libc::SA_ONSTACK {
+                // SAFETY: the caller's arguments.
+                0 => unsafe { clone::leave_signal_stack(info, context, frame) },
+                _ => 0,
+            },
+        },
+    }
+}
+
+/// The record of the stack that the calling thread runs on, found by the thread pointer.
+fn running_here() -> Option<&'static Stack> {
+    let thread = clone::thread_pointer();
+    // A record without a tid word has lost its mapping, and another record may describe the same addresses.
+    crate::debug::records()
+        .find(|stack| stack.block.thread_pointer() == thread && stack.tid_word().is_some())
+}
+
+/// Restores the default action. When the handler has returned, the instruction faults again and kills the process,
+/// with the right address in the core.
+fn use_default_action(signal: libc::c_int, sent: bool) {
+    // SAFETY: all zeroes is SIG_DFL without flags; tgkill takes plain numbers.
+    unsafe {
+        let default: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, &raw const default, std::ptr::null_mut());
+        if sent {
+            // No instruction faults again. This signal is delivered as soon as the handler returns.
+            let _ = sys::tgkill(sys::process_id(), libc::gettid(), signal);
+        }
+    }
 }
 
 /// Says what std says, and aborts.
@@ -129,48 +201,6 @@ fn report(stack: &Stack) -> ! {
     line.print();
     // SAFETY: abort never returns.
     unsafe { libc::abort() }
-}
-
-/// # Safety
-/// The arguments of a handler with SA_SIGINFO, passed on.
-unsafe fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let previous = SIGNALS
-        .iter()
-        .zip(&PREVIOUS)
-        .find(|(known, _)| **known == signal)
-        .map(|(_, previous)| previous);
-    let (address, flags) = previous.map_or((libc::SIG_DFL, 0), |previous| {
-        let flags = previous.1.load(Ordering::Acquire) as libc::c_int;
-        (previous.0.load(Ordering::Relaxed), flags)
-    });
-    // SAFETY: a handler address is of the type that its flags say; sigaction gets valid arguments.
-    unsafe {
-        match address {
-            // Sent to a process that ignores it. The kernel lets nobody ignore a fault.
-            libc::SIG_IGN if (*info).si_code <= 0 => {}
-            // Back to the default, and return: the instruction faults again and the process dies
-            // of it, with the right address in the core.
-            libc::SIG_DFL | libc::SIG_IGN => {
-                let mut default: libc::sigaction = std::mem::zeroed();
-                default.sa_sigaction = libc::SIG_DFL;
-                libc::sigaction(signal, &raw const default, std::ptr::null_mut());
-                if (*info).si_code <= 0 {
-                    // Sent by a process, not by a fault: nothing would happen again by itself. It
-                    // is delivered as soon as this handler returns.
-                    let _ = sys::tgkill(sys::process_id(), libc::gettid(), signal);
-                }
-            }
-            _ if flags & libc::SA_SIGINFO != 0 => {
-                type Action =
-                    unsafe extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
-                std::mem::transmute::<usize, Action>(address)(signal, info, context);
-            }
-            _ => {
-                type Handler = unsafe extern "C" fn(libc::c_int);
-                std::mem::transmute::<usize, Handler>(address)(signal);
-            }
-        }
-    }
 }
 
 /// Formats without memory, for a signal handler.

@@ -57,10 +57,11 @@ pub(crate) fn free_addresses(bytes: usize) -> Result<(), Errno> {
     once(ptr::null_mut(), bytes, PROT_NONE, MAP_ANONYMOUS)
 }
 
-/// Maps two pages and takes access to the lower one away, as a guard is made: ENOMEM at exactly
-/// `vm.max_map_count` mappings, where a plain mmap still passes. `None` if not even the pages were granted.
-pub(crate) fn guard() -> Option<Result<(), Errno>> {
-    let bytes = 2 * PAGE;
+/// Maps four pages and takes access to two of them away, as the guards of a stack are made: ENOMEM at
+/// `vm.max_map_count` mappings or just below, where a plain mmap still passes. `None` if not even the pages were
+/// granted.
+pub(crate) fn guards() -> Option<Result<(), Errno>> {
+    let bytes = 4 * PAGE;
     // SAFETY: a fresh private mapping at an address the kernel chooses disturbs nothing.
     let start = unsafe {
         libc::mmap(
@@ -75,8 +76,11 @@ pub(crate) fn guard() -> Option<Result<(), Errno>> {
     if start == libc::MAP_FAILED {
         return None;
     }
-    // SAFETY: the lower page of the mapping just made.
-    let result = Errno::result(unsafe { libc::mprotect(start, PAGE, PROT_NONE) });
+    let protect = |offset| {
+        // SAFETY: a page of the mapping just made, which holds nothing.
+        Errno::result(unsafe { libc::mprotect(start.byte_add(offset), PAGE, PROT_NONE) })
+    };
+    let result = protect(0).and_then(|_| protect(2 * PAGE));
     // SAFETY: exactly the mapping just made, which nobody else knows. It cannot fail for want of a mapping:
     // what merging with both neighbours saved is what the split needs.
     unsafe { libc::munmap(start, bytes) };
