@@ -80,7 +80,7 @@ pub(crate) fn refused_memory(request: &Request, bytes: usize) -> SpawnError {
     // A refusal is recorded all the same.
     let _ = fork::guard();
     let refused = match check(request) {
-        _ if forked_bare() => no_runtime(RuntimeError::Unsupported(fork::BARE)),
+        Ok(_) if forked_bare() => no_runtime(RuntimeError::Unsupported(fork::BARE)),
         Ok(_) => no_memory(bytes),
         Err(refused) => refused,
     };

@@ -533,8 +533,14 @@ impl<E: Entry> Lists<E> {
         }
     }
 
+    /// The stack that a request of this class gets. One of which nothing was given back yet serves as well; of those
+    /// only the first is looked at.
     fn warmest(&self, class: Class) -> Option<&'static E> {
-        self.classes.get(class.index())?.head
+        let doomed = || {
+            let e = self.doomed.head?;
+            (self.facts(e).class == Some(class) && !e.is_discarded()).then_some(e)
+        };
+        self.classes.get(class.index())?.head.or_else(doomed)
     }
 
     /// The next stack to unmap, now on its way. The budget comes first: a doomed stack that cannot
