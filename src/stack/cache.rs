@@ -448,7 +448,12 @@ impl StackCache {
         }
     }
 
+    #[inline]
     fn unmap(&self, victims: Victims<'_, Stack>) -> Round {
+        // Most often, and on the way of every thread.
+        if victims.is_empty() {
+            return Round::default();
+        }
         unmap_victims(victims, Runtime::existing(), std::ptr::null())
     }
 

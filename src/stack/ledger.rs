@@ -925,6 +925,12 @@ impl<'a, E: Entry> Victims<'a, E> {
         self.current
     }
 
+    /// There is nothing to unmap.
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ready.is_none() && self.left == 0
+    }
+
     /// Whether the stacks are unmapped to keep the budget only, so that one whose memory is given back may stay.
     pub(crate) fn are_excess(&self) -> bool {
         matches!(self.limit, Limit::Budget)

@@ -807,7 +807,9 @@ impl Idle {
         let class = fit.map(|fit| fit.class);
         let hit = class.and_then(|class| {
             let (hit, victims) = cache.ledger().take(class);
-            cache::unmap_victims(victims, Some(runtime), std::ptr::null());
+            if !victims.is_empty() {
+                cache::unmap_victims(victims, Some(runtime), std::ptr::null());
+            }
             hit
         });
         let (stack, from_cache) = match hit {

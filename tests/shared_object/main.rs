@@ -56,6 +56,37 @@ fn is_loaded(path: &CStr) -> bool {
     !handle.is_null()
 }
 
+/// Both copies of the crate start their first thread at the same time, and look glibc over.
+#[test]
+fn two_copies_calibrate_at_once() {
+    let name = "two_copies_calibrate_at_once";
+    let Some(path) = case() else {
+        let plugin = plugin();
+        for _ in 0..20 {
+            or_skip!(child(name, &plugin).run()).success();
+        }
+        return;
+    };
+    let path = CString::new(path).expect("a path");
+    // SAFETY: the plugin's own function, with its type; its constructors are Rust's.
+    let answer: extern "C" fn() -> i32 = unsafe {
+        let object = libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+        assert!(!object.is_null());
+        function(object, c"plugin_answer")
+    };
+    let start = std::sync::Barrier::new(2);
+    std::thread::scope(|scope| {
+        let theirs = scope.spawn(|| {
+            start.wait();
+            answer()
+        });
+        start.wait();
+        let ours = nptl::spawn(|| 7).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(ours.join().expect("its end"), 7);
+        assert_eq!(theirs.join().expect("its end"), 42);
+    });
+}
+
 #[test]
 fn a_closed_object_stays_under_its_threads() {
     let name = "a_closed_object_stays_under_its_threads";
