@@ -1,151 +1,41 @@
 //! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
 
-use crate::diagnose::{Cause, Causes, Certainty, Explanation, Verdict};
+use crate::diagnose::{Cause, Causes, Certainty, Verdict};
 use crate::stack::fallible::{Kept, Reservation, Slot};
+use crate::step::StepError;
+pub use crate::step::{StackFate, StackOrigin, StackOutcome, Step};
 use nix::errno::Errno;
 use std::fmt;
 use std::time::Duration;
 
-/// The step of thread creation that was refused, in the order in which they are taken.
-#[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Step {
-    /// What the caller asked for was checked: sizes, names.
-    Attributes,
-    /// glibc was looked at: symbols, calibration, self-checks.
-    Runtime,
-    /// Heap memory for what creator and thread share: the closure and its result, the name, the record
-    /// of the stack. Some hundred bytes, so that malloc(3) seldom needs the kernel for it.
-    Allocate,
-    /// mmap(2) of the stack.
-    MapStack,
-    /// The guard: `MADV_GUARD_INSTALL`, or mprotect(2) where that is not to be had.
-    GuardStack,
-    /// mlock(2) or `MADV_POPULATE_WRITE` of the stack.
-    PrepareStack,
-    /// `_dl_allocate_tls`: thread-local storage of every loaded module.
-    AllocateTls,
-    /// clone3(2), or clone(2).
-    Clone,
-    /// sigaltstack(2) in the new thread.
-    SignalStack,
-    /// sched_setaffinity(2).
-    Affinity,
-    /// sched_setattr(2).
-    Scheduler,
-    /// The cgroup of the new thread.
-    Cgroup,
-}
-
-impl Step {
-    /// The words used in messages, such as `clone` or `map the stack`.
-    fn words(self) -> &'static str {
-        match self {
-            Step::Attributes => "attributes",
-            Step::Runtime => "runtime",
-            Step::Allocate => "allocate",
-            Step::MapStack => "map stack",
-            Step::GuardStack => "guard stack",
-            Step::PrepareStack => "prepare stack",
-            Step::AllocateTls => "allocate TLS",
-            Step::Clone => "clone",
-            Step::SignalStack => "signal stack",
-            Step::Affinity => "affinity",
-            Step::Scheduler => "scheduler",
-            Step::Cgroup => "cgroup",
-        }
-    }
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.words())
-    }
-}
-
-/// Where the stack of a refused thread came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum StackOrigin {
-    /// There was none yet.
-    None,
-    /// A stack of an earlier thread, from the cache.
-    Cache,
-    /// Mapped for this thread.
-    Fresh,
-}
-
-/// What became of the stack of a refused thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum StackFate {
-    /// There was none.
-    None,
-    /// It is in the cache, for the next thread; or, if munmap was refused, for the next attempt at that.
-    Cached,
-    /// Its memory was given back to the kernel.
-    Unmapped,
-}
-
-impl StackFate {
-    pub(crate) fn of(unmapped: bool) -> StackFate {
-        if unmapped {
-            StackFate::Unmapped
-        } else {
-            StackFate::Cached
-        }
-    }
-}
-
-/// The stack's part in a refusal: a refused spawn leaves no mapping behind that was not there
-/// before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StackOutcome {
-    /// Where it came from.
-    pub origin: StackOrigin,
-    /// Where it went.
-    pub fate: StackFate,
-}
-
-impl StackOutcome {
-    pub(crate) const NONE: StackOutcome = StackOutcome {
-        origin: StackOrigin::None,
-        fate: StackFate::None,
-    };
-}
-
-impl fmt::Display for StackOutcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match (self.origin, self.fate) {
-            (StackOrigin::None, _) | (_, StackFate::None) => "no stack yet",
-            (StackOrigin::Cache, StackFate::Cached) => "stack from cache, back in cache",
-            (StackOrigin::Cache, StackFate::Unmapped) => "stack from cache, unmapped",
-            (StackOrigin::Fresh, StackFate::Cached) => "stack freshly mapped, now in cache",
-            (StackOrigin::Fresh, StackFate::Unmapped) => "stack freshly mapped, unmapped",
-        })
-    }
-}
-
-/// Everything about one refusal.
+/// Everything about one refusal: what the error holds, and the core file shows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Refusal {
-    pub step: Step,
-    pub errno: Errno,
+    pub(crate) error: StepError,
+    pub(crate) verdict: Verdict,
     /// Usable bytes of stack that were asked for.
-    pub stack_size: usize,
-    /// Bytes of the mapping or range that the refused call was about; 0 for other calls.
-    pub bytes: usize,
-    pub stack: StackOutcome,
-    pub attempts: u32,
+    pub(crate) stack_size: usize,
+    pub(crate) stack: StackOutcome,
+    pub(crate) attempts: u32,
     /// Cached stacks that were given back to the kernel before the last attempt.
-    pub reclaimed: usize,
+    pub(crate) reclaimed: usize,
     /// It was the calibration thread that was refused.
-    pub calibration: bool,
-    pub verdict: Verdict,
+    pub(crate) calibration: bool,
 }
 
 impl Refusal {
+    pub(crate) const fn new(error: StepError, verdict: Verdict) -> Refusal {
+        Refusal {
+            error,
+            verdict,
+            stack_size: 0,
+            stack: StackOutcome::NONE,
+            attempts: 1,
+            reclaimed: 0,
+            calibration: false,
+        }
+    }
+
     pub(crate) fn report(&self) -> impl fmt::Display + '_ {
         Report(self)
     }
@@ -160,13 +50,13 @@ impl fmt::Display for Refusal {
         write!(
             f,
             "nptl: spawn refused: step={} errno={:?} cause={:?} certainty={certainty}: {cause}; stack_size={}",
-            self.step,
-            self.errno,
+            self.error.step,
+            self.error.errno,
             cause.kind(),
             self.stack_size
         )?;
-        if self.bytes != 0 {
-            write!(f, " bytes={}", self.bytes)?;
+        if self.error.bytes != 0 {
+            write!(f, " bytes={}", self.error.bytes)?;
         }
         write!(f, " attempts={}; {}", self.attempts, self.stack)?;
         if self.calibration {
@@ -185,23 +75,16 @@ struct Report<'a>(&'a Refusal);
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Refusal {
-            step,
-            errno,
+            error,
+            verdict,
             attempts,
             stack,
-            verdict,
             ..
         } = self.0;
+        let (step, errno) = (error.step, error.errno);
         writeln!(f, "step: {step}, refused with {errno:?} ({})", errno.desc())?;
         writeln!(f, "attempts: {attempts}; {stack}")?;
-        let explanation = Explanation {
-            cause: &verdict.cause,
-            certainty: verdict.certainty,
-            alternatives: verdict.alternatives,
-            silence: verdict.silence,
-            transient: verdict.transient,
-        };
-        write!(f, "{explanation}")?;
+        write!(f, "{verdict}")?;
         write!(f, "\n(found out in {:.1?})", verdict.spent)
     }
 }
@@ -252,34 +135,27 @@ impl Clone for SpawnError {
 }
 
 impl Refusal {
-    const NO_MEMORY: Refusal = Refusal {
-        step: Step::Allocate,
-        errno: Errno::ENOMEM,
-        stack_size: 0,
-        bytes: 0,
-        stack: StackOutcome::NONE,
-        attempts: 1,
-        reclaimed: 0,
-        calibration: false,
-        verdict: Verdict::NONE,
-    };
+    const NO_MEMORY: Refusal = Refusal::new(
+        StepError::new(Step::Allocate, Errno::ENOMEM, 0),
+        Verdict::UNKNOWN,
+    );
 }
 
 impl SpawnError {
     /// The step that was refused.
     pub fn step(&self) -> Step {
-        self.0.step
+        self.0.error.step
     }
 
     /// The errno as the kernel or glibc gave it at that step.
     pub fn errno(&self) -> Errno {
-        self.0.errno
+        self.0.error.errno
     }
 
     /// What `pthread_create` would have returned: it folds ENOMEM into EAGAIN
     /// (pthread_create(3); `__pthread_create_2_1` and `allocate_stack` in nptl).
     pub fn pthread_errno(&self) -> Errno {
-        match self.0.errno {
+        match self.0.error.errno {
             Errno::ENOMEM => Errno::EAGAIN,
             other => other,
         }
@@ -347,7 +223,7 @@ impl fmt::Debug for SpawnError {
 
 impl std::error::Error for SpawnError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.0.errno)
+        Some(&self.0.error.errno)
     }
 }
 

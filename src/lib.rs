@@ -38,10 +38,12 @@ mod builder;
 #[expect(unsafe_code, reason = "rule 9")]
 mod clone;
 mod debug;
-mod diagnose;
+pub mod diagnose;
 mod error;
 mod failures;
 mod handle;
+mod mem;
+mod proc;
 mod retry;
 mod scope;
 mod spawn;
@@ -49,6 +51,7 @@ mod spawn;
 mod stack;
 #[expect(unsafe_code, reason = "rule 9")]
 mod start;
+mod step;
 #[expect(unsafe_code, reason = "rule 9")]
 mod tcb;
 

@@ -728,7 +728,7 @@ extern "C" fn after_fork() {
 /// in a forked child before this crate was asked for one.
 fn own_threads() -> i32 {
     // Not by std::fs: nothing keeps malloc whole in a child without handlers.
-    let threads = crate::diagnose::own_threads();
+    let threads = crate::proc::status::own_threads();
     threads.and_then(|n| i32::try_from(n).ok()).unwrap_or(1)
 }
 

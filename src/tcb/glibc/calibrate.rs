@@ -12,7 +12,7 @@ use super::super::RuntimeError;
 use super::symbols::{self, Segment, Symbols};
 use super::{Runtime, block, list::ThreadList};
 use crate::clone::{self, sys};
-use crate::error::Step;
+use crate::step::Step;
 use libc::c_void;
 use nix::errno::Errno;
 use std::ops::Range;
