@@ -2,8 +2,10 @@
 
 use std::ffi::CStr;
 use std::ops::ControlFlow;
+use std::os::unix::ffi::OsStrExt;
 
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+use nix::sys::utsname::uname;
 
 use super::file::{self, number_in};
 use super::mounts::Mount;
@@ -129,8 +131,7 @@ impl MemInfo {
 
 /// Major and minor version of the kernel.
 pub(crate) fn kernel_version() -> Option<(u64, u64)> {
-    let file = file::open(c"/proc/sys/kernel/osrelease").ok()?;
-    file::parse_start(&file, parse_version).ok()
+    parse_version(uname().ok()?.release().as_bytes())
 }
 
 fn parse_version(release: &[u8]) -> Option<(u64, u64)> {
