@@ -1,11 +1,12 @@
 //! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
 
 use crate::diagnose::{Cause, Causes, Certainty, Verdict};
-use crate::stack::fallible::{Kept, Reservation, Slot};
+use crate::stack::fallible::try_box;
 use crate::step::StepError;
 pub use crate::step::{StackFate, StackOrigin, StackOutcome, Step};
 use nix::errno::Errno;
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::time::Duration;
 
 /// Everything about one refusal: what the error holds, and the core file shows.
@@ -92,7 +93,7 @@ impl fmt::Display for Report<'_> {
 /// A thread could not be created.
 ///
 /// One line by [`Display`](fmt::Display), made to be grepped: step, errno, size, and what became
-/// of the stack. Two words wide, so that results stay small; its memory is allocated before the
+/// of the stack. One word wide, so that results stay small; its memory is allocated before the
 /// first step is taken, because at the moment of a refusal the machine is out of something.
 ///
 /// A spawn, refused or not, takes at most 16 KiB of the caller's stack with the whole analysis, 64 KiB
@@ -105,57 +106,58 @@ impl fmt::Display for Report<'_> {
 /// assert_eq!(error.errno(), nix::errno::Errno::EINVAL);
 /// println!("{error}");
 /// ```
-pub struct SpawnError(Kept<Refusal>);
+pub struct SpawnError(Option<Box<Refusal>>);
 
-/// For errors of a process whose heap has no memory even for them.
-static EMERGENCY: [Slot<Refusal>; 8] = [const { Slot::new(Refusal::NO_MEMORY) }; 8];
+/// What an error says where the heap had no memory for more. What was found out is in the ring of the last
+/// failures alone.
+static NO_MEMORY: Refusal = Refusal::new(
+    StepError::new(Step::Allocate, Errno::ENOMEM, size_of::<Refusal>()),
+    Verdict::UNKNOWN,
+);
 
-/// What an error says if there are so many of these that even the static memory is used up; what was
-/// found out then is in the ring of the last failures alone.
-static LAST_RESORT: Refusal = Refusal::NO_MEMORY;
-
-/// The memory of an error that has not happened yet.
-pub(crate) struct Reserve(Reservation<Refusal>);
+/// The memory of an error that has not happened yet, if the heap had any.
+pub(crate) struct Reserve(Option<Box<MaybeUninit<Refusal>>>);
 
 impl Reserve {
     pub(crate) fn new() -> Reserve {
-        Reserve(Reservation::new(&EMERGENCY))
+        Reserve(try_box(MaybeUninit::uninit()).ok())
+    }
+
+    pub(crate) fn is_missing(&self) -> bool {
+        self.0.is_none()
     }
 
     /// Turns the reserve into the error, without allocating.
     pub(crate) fn refuse(self, refusal: Refusal) -> SpawnError {
-        SpawnError(self.0.fill(refusal, &LAST_RESORT))
+        SpawnError(self.0.map(|place| Box::write(place, refusal)))
     }
 }
 
 impl Clone for SpawnError {
     fn clone(&self) -> SpawnError {
-        Reserve::new().refuse(*self.0)
+        Reserve::new().refuse(*self.refusal())
     }
 }
 
-impl Refusal {
-    const NO_MEMORY: Refusal = Refusal::new(
-        StepError::new(Step::Allocate, Errno::ENOMEM, 0),
-        Verdict::UNKNOWN,
-    );
-}
-
 impl SpawnError {
+    fn refusal(&self) -> &Refusal {
+        self.0.as_deref().unwrap_or(&NO_MEMORY)
+    }
+
     /// The step that was refused.
     pub fn step(&self) -> Step {
-        self.0.error.step
+        self.refusal().error.step
     }
 
     /// The errno as the kernel or glibc gave it at that step.
     pub fn errno(&self) -> Errno {
-        self.0.error.errno
+        self.refusal().error.errno
     }
 
     /// What `pthread_create` would have returned: it folds ENOMEM into EAGAIN
     /// (pthread_create(3); `__pthread_create_2_1` and `allocate_stack` in nptl).
     pub fn pthread_errno(&self) -> Errno {
-        match self.0.error.errno {
+        match self.refusal().error.errno {
             Errno::ENOMEM => Errno::EAGAIN,
             other => other,
         }
@@ -163,37 +165,37 @@ impl SpawnError {
 
     /// Where the stack came from and where it went.
     pub fn stack(&self) -> StackOutcome {
-        self.0.stack
+        self.refusal().stack
     }
 
     /// How often the refused step was tried, repetitions by the analysis included.
     pub fn attempts(&self) -> u32 {
-        self.0.attempts
+        self.refusal().attempts
     }
 
     /// Which check of the kernel, or of this crate, refused, with the values that show it.
     pub fn cause(&self) -> &Cause {
-        &self.0.verdict.cause
+        &self.refusal().verdict.cause
     }
 
     /// How sure the cause is.
     pub fn certainty(&self) -> Certainty {
-        self.0.verdict.certainty
+        self.refusal().verdict.certainty
     }
 
     /// What else it could be, where the cause is inferred.
     pub fn alternatives(&self) -> Causes {
-        self.0.verdict.alternatives
+        self.refusal().verdict.alternatives
     }
 
     /// Whether the obstacle can be gone by itself within milliseconds.
     pub fn is_transient(&self) -> bool {
-        self.0.verdict.transient
+        self.refusal().verdict.transient
     }
 
     /// Time spent on finding the cause out.
     pub fn time_spent(&self) -> Duration {
-        self.0.verdict.spent
+        self.refusal().verdict.spent
     }
 
     /// Several lines for whoever must act: step, errno, cause, the evidence and the files it was
@@ -204,13 +206,13 @@ impl SpawnError {
     /// println!("{}", error.report());
     /// ```
     pub fn report(&self) -> impl fmt::Display + '_ {
-        self.0.report()
+        self.refusal().report()
     }
 }
 
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&*self.0, f)
+        fmt::Display::fmt(self.refusal(), f)
     }
 }
 
@@ -223,7 +225,7 @@ impl fmt::Debug for SpawnError {
 
 impl std::error::Error for SpawnError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.0.error.errno)
+        Some(&self.refusal().error.errno)
     }
 }
 

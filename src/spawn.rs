@@ -5,7 +5,7 @@
 
 #![expect(
     clippy::result_large_err,
-    reason = "nothing may be boxed between refusal and error (rule 4); the public error is two words"
+    reason = "nothing may be boxed between refusal and error (rule 4); the public error is one word"
 )]
 
 use crate::builder::Request;
@@ -31,6 +31,9 @@ pub(crate) fn spawn(
 ) -> Result<Running, SpawnError> {
     // The error's memory, while there is some.
     let reserve = Reserve::new();
+    if reserve.is_missing() {
+        return Err(refused_memory(request, size_of::<Refusal>()));
+    }
     cache::guard_forks();
     cache::notice_fork();
 
