@@ -7,7 +7,7 @@
 use nix::errno::Errno;
 
 use super::cause::{
-    AddressSpace, AddressSpaceExhausted, Answer, CauseKind, Causes, Certainty, DataSegment,
+    AddressSpace, AddressSpaceExhausted, Answer, CauseKind, Causes, Certainty, DataSegment, Fill,
     KernelMemory, LockedMemory, MapCount, MemoryOracle, Overcommit, Unknown,
 };
 use super::verdict::Verdict;
@@ -33,30 +33,18 @@ fn others(kind: CauseKind) -> Causes {
     CAUSES.into_iter().collect::<Causes>().without(kind)
 }
 
-/// How full a limit is against a request.
-#[derive(Clone, Copy, Debug)]
-struct Fill {
-    requested: u64,
-    in_use: Option<u64>,
-    limit: Option<u64>,
-}
-
-impl Fill {
-    /// The kernel compares whole pages.
-    fn exceeds(&self) -> Option<bool> {
-        const PAGE: u64 = 4096;
-        let wanted = self.in_use?.checked_add(self.requested)?.div_ceil(PAGE);
-        Some(wanted > self.limit? / PAGE)
-    }
-
-    /// Proven when the arithmetic agrees with the refusal, inferred when a number is missing. Numbers that
-    /// contradict the refusal do not name this limit.
-    fn certainty(&self) -> Option<Certainty> {
-        match self.exceeds() {
-            Some(true) => Some(Certainty::Proven),
-            Some(false) => None,
-            None => Some(Certainty::Inferred),
-        }
+/// Proven when the arithmetic agrees with the refusal, inferred when a number is missing. Numbers that
+/// contradict the refusal do not name the limit.
+fn certainty(fill: &Fill) -> Option<Certainty> {
+    // The kernel compares whole pages.
+    const PAGE: u64 = 4096;
+    let wanted = fill
+        .in_use
+        .and_then(|in_use| in_use.checked_add(fill.requested));
+    match wanted.zip(fill.limit) {
+        Some((wanted, limit)) if wanted.div_ceil(PAGE) > limit / PAGE => Some(Certainty::Proven),
+        Some(_) => None,
+        None => Some(Certainty::Inferred),
     }
 }
 
@@ -96,12 +84,8 @@ fn locked(requested: u64, status: &Status, calls: Calls) -> Verdict {
         return Verdict::UNKNOWN;
     }
     let exempt_unknown = status.has(CAP_IPC_LOCK) && initial.is_none();
-    let cause = LockedMemory {
-        requested,
-        in_use: fill.in_use,
-        limit: fill.limit,
-    };
-    match fill.certainty() {
+    let cause = LockedMemory::from(fill);
+    match certainty(&fill) {
         // mlock gives ENOMEM for unmapped pages and for kernel memory as well, but only when this limit,
         // which comes first, has let it pass.
         Some(Certainty::Proven) if status.capabilities.is_some() && !exempt_unknown => {
@@ -121,13 +105,9 @@ fn future_locked(error: &StepError, status: &Status, calls: Calls, seen: &mut Un
     }
     let requested = error.bytes as u64;
     let fill = fill(requested, status.locked, Limited::LockedMemory, calls);
-    let cause = LockedMemory {
-        requested,
-        in_use: fill.in_use,
-        limit: fill.limit,
-    };
+    let cause = LockedMemory::from(fill);
     // No other check of mmap answers EAGAIN to an anonymous mapping.
-    match fill.certainty() {
+    match certainty(&fill) {
         Some(Certainty::Proven) => Verdict::proven(cause),
         Some(_) => Verdict::inferred(cause, Causes::NONE),
         None => Verdict::UNKNOWN,
@@ -178,12 +158,8 @@ fn mapping(bytes: usize, status: &Status, calls: Calls, seen: &mut Unknown) -> V
     memory.inaccessible = probe::map(bytes, Kind::Inaccessible).into();
     if memory.inaccessible.is(Errno::ENOMEM) {
         let fill = fill(requested, status.mapped, Limited::AddressSpace, calls);
-        let cause = AddressSpace {
-            requested,
-            in_use: fill.in_use,
-            limit: fill.limit,
-        };
-        return match fill.certainty() {
+        let cause = AddressSpace::from(fill);
+        return match certainty(&fill) {
             Some(Certainty::Proven) => Verdict::proven(cause),
             Some(_) => Verdict::inferred(cause, others(CauseKind::AddressSpace)),
             // No limit forbids it: no memory for the structure that describes a mapping, or numbers that
@@ -211,12 +187,8 @@ fn data_or_commit(
 ) -> Verdict {
     let requested = bytes as u64;
     let fill = fill(requested, status.data, Limited::Data, calls);
-    let cause = DataSegment {
-        requested,
-        in_use: fill.in_use,
-        limit: fill.limit,
-    };
-    match fill.certainty() {
+    let cause = DataSegment::from(fill);
+    match certainty(&fill) {
         // RLIMIT_DATA comes before the commit limit.
         Some(Certainty::Proven) => Verdict::proven(cause),
         Some(_) => {

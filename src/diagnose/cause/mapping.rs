@@ -4,24 +4,27 @@ use std::fmt::{Formatter, Result};
 
 use super::show::{Evidence, KEEP, Size, Value, line};
 
-/// A limit of bytes against a request, in one line.
-fn full(
-    f: &mut Formatter<'_>,
-    limit_name: &str,
-    used_how: &str,
-    (requested, in_use, limit): (u64, Option<u64>, Option<u64>),
-) -> Result {
-    write!(f, "{limit_name}: ")?;
-    match in_use {
-        Some(in_use) => write!(
-            f,
-            "{in_use} bytes {used_how} and {requested} requested, of "
-        )?,
-        None => write!(f, "{requested} bytes requested, of ")?,
-    }
-    match limit {
-        Some(limit) => write!(f, "{}", Value(Some(limit))),
-        None => f.write_str("a limit that is not readable"),
+/// A limit of bytes against a request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fill {
+    pub(crate) requested: u64,
+    pub(crate) in_use: Option<u64>,
+    pub(crate) limit: Option<u64>,
+}
+
+impl Fill {
+    fn line(&self, f: &mut Formatter<'_>, limit_name: &str, used_how: &str) -> Result {
+        write!(f, "{limit_name}: ")?;
+        let requested = self.requested;
+        match self.in_use {
+            Some(in_use) => write!(f, "{in_use} bytes {used_how} and {requested}")?,
+            None => write!(f, "{requested} bytes")?,
+        }
+        f.write_str(" requested, of ")?;
+        match self.limit {
+            None => f.write_str("a limit that is not readable"),
+            limit => write!(f, "{}", Value(limit)),
+        }
     }
 }
 
@@ -40,9 +43,16 @@ macro_rules! limit_of_bytes {
             pub limit: Option<u64>,
         }
 
+        impl From<Fill> for $name {
+            fn from(Fill { requested, in_use, limit }: Fill) -> $name {
+                $name { requested, in_use, limit }
+            }
+        }
+
         impl Evidence for $name {
             fn line(&self, f: &mut Formatter<'_>) -> Result {
-                full(f, $limit, $used, (self.requested, self.in_use, self.limit))
+                let $name { requested, in_use, limit } = *self;
+                Fill { requested, in_use, limit }.line(f, $limit, $used)
             }
 
             fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
@@ -154,19 +164,24 @@ pub struct Overcommit {
 
 impl Evidence for Overcommit {
     fn line(&self, f: &mut Formatter<'_>) -> Result {
-        let requested = self.requested;
+        let Overcommit {
+            requested,
+            in_use,
+            limit,
+            ..
+        } = *self;
+        let fill = Fill {
+            requested,
+            in_use,
+            limit,
+        };
         match self.mode {
-            Some(2) => {
-                let values = (requested, self.in_use, self.limit);
-                full(f, "vm.overcommit_memory=2", "committed", values)
-            }
-            Some(mode) => {
-                let limit = Value(self.limit);
-                write!(
-                    f,
-                    "vm.overcommit_memory={mode}: {requested} bytes requested, limit {limit}"
-                )
-            }
+            Some(2) => fill.line(f, "vm.overcommit_memory=2", "committed"),
+            Some(mode) => write!(
+                f,
+                "vm.overcommit_memory={mode}: {requested} bytes requested, limit {}",
+                Value(limit)
+            ),
             None => write!(
                 f,
                 "vm.overcommit_memory (not readable): {requested} bytes requested"

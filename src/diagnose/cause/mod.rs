@@ -22,6 +22,7 @@ use std::fmt;
 pub use cgroup::{CgroupPlace, PidsCgroup};
 pub use filter::Seccomp;
 pub use kernel_memory::KernelMemory;
+pub(super) use mapping::Fill;
 pub use mapping::{
     AddressSpace, AddressSpaceExhausted, DataSegment, LockedMemory, MapCount, Overcommit,
 };
