@@ -5,7 +5,7 @@
 //! A cause is named only with evidence; naming the wrong limit is worse than naming none. What each claim rests
 //! on:
 //!
-//! - [`probe`] asks the kernel how far a clone gets now. Limits near their maximum flicker while other tasks come
+//! - `probe` asks the kernel how far a clone gets now. Limits near their maximum flicker while other tasks come
 //!   and go, so one answer is not enough: the probes are made before and after a repetition of the refused
 //!   call, and must agree.
 //! - RLIMIT_NPROC has no visible count. It is named by elimination, and excluded where the caller is exempt or

@@ -18,7 +18,7 @@ pub struct Text<const N: usize> {
     truncated: bool,
 }
 
-/// A file name without heap: at most [`InlinePath::CAPACITY`] bytes, and whether it was longer.
+/// A file name without heap: at most 253 bytes, and whether it was longer.
 pub type InlinePath = Text<253>;
 
 impl<const N: usize> Text<N> {
