@@ -2,6 +2,7 @@
 
 use crate::error::SpawnError;
 use crate::handle::{JoinHandle, ScopedJoinHandle};
+use crate::mem::text::character_boundary;
 use crate::mem::{Packet, Shared};
 use crate::retry::RetryPolicy;
 use crate::scope::Scope;
@@ -244,7 +245,7 @@ impl Builder {
 /// As much of a name as `TASK_COMM_LEN` allows, cut between characters.
 fn comm(name: &str) -> [u8; 16] {
     let mut comm = [0; 16];
-    let end = name.floor_char_boundary(15);
+    let end = character_boundary(name.as_bytes(), 15);
     for (to, from) in comm.iter_mut().zip(name.as_bytes().iter().take(end)) {
         *to = *from;
     }

@@ -1,152 +1,42 @@
 //! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
 
-use crate::diagnose::{Cause, Causes, Certainty, Explanation, Verdict};
-use crate::mem::fallible::{Kept, Reservation, Slot};
-use crate::sync::forked_bare;
+use crate::diagnose::{Cause, Causes, Certainty, UnsupportedRuntime, Verdict};
+use crate::mem::try_box;
+use crate::step::StepError;
+pub use crate::step::{StackFate, StackOrigin, StackOutcome, Step};
 use nix::errno::Errno;
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::time::Duration;
 
-/// The step of thread creation that was refused, in the order in which they are taken.
-#[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Step {
-    /// What the caller asked for was checked: sizes, names.
-    Attributes,
-    /// glibc was looked at: symbols, calibration, self-checks.
-    Runtime,
-    /// Heap memory for what creator and thread share: the closure and its result, the name, the record
-    /// of the stack. Some hundred bytes, so that malloc(3) seldom needs the kernel for it.
-    Allocate,
-    /// mmap(2) of the stack.
-    MapStack,
-    /// The guard: `MADV_GUARD_INSTALL`, or mprotect(2) where that is not to be had.
-    GuardStack,
-    /// mlock(2) or `MADV_POPULATE_WRITE` of the stack.
-    PrepareStack,
-    /// `_dl_allocate_tls`: thread-local storage of every loaded module.
-    AllocateTls,
-    /// clone3(2), or clone(2).
-    Clone,
-    /// sigaltstack(2) in the new thread.
-    SignalStack,
-    /// sched_setaffinity(2).
-    Affinity,
-    /// sched_setattr(2).
-    Scheduler,
-    /// The cgroup of the new thread.
-    Cgroup,
-}
-
-impl Step {
-    /// The words used in messages, such as `clone` or `map the stack`.
-    fn words(self) -> &'static str {
-        match self {
-            Step::Attributes => "attributes",
-            Step::Runtime => "runtime",
-            Step::Allocate => "allocate",
-            Step::MapStack => "map stack",
-            Step::GuardStack => "guard stack",
-            Step::PrepareStack => "prepare stack",
-            Step::AllocateTls => "allocate TLS",
-            Step::Clone => "clone",
-            Step::SignalStack => "signal stack",
-            Step::Affinity => "affinity",
-            Step::Scheduler => "scheduler",
-            Step::Cgroup => "cgroup",
-        }
-    }
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.words())
-    }
-}
-
-/// Where the stack of a refused thread came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum StackOrigin {
-    /// There was none yet.
-    None,
-    /// A stack of an earlier thread, from the cache.
-    Cache,
-    /// Mapped for this thread.
-    Fresh,
-}
-
-/// What became of the stack of a refused thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum StackFate {
-    /// There was none.
-    None,
-    /// It is in the cache, for the next thread; or, if munmap was refused, for the next attempt at that.
-    Cached,
-    /// Its memory was given back to the kernel.
-    Unmapped,
-}
-
-impl StackFate {
-    pub(crate) fn of(unmapped: bool) -> StackFate {
-        if unmapped {
-            StackFate::Unmapped
-        } else {
-            StackFate::Cached
-        }
-    }
-}
-
-/// The stack's part in a refusal: a refused spawn leaves no mapping behind that was not there
-/// before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StackOutcome {
-    /// Where it came from.
-    pub origin: StackOrigin,
-    /// Where it went.
-    pub fate: StackFate,
-}
-
-impl StackOutcome {
-    pub(crate) const NONE: StackOutcome = StackOutcome {
-        origin: StackOrigin::None,
-        fate: StackFate::None,
-    };
-}
-
-impl fmt::Display for StackOutcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match (self.origin, self.fate) {
-            (StackOrigin::None, _) | (_, StackFate::None) => "no stack yet",
-            (StackOrigin::Cache, StackFate::Cached) => "stack from cache, back in cache",
-            (StackOrigin::Cache, StackFate::Unmapped) => "stack from cache, unmapped",
-            (StackOrigin::Fresh, StackFate::Cached) => "stack freshly mapped, now in cache",
-            (StackOrigin::Fresh, StackFate::Unmapped) => "stack freshly mapped, unmapped",
-        })
-    }
-}
-
-/// Everything about one refusal.
+/// Everything about one refusal: what the error holds, and the core file shows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Refusal {
-    pub step: Step,
-    pub errno: Errno,
+    pub(crate) error: StepError,
+    pub(crate) verdict: Verdict,
     /// Usable bytes of stack that were asked for.
-    pub stack_size: usize,
-    /// Bytes of the mapping or range that the refused call was about; 0 for other calls.
-    pub bytes: usize,
-    pub stack: StackOutcome,
-    pub attempts: u32,
+    pub(crate) stack_size: usize,
+    pub(crate) stack: StackOutcome,
+    pub(crate) attempts: u32,
     /// Cached stacks that were given back to the kernel before the last attempt.
-    pub reclaimed: usize,
+    pub(crate) reclaimed: usize,
     /// It was the calibration thread that was refused.
-    pub calibration: bool,
-    pub verdict: Verdict,
+    pub(crate) calibration: bool,
 }
 
 impl Refusal {
+    pub(crate) const fn new(error: StepError, verdict: Verdict) -> Refusal {
+        Refusal {
+            error,
+            verdict,
+            stack_size: 0,
+            stack: StackOutcome::NONE,
+            attempts: 1,
+            reclaimed: 0,
+            calibration: false,
+        }
+    }
+
     pub(crate) fn report(&self) -> impl fmt::Display + '_ {
         Report(self)
     }
@@ -161,13 +51,13 @@ impl fmt::Display for Refusal {
         write!(
             f,
             "nptl: spawn refused: step={} errno={:?} cause={:?} certainty={certainty}: {cause}; stack_size={}",
-            self.step,
-            self.errno,
+            self.error.step,
+            self.error.errno,
             cause.kind(),
             self.stack_size
         )?;
-        if self.bytes != 0 {
-            write!(f, " bytes={}", self.bytes)?;
+        if self.error.bytes != 0 {
+            write!(f, " bytes={}", self.error.bytes)?;
         }
         write!(f, " attempts={}; {}", self.attempts, self.stack)?;
         if self.calibration {
@@ -186,23 +76,16 @@ struct Report<'a>(&'a Refusal);
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Refusal {
-            step,
-            errno,
+            error,
+            verdict,
             attempts,
             stack,
-            verdict,
             ..
         } = self.0;
+        let (step, errno) = (error.step, error.errno);
         writeln!(f, "step: {step}, refused with {errno:?} ({})", errno.desc())?;
         writeln!(f, "attempts: {attempts}; {stack}")?;
-        let explanation = Explanation {
-            cause: &verdict.cause,
-            certainty: verdict.certainty,
-            alternatives: verdict.alternatives,
-            silence: verdict.silence,
-            transient: verdict.transient,
-        };
-        write!(f, "{explanation}")?;
+        write!(f, "{verdict}")?;
         write!(f, "\n(found out in {:.1?})", verdict.spent)
     }
 }
@@ -223,65 +106,81 @@ impl fmt::Display for Report<'_> {
 /// assert_eq!(error.errno(), nix::errno::Errno::EINVAL);
 /// println!("{error}");
 /// ```
-pub struct SpawnError(Kept<Refusal>);
+pub struct SpawnError(Result<Box<Refusal>, &'static Refusal>);
 
-/// For errors of a process whose heap has no memory even for them.
-static EMERGENCY: [Slot<Refusal>; 8] = [const { Slot::new(Refusal::NO_MEMORY) }; 8];
+/// What an error says where the heap had no memory for more. What was found out is in the ring of the last
+/// failures alone.
+static NO_MEMORY: Refusal = Refusal::new(
+    StepError::new(Step::Allocate, Errno::ENOMEM, size_of::<Refusal>()),
+    Verdict::UNKNOWN,
+);
 
-/// What an error says if there are so many of these that even the static memory is used up; what was
-/// found out then is in the ring of the last failures alone.
-static LAST_RESORT: Refusal = Refusal::NO_MEMORY;
+/// Why no thread is made in a child of `_Fork(3)`.
+pub(crate) const FORKED_BARE: &str =
+    "this process was forked by _Fork(3) or a bare clone, where glibc can start no thread";
 
-/// The memory of an error that has not happened yet.
-pub(crate) struct Reserve(Reservation<Refusal>);
+static NO_THREADS: Refusal = Refusal::new(
+    StepError::new(Step::Runtime, Errno::ENOSYS, 0),
+    Verdict {
+        cause: Cause::UnsupportedRuntime(UnsupportedRuntime { what: FORKED_BARE }),
+        certainty: Certainty::Proven,
+        ..Verdict::UNKNOWN
+    },
+);
+
+/// The memory of an error that has not happened yet, if the heap had any.
+pub(crate) struct Reserve(Option<Box<MaybeUninit<Refusal>>>);
 
 impl Reserve {
     pub(crate) fn new() -> Reserve {
-        // In a child of _Fork(3) malloc's locks can be held for ever.
-        Reserve(Reservation::new(&EMERGENCY, !forked_bare()))
+        Reserve(try_box(MaybeUninit::uninit()).ok())
+    }
+
+    pub(crate) fn is_missing(&self) -> bool {
+        self.0.is_none()
     }
 
     /// Turns the reserve into the error, without allocating.
     pub(crate) fn refuse(self, refusal: Refusal) -> SpawnError {
-        SpawnError(self.0.fill(refusal, &LAST_RESORT))
+        let place = self.0.ok_or(&NO_MEMORY);
+        SpawnError(place.map(|place| Box::write(place, refusal)))
     }
 }
 
 impl Clone for SpawnError {
     fn clone(&self) -> SpawnError {
-        Reserve::new().refuse(*self.0)
+        match &self.0 {
+            Ok(refusal) => Reserve::new().refuse(**refusal),
+            Err(refusal) => SpawnError(Err(refusal)),
+        }
     }
 }
 
-impl Refusal {
-    const NO_MEMORY: Refusal = Refusal {
-        step: Step::Allocate,
-        errno: Errno::ENOMEM,
-        stack_size: 0,
-        bytes: 0,
-        stack: StackOutcome::NONE,
-        attempts: 1,
-        reclaimed: 0,
-        calibration: false,
-        verdict: Verdict::NONE,
-    };
-}
-
 impl SpawnError {
+    /// In a child of `_Fork(3)`, where malloc's locks can be held for ever: no heap is used for it.
+    pub(crate) const FORKED_BARE: SpawnError = SpawnError(Err(&NO_THREADS));
+
+    fn refusal(&self) -> &Refusal {
+        match &self.0 {
+            Ok(refusal) => refusal,
+            Err(refusal) => refusal,
+        }
+    }
+
     /// The step that was refused.
     pub fn step(&self) -> Step {
-        self.0.step
+        self.refusal().error.step
     }
 
     /// The errno as the kernel or glibc gave it at that step.
     pub fn errno(&self) -> Errno {
-        self.0.errno
+        self.refusal().error.errno
     }
 
     /// What `pthread_create` would have returned: it folds ENOMEM into EAGAIN
     /// (pthread_create(3); `__pthread_create_2_1` and `allocate_stack` in nptl).
     pub fn pthread_errno(&self) -> Errno {
-        match self.0.errno {
+        match self.refusal().error.errno {
             Errno::ENOMEM => Errno::EAGAIN,
             other => other,
         }
@@ -289,37 +188,37 @@ impl SpawnError {
 
     /// Where the stack came from and where it went.
     pub fn stack(&self) -> StackOutcome {
-        self.0.stack
+        self.refusal().stack
     }
 
     /// How often the refused step was tried, repetitions by the analysis included.
     pub fn attempts(&self) -> u32 {
-        self.0.attempts
+        self.refusal().attempts
     }
 
     /// Which check of the kernel, or of this crate, refused, with the values that show it.
     pub fn cause(&self) -> &Cause {
-        &self.0.verdict.cause
+        &self.refusal().verdict.cause
     }
 
     /// How sure the cause is.
     pub fn certainty(&self) -> Certainty {
-        self.0.verdict.certainty
+        self.refusal().verdict.certainty
     }
 
     /// What else it could be, where the cause is inferred.
     pub fn alternatives(&self) -> Causes {
-        self.0.verdict.alternatives
+        self.refusal().verdict.alternatives
     }
 
     /// Whether the obstacle can be gone by itself within milliseconds.
     pub fn is_transient(&self) -> bool {
-        self.0.verdict.transient
+        self.refusal().verdict.transient
     }
 
     /// Time spent on finding the cause out.
     pub fn time_spent(&self) -> Duration {
-        self.0.verdict.spent
+        self.refusal().verdict.spent
     }
 
     /// Several lines for whoever must act: step, errno, cause, the evidence and the files it was
@@ -330,13 +229,13 @@ impl SpawnError {
     /// println!("{}", error.report());
     /// ```
     pub fn report(&self) -> impl fmt::Display + '_ {
-        self.0.report()
+        self.refusal().report()
     }
 }
 
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&*self.0, f)
+        fmt::Display::fmt(self.refusal(), f)
     }
 }
 
@@ -349,7 +248,7 @@ impl fmt::Debug for SpawnError {
 
 impl std::error::Error for SpawnError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.0.errno)
+        Some(&self.refusal().error.errno)
     }
 }
 

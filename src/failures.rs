@@ -4,6 +4,7 @@
 //! neither this crate's source nor its debug information. `nptl-failures` in gdb prints them.
 
 use crate::error::{Refusal, Reserve, SpawnError};
+use crate::mem::text::{CUT, Text, character_boundary};
 use crate::stack::Lock;
 use crate::sync::notice_fork;
 use std::fmt::Write;
@@ -19,9 +20,6 @@ const TEXT: usize = 2944;
 /// Bytes of a thread's name that an entry holds: a name of any length must not push the report out.
 const NAME: usize = 64;
 
-/// Where something was cut.
-const CUT: &str = "...";
-
 /// One refusal. The layout is read by `gdb/nptl.py`.
 #[repr(C)]
 struct Failure {
@@ -32,9 +30,8 @@ struct Failure {
     nanoseconds: i64,
     /// The thread that was refused another.
     tid: i32,
-    length: u32,
     /// One line, then the report.
-    text: [u8; TEXT],
+    text: Text<TEXT>,
     refusal: Option<Refusal>,
 }
 
@@ -45,8 +42,7 @@ impl Failure {
             seconds: 0,
             nanoseconds: 0,
             tid: 0,
-            length: 0,
-            text: [0; TEXT],
+            text: Text::EMPTY,
             refusal: None,
         }
     }
@@ -88,19 +84,17 @@ pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
     fence(Ordering::Release);
     (entry.seconds, entry.nanoseconds) = now.map_or((0, 0), |now| (now.tv_sec(), now.tv_nsec()));
     entry.tid = tid;
-    entry.length = 0;
-    let mut text = Text::new(&mut entry.text);
+    let text = &mut entry.text;
+    text.clear();
     let _ = write!(text, "{refusal}");
     if let Some(name) = name {
-        let (kept, cut) = match name.split_at_checked(name.floor_char_boundary(NAME)) {
-            Some((kept, "")) => (kept, ""),
-            Some((kept, _)) => (kept, CUT),
-            None => (name, ""),
-        };
+        let end = character_boundary(name.as_bytes(), NAME);
+        let (kept, rest) = name.split_at_checked(end).unwrap_or((name, ""));
+        let cut = if rest.is_empty() { "" } else { CUT };
         let _ = write!(text, " name={kept:?}{cut}");
     }
     let _ = write!(text, "\n{}", refusal.report());
-    entry.length = text.length as u32;
+    text.mark_cut();
     entry.refusal = Some(*refusal);
     entry.number.store(number, Ordering::Release);
     crate::debug::publish_failures(&Directory {
@@ -130,101 +124,33 @@ pub fn last_failure() -> Option<SpawnError> {
     Some(Reserve::new().refuse(refusal))
 }
 
-/// Writes into an entry, and cuts what does not fit between two characters.
-struct Text<'a> {
-    bytes: &'a mut [u8],
-    length: usize,
-    cut: bool,
-}
-
-impl Text<'_> {
-    fn new(bytes: &mut [u8]) -> Text<'_> {
-        Text {
-            bytes,
-            length: 0,
-            cut: false,
-        }
-    }
-
-    fn push(&mut self, text: &str) {
-        let end = self.length + text.len();
-        if let Some(to) = self.bytes.get_mut(self.length..end) {
-            to.copy_from_slice(text.as_bytes());
-            self.length = end;
-        }
-    }
-}
-
-impl Write for Text<'_> {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        if self.cut {
-            return Ok(());
-        }
-        // The mark always fits.
-        let free = (self.bytes.len() - CUT.len()).saturating_sub(self.length);
-        let kept = text.floor_char_boundary(free);
-        self.push(text.get(..kept).unwrap_or_default());
-        if kept < text.len() {
-            self.push(CUT);
-            self.cut = true;
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::diagnose::{CauseKind, CgroupPlace};
-    use crate::{Cause, InlinePath, Step};
+    use crate::diagnose::{CauseKind, CgroupPlace, InlinePath, KernelMemory, PidsCgroup, Verdict};
+    use crate::step::{StackFate, StackOrigin, StackOutcome, Step, StepError};
 
-    fn written(size: usize, parts: &[&str]) -> String {
-        let mut bytes = vec![0; size];
-        let mut text = Text::new(&mut bytes);
-        for part in parts {
-            text.write_str(part).expect("never fails");
-        }
-        let length = text.length;
-        String::from_utf8(bytes[..length].to_vec()).expect("whole characters")
-    }
-
-    #[test]
-    fn what_does_not_fit_is_cut_between_characters_and_marked() {
-        assert_eq!(written(10, &["four", "ly"]), "fourly");
-        assert_eq!(written(10, &["seven b", ""]), "seven b");
-        // The mark's place is kept free.
-        assert_eq!(written(10, &["eight by"]), "eight b...");
-        assert_eq!(written(10, &["eight b", "y", "more"]), "eight b...");
-        // Three bytes each.
-        assert_eq!(written(10, &["€€€"]), "€€...");
-        assert_eq!(written(11, &["€€€"]), "€€...");
-        assert_eq!(written(12, &["€€€"]), "€€€");
-        assert_eq!(written(3, &["a"]), "...");
-    }
-
-    fn longest() -> Refusal {
-        let mut refusal = Refusal {
-            step: Step::PrepareStack,
-            errno: nix::errno::Errno::EAGAIN,
+    fn longest(verdict: Verdict) -> Refusal {
+        let error = StepError::new(Step::PrepareStack, nix::errno::Errno::EAGAIN, usize::MAX);
+        let verdict = Verdict {
+            silence: Some(
+                "a filter or a tracer answers clone3 for the kernel, which cannot be asked what refused",
+            ),
+            transient: true,
+            spent: std::time::Duration::from_micros(123_456),
+            ..verdict
+        };
+        Refusal {
             stack_size: usize::MAX,
-            bytes: usize::MAX,
-            stack: crate::StackOutcome {
-                origin: crate::StackOrigin::Cache,
-                fate: crate::StackFate::Cached,
+            stack: StackOutcome {
+                origin: StackOrigin::Cache,
+                fate: StackFate::Cached,
             },
             attempts: u32::MAX,
             reclaimed: usize::MAX,
             calibration: true,
-            verdict: crate::diagnose::Verdict::NONE,
-        };
-        refusal.verdict.alternatives = CauseKind::ALL.into_iter().collect();
-        refusal.verdict.certainty = crate::Certainty::Inferred;
-        refusal.verdict.silence = Some(
-            "a filter or a tracer answers clone3 for the kernel, which cannot be asked what refused",
-        );
-        refusal.verdict.transient = true;
-        refusal.verdict.spent = std::time::Duration::from_micros(123_456);
-        refusal
+            ..Refusal::new(error, verdict)
+        }
     }
 
     /// The longest of each kind of thing that is kept: no report of a cause is cut.
@@ -237,43 +163,39 @@ mod tests {
         ] {
             let directory = InlinePath::new(path.as_bytes());
             let mut lengths = Vec::new();
-            for (cause, alternatives) in [
-                (
-                    Cause::PidsCgroup {
-                        directory,
-                        place: CgroupPlace::Ancestor,
-                        version: 2,
-                        current: Some(u64::MAX - 1),
-                        maximum: Some(u64::MAX - 1),
-                        refusals: Some(u64::MAX - 1),
-                    },
-                    vec![
-                        CauseKind::UserProcesses,
-                        CauseKind::ThreadsMax,
-                        CauseKind::SiblingExec,
-                        CauseKind::PidNumbers,
-                    ],
-                ),
-                (
-                    Cause::KernelMemory {
-                        directory,
-                        version: 1,
-                        usage: Some(u64::MAX - 1),
-                        limit: Some(u64::MAX - 1),
-                        failures: Some(u64::MAX - 1),
-                        unread: None,
-                    },
-                    vec![
-                        CauseKind::DyingPidNamespace,
-                        CauseKind::AddressSpace,
-                        CauseKind::MapCount,
-                        CauseKind::Overcommit,
-                    ],
-                ),
+            let pids = PidsCgroup {
+                directory,
+                place: CgroupPlace::Ancestor,
+                version: 2,
+                current: Some(u64::MAX - 1),
+                maximum: Some(u64::MAX - 1),
+                refusals: Some(u64::MAX - 1),
+            };
+            let memory = KernelMemory {
+                directory,
+                version: 1,
+                usage: Some(u64::MAX - 1),
+                limit: Some(u64::MAX - 1),
+                failures: Some(u64::MAX - 1),
+                unread: None,
+            };
+            let others_of_pids = [
+                CauseKind::UserProcesses,
+                CauseKind::ThreadsMax,
+                CauseKind::SiblingExec,
+                CauseKind::PidNumbers,
+            ];
+            let others_of_memory = [
+                CauseKind::DyingPidNamespace,
+                CauseKind::AddressSpace,
+                CauseKind::MapCount,
+                CauseKind::Overcommit,
+            ];
+            for verdict in [
+                Verdict::inferred(pids, others_of_pids.into_iter().collect()),
+                Verdict::inferred(memory, others_of_memory.into_iter().collect()),
             ] {
-                let mut refusal = longest();
-                refusal.verdict.cause = cause;
-                refusal.verdict.alternatives = alternatives.into_iter().collect();
+                let refusal = longest(verdict);
                 let line = format!("{refusal} name={:?}{CUT}", "\u{7f}".repeat(NAME));
                 lengths.push(format!("{line}\n{}", refusal.report()).len());
             }
@@ -286,14 +208,16 @@ mod tests {
     #[test]
     fn a_long_name_does_not_push_the_report_out() {
         let name = format!("{}€{}", "n".repeat(NAME - 1), "n".repeat(100_000));
-        record(&longest(), Some(&name));
+        let everything = CauseKind::ALL.into_iter().collect();
+        let verdict = Verdict::inferred(KernelMemory::NO_CGROUP, everything);
+        record(&longest(verdict), Some(&name));
         let ring = FAILURES.lock();
         let newest = ring
             .entries
             .iter()
             .max_by_key(|entry| entry.number.load(Ordering::Relaxed));
         let entry = newest.expect("the one recorded");
-        let text = std::str::from_utf8(&entry.text[..entry.length as usize]).expect("characters");
+        let text = entry.text.to_str().expect("characters, none cut");
         assert!(
             text.contains(&format!(" name={:?}...\n", "n".repeat(NAME - 1))),
             "{text}"

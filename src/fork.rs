@@ -13,12 +13,11 @@
 //! made in it. It differs from a child of fork(3) in that its thread was not between "prepare" and "parent".
 
 use crate::clone::{self, sys};
-use crate::error::Step;
 use crate::failures;
 use crate::stack::cache;
+use crate::step::{Step, StepError};
 use crate::sync::{forked_bare, note_bare_fork, notice_fork, set_up_notice};
 use crate::tcb::Runtime;
-use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The thread pointers of threads inside fork(3). A thread that finds no place is taken for one that calls `_Fork`: its
@@ -28,15 +27,11 @@ static FORKING: [AtomicUsize; 64] = [const { AtomicUsize::new(0) }; 64];
 /// The handlers are registered.
 static GUARDED: AtomicBool = AtomicBool::new(false);
 
-/// What a spawn in a child of `_Fork(3)` is told.
-pub(crate) const BARE: &str =
-    "this process was forked by _Fork(3) or a bare clone, where glibc can start no thread";
-
 /// Registers the handlers, at the first call.
 ///
 /// # Errors
-/// The step that there was no memory for, the errno, and the bytes.
-pub(crate) fn guard() -> Result<(), (Step, Errno, usize)> {
+/// The step that there was no memory for.
+pub(crate) fn guard() -> Result<(), StepError> {
     if GUARDED.load(Ordering::Acquire) {
         return Ok(());
     }
@@ -46,10 +41,11 @@ pub(crate) fn guard() -> Result<(), (Step, Errno, usize)> {
 /// Two threads may do this at once, and a forked child may do it again: handlers that are registered twice do no harm,
 /// but a thread that waited for another one here could wait in a child that does not have that thread.
 #[cold]
-fn register() -> Result<(), (Step, Errno, usize)> {
-    sys::at_fork(prepare, in_parent, in_child).map_err(|errno| (Step::Allocate, errno, 0))?;
+fn register() -> Result<(), StepError> {
+    sys::at_fork(prepare, in_parent, in_child)
+        .map_err(|errno| StepError::new(Step::Allocate, errno, 0))?;
     let page = crate::stack::layout::page_size();
-    set_up_notice(repair).map_err(|errno| (Step::MapStack, errno, page))?;
+    set_up_notice(repair).map_err(|errno| StepError::new(Step::MapStack, errno, page))?;
     GUARDED.store(true, Ordering::Release);
     Ok(())
 }

@@ -38,7 +38,7 @@ mod builder;
 #[expect(unsafe_code, reason = "rule 9")]
 mod clone;
 mod debug;
-mod diagnose;
+pub mod diagnose;
 mod error;
 mod failures;
 #[expect(unsafe_code, reason = "rule 9")]
@@ -46,6 +46,7 @@ mod fork;
 mod handle;
 #[expect(unsafe_code, reason = "rule 9")]
 mod mem;
+mod proc;
 mod retry;
 mod scope;
 mod spawn;
@@ -53,6 +54,7 @@ mod spawn;
 mod stack;
 #[expect(unsafe_code, reason = "rule 9")]
 mod start;
+mod step;
 #[expect(unsafe_code, reason = "rule 9")]
 mod sync;
 #[expect(unsafe_code, reason = "rule 9")]

@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
-use nptl::{Builder, Cause, Certainty, StackCache, Step};
+use nptl::{Builder, Cause, Certainty, StackCache, Step, diagnose};
 use support::{Snapshot, alone, case, child, or_skip, report};
 
 const SMALLEST: usize = 16 << 10;
@@ -43,11 +43,11 @@ fn refused(builder: Builder, what: &str, value: u64) {
     );
     assert_eq!(error.attempts(), 1);
     match *error.cause() {
-        Cause::InvalidAttribute {
+        Cause::InvalidAttribute(diagnose::InvalidAttribute {
             what: said,
             value: found,
             ..
-        } => {
+        }) => {
             assert_eq!((said, found), (what, value), "{error}");
         }
         ref other => panic!("{other:?}"),

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nptl::{Builder, Cause, CauseKind, Certainty, RetryPolicy, SpawnError};
+use nptl::{Builder, Cause, CauseKind, Certainty, RetryPolicy, SpawnError, diagnose};
 use scenarios::Verdict;
 use scenarios::guardian::Guarded;
 use support::{
@@ -157,9 +157,9 @@ fn named(error: &SpawnError, kinds: &[CauseKind]) -> Result<(), String> {
 /// The directory of a cgroup, where one is named, and the limit.
 fn cgroup_named(error: &SpawnError, path: &std::path::Path, most: u64) -> Result<(), String> {
     match *error.cause() {
-        Cause::PidsCgroup {
+        Cause::PidsCgroup(diagnose::PidsCgroup {
             directory, maximum, ..
-        } if directory.to_str() != path.to_str() || maximum != Some(most) => {
+        }) if directory.to_str() != path.to_str() || maximum != Some(most) => {
             Err("another cgroup, or another limit".to_owned())
         }
         _ => Ok(()),

@@ -9,6 +9,7 @@ use std::ffi::{CStr, CString};
 use nix::errno::Errno;
 use nptl::{
     Builder, Cause, CauseKind, Certainty, CgroupPlace, PidLevel, RetryPolicy, SpawnError, Step,
+    diagnose,
 };
 use support::{
     Cgroup, Child, Sleepers, become_unused_user, case, child, deny, inherited_cgroup, or_skip,
@@ -234,47 +235,53 @@ fn fill_mappings() {
 /// Nothing that stands in a file has a value.
 fn is_blind(cause: &Cause) -> Result<(), &'static str> {
     let blind = match *cause {
-        Cause::UserProcesses {
+        Cause::UserProcesses(diagnose::UserProcesses {
             uid,
             soft,
             hard,
             initial_user_namespace,
             tasks,
-        } => {
+            ..
+        }) => {
             (uid, initial_user_namespace, tasks) == (None, None, None)
                 && (soft, hard) == (None, None)
         }
-        Cause::PidNumbers {
+        Cause::PidNumbers(diagnose::PidNumbers {
             level,
             pid_max,
             sampled,
             free,
             initial_namespace,
-        } => {
+            ..
+        }) => {
             level == PidLevel::OwnOrAncestor
                 && (pid_max, initial_namespace) == (None, None)
                 && (sampled, free) == (0, 0)
         }
-        Cause::Seccomp { mode, filters, .. } => (mode, filters) == (None, None),
-        Cause::AddressSpace { in_use, limit, .. }
-        | Cause::DataSegment { in_use, limit, .. }
-        | Cause::LockedMemory { in_use, limit, .. } => (in_use, limit) == (None, None),
-        Cause::MapCount { maximum, .. } => maximum.is_none(),
-        Cause::Overcommit {
+        Cause::Seccomp(diagnose::Seccomp { mode, filters, .. }) => (mode, filters) == (None, None),
+        Cause::AddressSpace(diagnose::AddressSpace { in_use, limit, .. })
+        | Cause::DataSegment(diagnose::DataSegment { in_use, limit, .. })
+        | Cause::LockedMemory(diagnose::LockedMemory { in_use, limit, .. }) => {
+            (in_use, limit) == (None, None)
+        }
+        Cause::MapCount(diagnose::MapCount { maximum, .. }) => maximum.is_none(),
+        Cause::Overcommit(diagnose::Overcommit {
             mode,
             in_use,
             limit,
             ..
-        } => (mode, in_use, limit) == (None, None, None),
-        Cause::AddressSpaceExhausted { in_use, .. } => in_use.is_none(),
-        Cause::Unknown {
+        }) => (mode, in_use, limit) == (None, None, None),
+        Cause::AddressSpaceExhausted(diagnose::AddressSpaceExhausted { in_use, .. }) => {
+            in_use.is_none()
+        }
+        Cause::Unknown(diagnose::Unknown {
             tasks,
             threads_max,
             nproc,
             pid_max,
             seccomp,
             ..
-        } => {
+        }) => {
             (tasks, threads_max, nproc) == (None, None, None) && (pid_max, seccomp) == (None, None)
         }
         _ => return Err("an unexpected cause"),
@@ -501,13 +508,13 @@ fn meet_hidden_cgroup(name: &str, kind: CauseKind) {
                 _ => Err("not proven"),
             }
         }
-        Cause::PidsCgroup {
+        Cause::PidsCgroup(diagnose::PidsCgroup {
             directory,
             place,
             current,
             maximum,
             ..
-        } if kind == CauseKind::PidsCgroup => {
+        }) if kind == CauseKind::PidsCgroup => {
             let expected = match remount {
                 true => CgroupPlace::Hidden,
                 false => CgroupPlace::Unclear,

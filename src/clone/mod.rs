@@ -19,6 +19,7 @@ pub(crate) use arch::{
     unwind_buffer,
 };
 
+use crate::step::CloneCall;
 use libc::{c_void, pid_t};
 use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,15 +54,6 @@ pub(crate) struct Request {
 /// answer so again, so later threads go straight to clone.
 static NO_CLONE3: AtomicBool = AtomicBool::new(false);
 
-/// Which of the two calls gave the answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Call {
-    /// clone3(2)
-    Clone3,
-    /// clone(2), after clone3 was not to be had
-    Clone,
-}
-
 /// Makes the thread. Prefers clone3 (under shadow stacks the kernel needs the stack's size), and
 /// falls back to clone on ENOSYS and on EPERM: Docker's old seccomp profile answers EPERM to every
 /// clone3, and with exactly [`FLAGS`] the kernel itself has no EPERM to give, so whoever said so
@@ -70,7 +62,7 @@ pub(crate) enum Call {
 /// # Safety
 /// The stack, the TLS block and `start` belong to the new thread alone from here on, unless this
 /// returns an error (rules 1 and 2 of architecture.md).
-pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, Call)> {
+pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, CloneCall)> {
     if !NO_CLONE3.load(Ordering::Relaxed) {
         // SAFETY: all-zero is a valid clone_args: no pidfd, no exit signal, no set_tid.
         let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -92,7 +84,7 @@ pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, Call)> {
             None => return Ok(answer as pid_t),
             Some(Errno::ENOSYS) => NO_CLONE3.store(true, Ordering::Relaxed),
             Some(Errno::EPERM) => {}
-            Some(errno) => return Err((errno, Call::Clone3)),
+            Some(errno) => return Err((errno, CloneCall::Clone3)),
         }
     }
     // SAFETY: as above.
@@ -108,7 +100,7 @@ pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, Call)> {
     };
     match errno_of(answer) {
         None => Ok(answer as pid_t),
-        Some(errno) => Err((errno, Call::Clone)),
+        Some(errno) => Err((errno, CloneCall::Clone)),
     }
 }
 

@@ -4,12 +4,16 @@
 
 use std::ffi::{CStr, CString};
 use std::fmt;
-use std::fs;
-use std::path::Path;
 
 use super::cause::CauseKind;
-use super::cgroup::{self, Files, Hierarchy};
-use super::limits::{self, Calls, Limited, Status, UNLIMITED};
+use crate::proc::cgroup::{Files, Hierarchy, MEMORY_V1, MEMORY_V2, PIDS};
+use crate::proc::limits::{Limit, Limited};
+use crate::proc::machine::{self, MemInfo, RESERVED_PIDS};
+use crate::proc::maps::Maps;
+use crate::proc::parse::UNLIMITED;
+use crate::proc::processes::{numbers_in_turn, tasks_of_user};
+use crate::proc::status::{CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Calls, Status};
+use crate::proc::task;
 use crate::stack::probe::future_is_locked;
 
 /// What a limit counts.
@@ -160,7 +164,7 @@ pub fn headroom() -> Headroom {
 /// ```
 pub fn headroom_of(pid: nix::unistd::Pid) -> std::io::Result<Headroom> {
     let directory = format!("/proc/{pid}");
-    fs::metadata(format!("{directory}/status"))?;
+    std::fs::metadata(format!("{directory}/status"))?;
     Ok(of(&directory, Some(pid)))
 }
 
@@ -183,9 +187,7 @@ fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
         _ if guards_split() => 4,
         _ => 0,
     };
-    let initial_user = limits::namespace(&file("ns/user"), calls)
-        .ok()
-        .map(limits::is_initial_user_namespace);
+    let initial_user = task::is_initial_user_namespace(&file("ns/user"), calls);
     let mut list = Vec::new();
     tasks(
         &mut list,
@@ -217,62 +219,13 @@ fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
     }
 }
 
-/// What /proc/PID/maps says of the room between mappings.
-struct Maps {
-    count: u64,
-    /// The longest range that mmap can still give out, in bytes.
-    largest_gap: u64,
-}
-
-impl Maps {
-    fn read(directory: &str) -> Option<Maps> {
-        /// Where a process's addresses end, with four levels of page tables (more are given on request only).
-        const END: u64 = 0x7fff_ffff_f000;
-        /// Kept free below a stack that grows (`stack_guard_gap`, 256 pages).
-        const BELOW_STACK: u64 = 256 << 12;
-        let text = fs::read_to_string(format!("{directory}/maps")).ok()?;
-        let mut maps = Maps {
-            count: 0,
-            largest_gap: 0,
-        };
-        /// What an LSM adds to the sysctl, which shows its own part only (`CONFIG_LSM_MMAP_MIN_ADDR`).
-        const LSM_MIN_ADDR: u64 = 64 << 10;
-        let min_addr = limits::number_in(c"/proc/sys/vm/mmap_min_addr").unwrap_or(0);
-        let mut free_from = min_addr.max(LSM_MIN_ADDR);
-        for line in text.lines() {
-            // Not a mapping of the process but a page of the kernel's.
-            if line.ends_with("[vsyscall]") {
-                continue;
-            }
-            maps.count += 1;
-            let (start, rest) = line.split_once('-')?;
-            let (end, _) = rest.split_once(' ')?;
-            let start = u64::from_str_radix(start, 16).ok()?;
-            let end = u64::from_str_radix(end, 16).ok()?;
-            let kept = if line.ends_with("[stack]") {
-                BELOW_STACK
-            } else {
-                0
-            };
-            let gap = start.saturating_sub(kept).saturating_sub(free_from);
-            maps.largest_gap = maps.largest_gap.max(gap);
-            free_from = free_from.max(end);
-        }
-        maps.largest_gap = maps.largest_gap.max(END.saturating_sub(free_from));
-        Some(maps)
-    }
-}
-
+/// Whether a guard is a mapping of its own on this kernel.
 fn guards_split() -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map(|number| number.parse::<u32>().unwrap_or(0));
-    (numbers.next(), numbers.next()) < (Some(6), Some(13))
+    machine::kernel_version() < Some((6, 13))
 }
 
 fn soft(path: &CStr, limited: Limited) -> Option<u64> {
-    limits::limit_from(path, limited).map(|limit| limit.soft)
+    Limit::read_from(path, limited).map(|limit| limit.soft)
 }
 
 fn tasks(
@@ -284,12 +237,10 @@ fn tasks(
     initial_user: Option<bool>,
     directory: &str,
 ) {
-    let machine = limits::tasks(calls);
-    let inode = |name| limits::namespace(&file(name), calls).ok();
+    let machine = machine::tasks(calls);
+    let inode = |name| task::namespace(&file(name), calls).ok();
     let exempt = initial_user == Some(true)
-        && (status.uid == Some(0)
-            || status.has(limits::CAP_SYS_RESOURCE)
-            || status.has(limits::CAP_SYS_ADMIN));
+        && (status.uid == Some(0) || status.has(CAP_SYS_RESOURCE) || status.has(CAP_SYS_ADMIN));
     let mut source = format!("{directory}/limits, and the tasks of this user visible in /proc");
     if exempt {
         source.push_str("; this process is exempt");
@@ -308,32 +259,27 @@ fn tasks(
         cause: CauseKind::ThreadsMax,
         unit: Unit::Tasks,
         in_use: machine,
-        maximum: limits::threads_max(),
+        maximum: machine::threads_max(),
         source: "/proc/loadavg, /proc/sys/kernel/threads-max".to_owned(),
         counts: true,
     });
     // pid_max is that of the reader's namespace.
-    let readers = limits::namespace(c"/proc/thread-self/ns/pid", calls).ok();
+    let readers = task::namespace(task::OWN_PID_NAMESPACE, calls).ok();
     let same = match inode("ns/pid").zip(readers) {
         _ if own => Some(true),
         Some((process, reader)) => Some(process == reader),
         // The link may only be read by who may trace the process, its status by everybody.
         None => same_by_levels(directory),
     };
-    let initial = limits::in_initial_pid_namespace(calls) == Some(true);
+    let initial = task::in_initial_pid_namespace(calls) == Some(true);
     list.push(pid_numbers(same, initial));
 }
 
 /// Whether a process is in the reader's pid namespace, by the number of levels at which the mounted /proc gives both
 /// a number.
 fn same_by_levels(directory: &str) -> Option<bool> {
-    let levels = |directory: &str| {
-        let status = fs::read_to_string(format!("{directory}/status")).ok()?;
-        let numbers = status
-            .lines()
-            .find_map(|line| line.strip_prefix("NSpid:"))?;
-        Some(numbers.split_whitespace().count())
-    };
+    let levels =
+        |directory: &str| Status::read_from(&c_string(&format!("{directory}/status"))).pid_levels;
     // With one level the mount is of the reader's own namespace, and whoever has more is in one inside.
     let reader = levels("/proc/thread-self")?;
     let process = levels(directory)?;
@@ -343,18 +289,18 @@ fn same_by_levels(directory: &str) -> Option<bool> {
 /// How many numbers of the reader's pid namespace can still be given out, at most.
 fn pid_numbers(namespace: Option<bool>, initial: bool) -> HeadroomLimit {
     let same = namespace == Some(true);
-    let pid_max = limits::pid_max().filter(|_| same);
+    let pid_max = machine::pid_max().filter(|_| same);
     // The kernel gives numbers out in turn, and begins again at 300 when it has come to the end. Until it has
     // passed that number it has not; afterwards the ones below are never used again.
-    let (in_use, maximum, mut source) = match limits::last_pid_number() {
-        Some(last) if last < RESERVED => (
+    let (in_use, maximum, mut source) = match machine::last_pid_number() {
+        Some(last) if last < RESERVED_PIDS => (
             Some(last),
             pid_max.map(|pid_max| pid_max.saturating_sub(1)),
             "/proc/loadavg (last number), /proc/sys/kernel/pid_max; before the first wrap".to_owned(),
         ),
         _ => (
             numbers_in_turn(),
-            pid_max.map(|pid_max| pid_max.saturating_sub(RESERVED)),
+            pid_max.map(|pid_max| pid_max.saturating_sub(RESERVED_PIDS)),
             "tasks in /proc with numbers from 300 on, /proc/sys/kernel/pid_max less 300; at most, process groups and \
              sessions without a leader hold numbers, too"
                 .to_owned(),
@@ -379,54 +325,15 @@ fn pid_numbers(namespace: Option<bool>, initial: bool) -> HeadroomLimit {
     }
 }
 
-/// Below this no number is given out again after the first wrap (the kernel's `RESERVED_PIDS`).
-const RESERVED: u64 = 300;
-
-/// Tasks visible in /proc, zombies included, with numbers that are given out in turn.
-fn numbers_in_turn() -> Option<u64> {
-    each_process(|directory| {
-        let tasks = fs::read_dir(directory.join("task")).into_iter().flatten();
-        let numbers = tasks.flatten().filter_map(|task| {
-            let name = task.file_name();
-            name.to_str()?.parse::<u64>().ok()
-        });
-        numbers.filter(|number| *number >= RESERVED).count() as u64
-    })
-}
-
-/// Tasks of a real user, as far as /proc shows them.
-fn tasks_of_user(uid: u32) -> Option<u64> {
-    each_process(|directory| {
-        let status = Status::read_from(&c_string(&format!("{}/status", directory.display())));
-        match status.uid {
-            Some(owner) if owner == uid => status.threads.unwrap_or(1),
-            _ => 0,
-        }
-    })
-}
-
-fn each_process(count: impl Fn(&Path) -> u64) -> Option<u64> {
-    let entries = fs::read_dir("/proc").ok()?;
-    let total = entries
-        .flatten()
-        .filter(|entry| {
-            let name = entry.file_name();
-            name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
-        })
-        .map(|entry| count(&entry.path()))
-        .sum();
-    Some(total)
-}
-
 fn cgroups(list: &mut Vec<HeadroomLimit>, membership: &CStr, controller: &str, cause: CauseKind) {
     let Some(hierarchy) = Hierarchy::locate(membership, controller.as_bytes()) else {
         return;
     };
     let pids = cause == CauseKind::PidsCgroup;
     let files: &Files = match (pids, hierarchy.version) {
-        (true, _) => &cgroup::PIDS,
-        (false, 1) => &cgroup::MEMORY_V1,
-        (false, _) => &cgroup::MEMORY_V2,
+        (true, _) => &PIDS,
+        (false, 1) => &MEMORY_V1,
+        (false, _) => &MEMORY_V2,
     };
     let snapshot = hierarchy.full_snapshot(files);
     for level in snapshot.levels() {
@@ -463,7 +370,7 @@ fn memory(
         cause: CauseKind::MapCount,
         unit: Unit::Mappings,
         in_use: maps.as_ref().map(|maps| maps.count),
-        maximum: limits::number_in(c"/proc/sys/vm/max_map_count"),
+        maximum: machine::max_map_count(),
         source: format!(
             "{directory}/maps, /proc/sys/vm/max_map_count{}",
             match future {
@@ -504,7 +411,7 @@ fn memory(
         let mut source = format!("{directory}/status {field}, {directory}/limits");
         let mut counts = true;
         if cause == CauseKind::LockedMemory {
-            let exempt = status.has(limits::CAP_IPC_LOCK) && initial_user;
+            let exempt = status.has(CAP_IPC_LOCK) && initial_user;
             counts = future == Some(true) && !exempt;
             source.push_str(match future {
                 _ if exempt => "; this process is exempt",
@@ -524,14 +431,13 @@ fn memory(
             counts,
         });
     }
-    let strict = limits::number_in(c"/proc/sys/vm/overcommit_memory") == Some(2);
-    let meminfo =
-        |key| limits::value_in(c"/proc/meminfo", key).and_then(|kib| kib.checked_mul(1024));
+    let strict = machine::overcommit_memory() == Some(2);
+    let memory = MemInfo::read();
     list.push(HeadroomLimit {
         cause: CauseKind::Overcommit,
         unit: Unit::Bytes,
-        in_use: meminfo(b"Committed_AS:"),
-        maximum: meminfo(b"CommitLimit:"),
+        in_use: memory.committed,
+        maximum: memory.commit_limit,
         source:
             "/proc/meminfo Committed_AS, CommitLimit; enforced with vm.overcommit_memory=2 only"
                 .to_owned(),

@@ -4,15 +4,19 @@
 //! RLIMIT_AS, RLIMIT_DATA, commit limit. `stack::probe` asks each in turn; the first that refuses is named
 //! when the numbers read agree.
 
-use std::ops::ControlFlow;
-
 use nix::errno::Errno;
 
-use super::cause::{Answer, Cause, CauseKind, Causes, Certainty, InlinePath, MemoryOracle};
-use super::limits::{self, CAP_IPC_LOCK, Calls, Limited, Status};
-use super::{Circumstances, Naming, Readings};
-use crate::error::Step;
+use super::cause::{
+    AddressSpace, AddressSpaceExhausted, Answer, CauseKind, Causes, Certainty, DataSegment, Fill,
+    KernelMemory, LockedMemory, MapCount, MemoryOracle, Overcommit, Unknown,
+};
+use super::verdict::Verdict;
+use crate::proc::limits::{Limit, Limited};
+use crate::proc::machine::{self, MemInfo};
+use crate::proc::status::{CAP_IPC_LOCK, Calls, Status};
+use crate::proc::task;
 use crate::stack::probe::{self, Kind};
+use crate::step::{Step, StepError};
 
 /// Everything a mapping can be refused for.
 const CAUSES: [CauseKind; 7] = [
@@ -29,50 +33,39 @@ fn others(kind: CauseKind) -> Causes {
     CAUSES.into_iter().collect::<Causes>().without(kind)
 }
 
-/// How full a limit is against a request.
-#[derive(Clone, Copy, Debug)]
-struct Fill {
-    requested: u64,
-    in_use: Option<u64>,
-    limit: Option<u64>,
-}
-
-impl Fill {
-    /// The kernel compares whole pages.
-    fn exceeds(&self) -> Option<bool> {
-        const PAGE: u64 = 4096;
-        let wanted = self.in_use?.checked_add(self.requested)?.div_ceil(PAGE);
-        Some(wanted > self.limit? / PAGE)
-    }
-
-    /// Proven when the arithmetic agrees with the refusal, inferred when a number is missing. Numbers that
-    /// contradict the refusal do not name this limit.
-    fn certainty(&self) -> Option<Certainty> {
-        match self.exceeds() {
-            Some(true) => Some(Certainty::Proven),
-            Some(false) => None,
-            None => Some(Certainty::Inferred),
-        }
+/// Proven when the arithmetic agrees with the refusal, inferred when a number is missing. Numbers that
+/// contradict the refusal do not name the limit.
+fn certainty(fill: &Fill) -> Option<Certainty> {
+    // The kernel compares whole pages.
+    const PAGE: u64 = 4096;
+    let wanted = fill
+        .in_use
+        .and_then(|in_use| in_use.checked_add(fill.requested));
+    match wanted.zip(fill.limit) {
+        Some((wanted, limit)) if wanted.div_ceil(PAGE) > limit / PAGE => Some(Certainty::Proven),
+        Some(_) => None,
+        None => Some(Certainty::Inferred),
     }
 }
 
-pub(super) fn diagnose(c: &Circumstances<'_>, status: &Status, readings: &mut Readings) -> Naming {
+pub(super) fn diagnose(error: &StepError, status: &Status, seen: &mut Unknown) -> Verdict {
     let calls = status.calls();
-    let requested = c.bytes as u64;
-    match (c.step, c.errno) {
+    let requested = error.bytes as u64;
+    match (error.step, error.errno) {
         (Step::PrepareStack, Errno::ENOMEM | Errno::EPERM | Errno::EAGAIN) => {
             locked(requested, status, calls)
         }
-        (Step::MapStack, Errno::EAGAIN) => future_locked(c, status, calls, readings),
-        (Step::GuardStack, Errno::ENOMEM) => guard(readings),
-        (Step::MapStack, Errno::ENOMEM) => mapping(c.bytes, status, calls, readings),
+        (Step::MapStack, Errno::EAGAIN) => future_locked(error, status, calls, seen),
+        (Step::GuardStack, Errno::ENOMEM) => guard(seen),
+        (Step::MapStack, Errno::ENOMEM) => mapping(error.bytes, status, calls, seen),
         // malloc was refused; how much it asked of the kernel is its own business, but a heap grows by at
         // least this much, and it never folds one cause into another.
         (Step::Allocate | Step::AllocateTls, Errno::ENOMEM) => {
             const HEAP_STEP: usize = 1 << 20;
-            mapping(c.bytes.max(HEAP_STEP), status, calls, readings).at_most_inferred(CAUSES)
+            mapping(error.bytes.max(HEAP_STEP), status, calls, seen)
+                .at_most_inferred(CAUSES.into_iter().collect())
         }
-        _ => Naming::unknown(),
+        _ => Verdict::UNKNOWN,
     }
 }
 
@@ -80,62 +73,49 @@ fn fill(requested: u64, in_use: Option<u64>, limited: Limited, calls: Calls) -> 
     Fill {
         requested,
         in_use,
-        limit: limits::limit(limited, calls).map(|limit| limit.soft),
+        limit: Limit::read(limited, calls).map(|limit| limit.soft),
     }
 }
 
-fn locked(requested: u64, status: &Status, calls: Calls) -> Naming {
+fn locked(requested: u64, status: &Status, calls: Calls) -> Verdict {
     let fill = fill(requested, status.locked, Limited::LockedMemory, calls);
-    let initial = limits::in_initial_user_namespace(calls);
+    let initial = task::in_initial_user_namespace(calls);
     if status.has(CAP_IPC_LOCK) && initial == Some(true) {
-        return Naming::unknown();
+        return Verdict::UNKNOWN;
     }
     let exempt_unknown = status.has(CAP_IPC_LOCK) && initial.is_none();
-    let cause = Cause::LockedMemory {
-        requested,
-        in_use: fill.in_use,
-        limit: fill.limit,
-    };
-    match fill.certainty() {
+    let cause = LockedMemory::from(fill);
+    match certainty(&fill) {
         // mlock gives ENOMEM for unmapped pages and for kernel memory as well, but only when this limit,
         // which comes first, has let it pass.
         Some(Certainty::Proven) if status.capabilities.is_some() && !exempt_unknown => {
-            Naming::proven(cause)
+            Verdict::proven(cause)
         }
-        Some(_) => Naming::inferred(cause, others(CauseKind::LockedMemory)),
-        None => Naming::unknown(),
+        Some(_) => Verdict::inferred(cause, others(CauseKind::LockedMemory)),
+        None => Verdict::UNKNOWN,
     }
 }
 
-fn future_locked(
-    c: &Circumstances<'_>,
-    status: &Status,
-    calls: Calls,
-    readings: &mut Readings,
-) -> Naming {
-    let memory = &mut readings.memory;
+fn future_locked(error: &StepError, status: &Status, calls: Calls, seen: &mut Unknown) -> Verdict {
+    let memory = &mut seen.memory;
     memory.number_of_mappings = probe::number_of_mappings().into();
-    memory.free_addresses = probe::free_addresses(c.bytes).into();
+    memory.free_addresses = probe::free_addresses(error.bytes).into();
     if !memory.free_addresses.is(Errno::EAGAIN) {
-        return Naming::unknown().transient();
+        return Verdict::UNKNOWN.transient();
     }
-    let requested = c.bytes as u64;
+    let requested = error.bytes as u64;
     let fill = fill(requested, status.locked, Limited::LockedMemory, calls);
-    let cause = Cause::LockedMemory {
-        requested,
-        in_use: fill.in_use,
-        limit: fill.limit,
-    };
+    let cause = LockedMemory::from(fill);
     // No other check of mmap answers EAGAIN to an anonymous mapping.
-    match fill.certainty() {
-        Some(Certainty::Proven) => Naming::proven(cause),
-        Some(_) => Naming::inferred(cause, Causes::NONE),
-        None => Naming::unknown(),
+    match certainty(&fill) {
+        Some(Certainty::Proven) => Verdict::proven(cause),
+        Some(_) => Verdict::inferred(cause, Causes::NONE),
+        None => Verdict::UNKNOWN,
     }
 }
 
-fn guard(readings: &mut Readings) -> Naming {
-    let memory = &mut readings.memory;
+fn guard(seen: &mut Unknown) -> Verdict {
+    let memory = &mut seen.memory;
     memory.number_of_mappings = probe::number_of_mappings().into();
     if memory.number_of_mappings.is(Errno::EEXIST) {
         memory.guard = probe::guards().map_or(Answer::NotAsked, Answer::from);
@@ -144,40 +124,33 @@ fn guard(readings: &mut Readings) -> Naming {
     // Making pages inaccessible charges nothing, so that ENOMEM means the split: the number of mappings, or
     // no memory for the structure that describes one. The latter also fails a fresh mapping.
     if split || memory.number_of_mappings.is(Errno::ENOMEM) {
-        let cause = Cause::MapCount {
-            maximum: limits::number_in(c"/proc/sys/vm/max_map_count"),
+        let cause = MapCount {
+            maximum: machine::max_map_count(),
             split,
         };
-        return Naming::proven(cause);
+        return Verdict::proven(cause);
     }
-    Naming::inferred(
-        Cause::KernelMemory {
-            directory: InlinePath::EMPTY,
-            version: 0,
-            usage: None,
-            limit: None,
-            failures: None,
-            unread: None,
-        },
+    Verdict::inferred(
+        KernelMemory::NO_CGROUP,
         Causes::NONE.with(CauseKind::MapCount),
     )
     .transient()
 }
 
 /// The first check in the kernel's order that refuses a mapping of this length now.
-fn mapping(bytes: usize, status: &Status, calls: Calls, readings: &mut Readings) -> Naming {
+fn mapping(bytes: usize, status: &Status, calls: Calls, seen: &mut Unknown) -> Verdict {
     let requested = bytes as u64;
-    let memory = &mut readings.memory;
+    let memory = &mut seen.memory;
     memory.number_of_mappings = probe::number_of_mappings().into();
     if memory.number_of_mappings.is(Errno::ENOMEM) {
-        return Naming::proven(Cause::MapCount {
-            maximum: limits::number_in(c"/proc/sys/vm/max_map_count"),
+        return Verdict::proven(MapCount {
+            maximum: machine::max_map_count(),
             split: false,
         });
     }
     memory.free_addresses = probe::free_addresses(bytes).into();
     if memory.free_addresses.is(Errno::ENOMEM) {
-        return Naming::proven(Cause::AddressSpaceExhausted {
+        return Verdict::proven(AddressSpaceExhausted {
             requested,
             in_use: status.mapped,
         });
@@ -185,17 +158,13 @@ fn mapping(bytes: usize, status: &Status, calls: Calls, readings: &mut Readings)
     memory.inaccessible = probe::map(bytes, Kind::Inaccessible).into();
     if memory.inaccessible.is(Errno::ENOMEM) {
         let fill = fill(requested, status.mapped, Limited::AddressSpace, calls);
-        let cause = Cause::AddressSpace {
-            requested,
-            in_use: fill.in_use,
-            limit: fill.limit,
-        };
-        return match fill.certainty() {
-            Some(Certainty::Proven) => Naming::proven(cause),
-            Some(_) => Naming::inferred(cause, others(CauseKind::AddressSpace)),
+        let cause = AddressSpace::from(fill);
+        return match certainty(&fill) {
+            Some(Certainty::Proven) => Verdict::proven(cause),
+            Some(_) => Verdict::inferred(cause, others(CauseKind::AddressSpace)),
             // No limit forbids it: no memory for the structure that describes a mapping, or numbers that
             // another thread has changed since.
-            None => Naming::unknown().transient(),
+            None => Verdict::UNKNOWN.transient(),
         };
     }
     memory.unreserved = probe::map(bytes, Kind::Unreserved).into();
@@ -207,7 +176,7 @@ fn mapping(bytes: usize, status: &Status, calls: Calls, readings: &mut Readings)
         return commit(requested, false);
     }
     // Every check lets it pass now: another thread of the process had the memory.
-    Naming::unknown().transient()
+    Verdict::UNKNOWN.transient()
 }
 
 fn data_or_commit(
@@ -215,23 +184,19 @@ fn data_or_commit(
     status: &Status,
     calls: Calls,
     memory: &mut MemoryOracle,
-) -> Naming {
+) -> Verdict {
     let requested = bytes as u64;
     let fill = fill(requested, status.data, Limited::Data, calls);
-    let cause = Cause::DataSegment {
-        requested,
-        in_use: fill.in_use,
-        limit: fill.limit,
-    };
-    match fill.certainty() {
+    let cause = DataSegment::from(fill);
+    match certainty(&fill) {
         // RLIMIT_DATA comes before the commit limit.
-        Some(Certainty::Proven) => Naming::proven(cause),
+        Some(Certainty::Proven) => Verdict::proven(cause),
         Some(_) => {
             // Without the numbers: of the two only the commit limit counts a shared mapping.
             memory.shared = probe::map(bytes, Kind::Shared).into();
             match memory.shared.is(Errno::ENOMEM) {
                 true => commit(requested, true),
-                false => Naming::inferred(cause, Causes::NONE.with(CauseKind::Overcommit)),
+                false => Verdict::inferred(cause, Causes::NONE.with(CauseKind::Overcommit)),
             }
         }
         None => commit(requested, true),
@@ -240,34 +205,20 @@ fn data_or_commit(
 
 /// RLIMIT_DATA lets it pass, and so does everything before, because a mapping without access of the same length
 /// was granted: the commit limit is left. `unreserved` tells whether MAP_NORESERVE was refused, too.
-fn commit(requested: u64, unreserved: bool) -> Naming {
-    let mode = limits::number_in(c"/proc/sys/vm/overcommit_memory");
-    let mut values = [None; 4];
-    let _ = limits::lines(c"/proc/meminfo", |line| {
-        let keys: [&[u8]; 4] = [
-            b"MemTotal:",
-            b"SwapTotal:",
-            b"CommitLimit:",
-            b"Committed_AS:",
-        ];
-        for (key, value) in keys.into_iter().zip(&mut values) {
-            if let Some(rest) = line.strip_prefix(key) {
-                *value = limits::number(rest).and_then(|kib| kib.checked_mul(1024));
-            }
-        }
-        ControlFlow::Continue(())
-    });
-    let [total, swap, commit_limit, committed] = values;
+fn commit(requested: u64, unreserved: bool) -> Verdict {
+    let mode = machine::overcommit_memory();
+    let info = MemInfo::read();
     let (in_use, limit) = match mode {
-        Some(2) => (committed, commit_limit),
+        Some(2) => (info.committed, info.commit_limit),
         Some(_) => (
             Some(0),
-            total.and_then(|total| total.checked_add(swap.unwrap_or(0))),
+            info.total
+                .and_then(|total| total.checked_add(info.swap.unwrap_or(0))),
         ),
         // Which of the two are compared is not known.
         None => (None, None),
     };
-    let cause = Cause::Overcommit {
+    let cause = Overcommit {
         mode,
         requested,
         in_use,
@@ -275,9 +226,9 @@ fn commit(requested: u64, unreserved: bool) -> Naming {
     };
     match mode {
         // Only mode 2 accounts for mappings with MAP_NORESERVE; mode 1 never refuses.
-        Some(2) => Naming::proven(cause),
-        Some(0) if !unreserved => Naming::proven(cause),
-        None => Naming::inferred(cause, others(CauseKind::Overcommit)),
-        Some(_) => Naming::unknown().transient(),
+        Some(2) => Verdict::proven(cause),
+        Some(0) if !unreserved => Verdict::proven(cause),
+        None => Verdict::inferred(cause, others(CauseKind::Overcommit)),
+        Some(_) => Verdict::UNKNOWN.transient(),
     }
 }

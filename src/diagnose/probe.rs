@@ -14,8 +14,8 @@
 use nix::errno::Errno;
 
 use super::cause::Oracle;
-use super::limits::Calls;
-use crate::clone::probe;
+use crate::clone::{FLAGS, probe};
+use crate::proc::status::Calls;
 
 /// The first check that refuses, or the last one that is known to pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,13 +41,11 @@ pub(crate) enum Reached {
 }
 
 /// Asks the kernel once, and keeps the answers.
-///
-/// `flags` are those of the refused call, for the legacy question.
-pub(crate) fn ask(oracle: &mut Oracle, flags: u64, calls: Calls) -> Reached {
+pub(crate) fn ask(oracle: &mut Oracle, calls: Calls) -> Reached {
     if oracle.clone3_empty.is(Errno::EINVAL) {
         ask_clone3(oracle)
     } else {
-        ask_clone(oracle, flags, calls)
+        ask_clone(oracle, calls)
     }
 }
 
@@ -79,8 +77,8 @@ fn ask_clone3(oracle: &mut Oracle) -> Reached {
     }
 }
 
-fn ask_clone(oracle: &mut Oracle, flags: u64, calls: Calls) -> Reached {
-    let answer = probe::until_thread_pointer(flags, true);
+fn ask_clone(oracle: &mut Oracle, calls: Calls) -> Reached {
+    let answer = probe::until_thread_pointer(FLAGS, true);
     oracle.until_thread_pointer = answer.into();
     match answer {
         Err(Errno::EPERM) => return Reached::BeyondThreadPointer,
@@ -92,7 +90,7 @@ fn ask_clone(oracle: &mut Oracle, flags: u64, calls: Calls) -> Reached {
     if calls == Calls::FilesOnly {
         return Reached::ProcessLimitsOrExec;
     }
-    match probe::until_thread_pointer(flags, false) {
+    match probe::until_thread_pointer(FLAGS, false) {
         Err(Errno::EPERM) => Reached::SiblingExec,
         Err(Errno::EAGAIN) => Reached::ProcessLimits,
         _ => Reached::Unusable,

@@ -3,6 +3,7 @@
 pub(crate) mod fallible;
 pub(crate) mod packet;
 pub(crate) mod shared;
+pub(crate) mod text;
 
 pub(crate) use fallible::try_box;
 pub(crate) use packet::{Body, Deliver, Packet};

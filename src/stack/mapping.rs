@@ -2,6 +2,7 @@
 
 use super::layout::{Layout, page_size};
 use crate::clone::sys;
+use crate::proc::machine::kernel_version;
 use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -34,26 +35,7 @@ fn stack_mappings_avoid_huge_pages() -> bool {
     static ASKED: AtomicBool = AtomicBool::new(false);
     static ANSWER: AtomicBool = AtomicBool::new(false);
     if !ASKED.load(Ordering::Acquire) {
-        let mut name = std::mem::MaybeUninit::<libc::utsname>::uninit();
-        // SAFETY: uname fills the buffer; nix's wrapper would do the same.
-        let recent = unsafe {
-            libc::uname(name.as_mut_ptr()) == 0 && {
-                let release = &name.assume_init_ref().release;
-                let mut numbers = [0_u32; 2];
-                let mut index = 0;
-                for &byte in release {
-                    match byte as u8 {
-                        digit @ b'0'..=b'9' => {
-                            let number = &mut numbers[index];
-                            *number = number.saturating_mul(10) + u32::from(digit - b'0');
-                        }
-                        _ if index == 0 => index = 1,
-                        _ => break,
-                    }
-                }
-                numbers >= [6, 7]
-            }
-        };
+        let recent = kernel_version() >= Some((6, 7));
         ANSWER.store(recent, Ordering::Relaxed);
         ASKED.store(true, Ordering::Release);
     }

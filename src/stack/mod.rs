@@ -18,8 +18,8 @@ pub(crate) mod probe;
 pub(crate) use lock::Lock;
 
 use crate::clone::{self, sys};
-use crate::error::{StackFate, Step};
 use crate::mem::{Shared, try_box};
+use crate::step::{StackFate, StackOrigin, StackOutcome, Step, StepError};
 use crate::sync::{Latch, forked_bare, notice_fork};
 use crate::tcb::{Block, BlockState, Enlisted, Runtime};
 use cache::StackCache;
@@ -209,19 +209,17 @@ impl Stack {
         runtime: &'static Runtime,
         layout: &Layout,
         class: Option<Class>,
-    ) -> Result<&'static Stack, Shortage> {
+    ) -> Result<&'static Stack, Refused> {
         let length = layout.total();
         // Before anything can be refused, because it may allocate (rule 4).
-        let stack = Stack::spare().ok_or(Shortage::new(
-            Step::Allocate,
-            Errno::ENOMEM,
-            size_of::<Stack>(),
-        ))?;
+        let none = |step, errno, bytes| (StepError::new(step, errno, bytes), StackOutcome::NONE);
+        let stack =
+            Stack::spare().ok_or(none(Step::Allocate, Errno::ENOMEM, size_of::<Stack>()))?;
         let base = match mapping::map(length) {
             Ok(base) => base,
             Err(errno) => {
                 stack.retire_record();
-                return Err(Shortage::new(Step::MapStack, errno, length));
+                return Err(none(Step::MapStack, errno, length));
             }
         };
         // SAFETY: just mapped with this layout.
@@ -241,10 +239,10 @@ impl Stack {
                 // the one that was left: then the stack waits in the ledger for the next call that unmaps.
                 let victims = cache.ledger().retire(stack);
                 let round = cache::unmap_victims(victims, Some(runtime), stack);
-                Err(Shortage {
-                    fate: StackFate::of(round.found),
-                    ..Shortage::new(Step::GuardStack, errno, bytes)
-                })
+                let error = StepError::new(Step::GuardStack, errno, bytes);
+                let fate = StackFate::of(round.found);
+                let origin = StackOrigin::Fresh;
+                Err((error, StackOutcome { origin, fate }))
             }
         }
     }
@@ -770,26 +768,8 @@ impl Wanted {
     }
 }
 
-/// Why there is no stack for a thread.
-pub(crate) struct Shortage {
-    pub step: Step,
-    pub errno: Errno,
-    /// Bytes that the refused call was about.
-    pub bytes: usize,
-    /// What became of a stack that was mapped already.
-    pub fate: StackFate,
-}
-
-impl Shortage {
-    fn new(step: Step, errno: Errno, bytes: usize) -> Shortage {
-        Shortage {
-            step,
-            errno,
-            bytes,
-            fate: StackFate::None,
-        }
-    }
-}
+/// The refused step, and what became of a stack that was mapped already.
+pub(crate) type Refused = (StepError, StackOutcome);
 
 impl Idle {
     /// A cached stack of the size's class, or a fresh one.
@@ -797,7 +777,7 @@ impl Idle {
         cache: &StackCache,
         runtime: &'static Runtime,
         wanted: &Wanted,
-    ) -> Result<Idle, Shortage> {
+    ) -> Result<Idle, Refused> {
         let fit = class::fit(
             wanted.size.max(layout::SMALLEST),
             wanted.guard,
@@ -819,10 +799,9 @@ impl Idle {
                 (stack, true)
             }
             None => {
-                let layout = Layout::new(runtime, size, guard).ok_or(Shortage::new(
-                    Step::Attributes,
-                    Errno::EINVAL,
-                    0,
+                let layout = Layout::new(runtime, size, guard).ok_or((
+                    StepError::new(Step::Attributes, Errno::EINVAL, 0),
+                    StackOutcome::NONE,
                 ))?;
                 if class.is_none() {
                     cache.ledger().miss();
@@ -845,13 +824,9 @@ impl Idle {
         })
     }
 
-    /// True: from the cache; false: freshly mapped.
-    pub(crate) fn is_from_cache(&self) -> bool {
-        self.from_cache
-    }
-
-    /// mlock and prefault, as asked for. The error has the errno and the bytes.
-    pub(crate) fn prepare(&self, wanted: &Wanted) -> Result<(), (Errno, usize)> {
+    /// mlock and prefault, as asked for.
+    pub(crate) fn prepare(&self, wanted: &Wanted) -> Result<(), StepError> {
+        let refused = |bytes| move |errno| StepError::new(Step::PrepareStack, errno, bytes);
         let stack = self.stack;
         let (bottom, size) = (stack.bottom(), stack.size());
         self.prepared.set(wanted.lock || wanted.prefault > 0);
@@ -859,7 +834,7 @@ impl Idle {
             // The flag first: even a refused mlock can have locked a part.
             stack.locked.store(true, Ordering::Relaxed);
             // SAFETY: the usable range of an idle stack, above its guard.
-            unsafe { mapping::lock(bottom, size) }.map_err(|errno| (errno, size))?;
+            unsafe { mapping::lock(bottom, size) }.map_err(refused(size))?;
         } else if stack.locked.swap(false, Ordering::Relaxed) {
             // A stack that an earlier thread had locked: its memory is wanted back.
             // SAFETY: as above.
@@ -872,7 +847,7 @@ impl Idle {
         if prefault > 0 {
             // SAFETY: as above.
             unsafe { mapping::populate(stack.top() - prefault, prefault) }
-                .map_err(|errno| (errno, prefault))?;
+                .map_err(refused(prefault))?;
         }
         Ok(())
     }
@@ -906,7 +881,7 @@ impl Idle {
         &self,
         start: crate::start::Start,
         _blocked: &Signals,
-    ) -> Result<libc::pid_t, (Errno, clone::Call)> {
+    ) -> Result<libc::pid_t, StepError> {
         let stack = self.stack;
         stack.discarded.store(false, Ordering::Relaxed);
         stack.exiting.store(false, Ordering::Relaxed);
@@ -930,7 +905,10 @@ impl Idle {
             // SAFETY: no thread was made; dropping the message here gives the closure back.
             drop(unsafe { (*stack.start.get()).take() });
         }
-        answer
+        answer.map_err(|(errno, call)| StepError {
+            call,
+            ..StepError::new(Step::Clone, errno, 0)
+        })
     }
 
     /// A thread runs on it now; the handle and the thread own it together.
@@ -942,11 +920,15 @@ impl Idle {
 
     /// Back into the cache if it came from there, else unmapped: a refused spawn leaves no mapping
     /// and no cached stack more than before (rule 3).
-    pub(crate) fn put_back(self) -> StackFate {
+    pub(crate) fn put_back(self) -> StackOutcome {
+        let origin = match self.from_cache {
+            true => StackOrigin::Cache,
+            false => StackOrigin::Fresh,
+        };
         let fate = self.undo();
         // The stack is given back; the handle to its cache still has to be.
         drop(self.into_running());
-        fate
+        StackOutcome { origin, fate }
     }
 
     /// A stack that stays mapped goes back as it came: the cache must neither hold nor count memory that

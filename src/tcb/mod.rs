@@ -12,7 +12,7 @@ mod glibc;
 
 pub(crate) use glibc::{Block, BlockState, Enlisted, Runtime};
 
-use crate::error::Step;
+use crate::step::Step;
 use nix::errno::Errno;
 
 /// Why there is no runtime to stand on.

@@ -4,7 +4,7 @@
 use super::own_state::{allowed_cpus, pin_to};
 use super::{under_valgrind, wait_until};
 use crate::support::{Snapshot, case, child, or_skip, report, skip};
-use nptl::{Cause, Certainty, Step};
+use nptl::{Cause, Certainty, Step, diagnose};
 use std::ffi::CString;
 use std::path::PathBuf;
 use std::process::Command;
@@ -90,7 +90,7 @@ fn listen() {
         assert_eq!(error.step(), Step::Runtime, "{error}");
         assert_eq!(error.certainty(), Certainty::Proven);
         match *error.cause() {
-            Cause::UnsupportedRuntime { what, .. } => Some(what),
+            Cause::UnsupportedRuntime(diagnose::UnsupportedRuntime { what, .. }) => Some(what),
             ref other => panic!("{other:?}"),
         }
     };

@@ -15,7 +15,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use nptl::{
     Builder, Cause, CauseKind, Certainty, CgroupPlace, CloneCall, PidLevel, RetryPolicy,
-    SpawnError, Step,
+    SpawnError, Step, diagnose,
 };
 
 use super::ask::{
@@ -213,7 +213,7 @@ fn user_processes(
     limit: u64,
 ) -> Result<(), String> {
     refused(CauseKind::UserProcesses, certainty).judge(error, |cause| match *cause {
-        Cause::UserProcesses { uid, soft, .. } => {
+        Cause::UserProcesses(diagnose::UserProcesses { uid, soft, .. }) => {
             same("the user", uid, Some(user))?;
             same("the limit", soft, Some(limit))
         }
@@ -266,12 +266,12 @@ fn seccomp(ask: &mut Asker<'_>, by: CloneCall) {
     ask.ask();
     ask.tell(Right::Refused, |error| {
         refused(CauseKind::Seccomp, PROVEN).judge(error, |cause| match *cause {
-            Cause::Seccomp {
+            Cause::Seccomp(diagnose::Seccomp {
                 call,
                 mode,
                 filters,
                 ..
-            } => {
+            }) => {
                 same("the call", call, by)?;
                 same("the mode", mode, Some(2))?;
                 same("the presence of filters", filters > Some(0), true)
@@ -330,7 +330,7 @@ fn deadline(ask: &mut Asker<'_>) -> Result<(), String> {
     set_scheduling(0, 0).map_err(|error| error.to_string())?;
     ask.tell(Right::Refused, |error| {
         refused(CauseKind::DeadlineScheduling, PROVEN).judge(error, |cause| match *cause {
-            Cause::DeadlineScheduling { policy, flags } => {
+            Cause::DeadlineScheduling(diagnose::DeadlineScheduling { policy, flags, .. }) => {
                 same("the policy", policy, SCHED_DEADLINE)?;
                 same("the flags", flags, Some(0))
             }
@@ -459,13 +459,14 @@ fn pid_numbers(ask: &mut Asker<'_>, truth: PidLevel) -> Result<(), String> {
     };
     ask.tell(Right::Refused, |error| {
         refused(CauseKind::PidNumbers, certainty).judge(error, |cause| match *cause {
-            Cause::PidNumbers {
+            Cause::PidNumbers(diagnose::PidNumbers {
                 level,
                 pid_max,
                 sampled,
                 free,
                 initial_namespace,
-            } => {
+                ..
+            }) => {
                 same("the level", level, truth)?;
                 same("kernel.pid_max", pid_max, Some(own))?;
                 same("the initial namespace", initial_namespace, Some(false))?;
@@ -505,7 +506,11 @@ fn unshared_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
             ..refused(CauseKind::UnsharedPidNamespace, PROVEN)
         };
         expected.judge(error, |cause| match *cause {
-            Cause::UnsharedPidNamespace { own, for_children } => {
+            Cause::UnsharedPidNamespace(diagnose::UnsharedPidNamespace {
+                own,
+                for_children,
+                ..
+            }) => {
                 same("the own namespace", own, namespace)?;
                 same("the empty namespace of children", for_children, empty)
             }
@@ -542,14 +547,15 @@ fn pids_cgroup(ask: &mut Asker<'_>, truth: CgroupPlace) -> Result<(), String> {
     std::fs::write(full.join("pids.max"), "max").map_err(|e| e.to_string())?;
     ask.tell(Right::Refused, |error| {
         refused(CauseKind::PidsCgroup, PROVEN).judge(error, |cause| match *cause {
-            Cause::PidsCgroup {
+            Cause::PidsCgroup(diagnose::PidsCgroup {
                 directory,
                 place,
                 version,
                 current,
                 maximum,
                 refusals,
-            } => {
+                ..
+            }) => {
                 same("the place", place, truth)?;
                 same("the directory", directory.to_str(), full.to_str())?;
                 same(
@@ -640,14 +646,14 @@ fn pids_cgroup_hidden(ask: &mut Asker<'_>) -> Result<(), String> {
     };
     ask.tell(Right::Refused, |error| {
         refused(CauseKind::PidsCgroup, certainty).judge(error, |cause| match *cause {
-            Cause::PidsCgroup {
+            Cause::PidsCgroup(diagnose::PidsCgroup {
                 directory,
                 place,
                 current,
                 maximum,
                 refusals,
                 ..
-            } => {
+            }) => {
                 same("the place", place, CgroupPlace::Hidden)?;
                 same("the directory", directory.to_str(), None)?;
                 same("pids.current", current, None)?;
@@ -982,9 +988,9 @@ fn ask_while_dying(seen: &'static Seen) {
             return;
         };
         let judgement = expected.judge(&error, |cause| match *cause {
-            Cause::DyingPidNamespace { namespace: found } => {
-                same("the namespace", found, namespace)
-            }
+            Cause::DyingPidNamespace(diagnose::DyingPidNamespace {
+                namespace: found, ..
+            }) => same("the namespace", found, namespace),
             ref other => other_cause(other),
         });
         let number = namespace.unwrap_or_default();

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nptl::{Cause, CauseKind, Certainty, Step};
+use nptl::{Cause, CauseKind, Certainty, Step, diagnose};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::guardian::Guarded;
@@ -59,7 +59,7 @@ fn threads_max(ask: &mut Asker<'_>) -> Result<(), String> {
             certainty: PROVEN,
         };
         expected.judge(error, |cause| match *cause {
-            Cause::ThreadsMax { tasks, maximum } => {
+            Cause::ThreadsMax(diagnose::ThreadsMax { tasks, maximum, .. }) => {
                 same("kernel.threads-max", maximum, Some(most))?;
                 same("as many tasks as that", tasks >= Some(most), true)
             }
@@ -117,12 +117,13 @@ fn overcommit_2(ask: &mut Asker<'_>) -> Result<(), String> {
             certainty: PROVEN,
         };
         expected.judge(error, |cause| match *cause {
-            Cause::Overcommit {
+            Cause::Overcommit(diagnose::Overcommit {
                 mode,
                 requested,
                 in_use,
                 limit: found,
-            } => {
+                ..
+            }) => {
                 same("the mode", mode, Some(2))?;
                 same("CommitLimit", found, Some(limit))?;
                 same("the size", requested >= stack, true)?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
-use nptl::{Cause, CauseKind, Certainty, SpawnError, Step};
+use nptl::{Cause, CauseKind, Certainty, SpawnError, Step, diagnose};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::clone::become_limited_user;
@@ -149,11 +149,12 @@ fn rlimit_as(ask: &mut Asker<'_>) -> Result<(), String> {
         "VmSize",
         CauseKind::AddressSpace,
         |cause| match *cause {
-            Cause::AddressSpace {
+            Cause::AddressSpace(diagnose::AddressSpace {
                 requested,
                 in_use,
                 limit,
-            } => Some((requested, in_use, limit)),
+                ..
+            }) => Some((requested, in_use, limit)),
             _ => None,
         },
         ["ulimit -v KIB", "LimitAS=BYTES"],
@@ -167,11 +168,12 @@ fn rlimit_data(ask: &mut Asker<'_>) -> Result<(), String> {
         "VmData",
         CauseKind::DataSegment,
         |cause| match *cause {
-            Cause::DataSegment {
+            Cause::DataSegment(diagnose::DataSegment {
                 requested,
                 in_use,
                 limit,
-            } => Some((requested, in_use, limit)),
+                ..
+            }) => Some((requested, in_use, limit)),
             _ => None,
         },
         ["ulimit -d KIB", "LimitDATA=BYTES"],
@@ -222,7 +224,7 @@ fn max_map_count(ask: &mut Asker<'_>) -> Result<(), String> {
     tell_note(format_args!("{count} mappings of one page were added"));
     ask.tell(Right::Refused, |error| {
         refused(CauseKind::MapCount).judge(error, |cause| match *cause {
-            Cause::MapCount { maximum, split } => {
+            Cause::MapCount(diagnose::MapCount { maximum, split, .. }) => {
                 same("vm.max_map_count", maximum, Some(most))?;
                 same("a split", split, false)
             }
@@ -260,11 +262,12 @@ fn memlock(ask: &mut Asker<'_>) -> Result<(), String> {
             ..refused(CauseKind::LockedMemory)
         };
         expected.judge(error, |cause| match *cause {
-            Cause::LockedMemory {
+            Cause::LockedMemory(diagnose::LockedMemory {
                 requested,
                 in_use,
                 limit,
-            } => explains((requested, in_use, limit), used, allowed),
+                ..
+            }) => explains((requested, in_use, limit), used, allowed),
             ref other => other_cause(other),
         })?;
         reports(
@@ -291,12 +294,12 @@ fn overcommit_0(ask: &mut Asker<'_>) -> Result<(), String> {
     ask.ask();
     ask.tell(Right::Refused, |error| {
         refused(CauseKind::Overcommit).judge(error, |cause| match *cause {
-            Cause::Overcommit {
+            Cause::Overcommit(diagnose::Overcommit {
                 mode,
                 requested,
                 limit,
                 ..
-            } => {
+            }) => {
                 same("the mode", mode, Some(0))?;
                 same("memory and swap", limit, Some(total))?;
                 same("a request beyond them", requested > total, true)
@@ -464,24 +467,26 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
         expected.judge(error, |cause| match *cause {
             // Without memory for a task there is none to open the cgroup's files either; and where it lacks that for
             // an inode, /proc says that the file does not exist (proc_pident_instantiate).
-            Cause::KernelMemory {
+            Cause::KernelMemory(diagnose::KernelMemory {
                 unread: Some(errno),
                 ..
-            } => match errno {
+            }) => match errno {
                 Errno::ENOENT => Ok(()),
                 errno => same("why the files were not read", errno, Errno::ENOMEM),
             },
-            Cause::KernelMemory { directory, .. } if directory.to_str().is_none() => {
+            Cause::KernelMemory(diagnose::KernelMemory { directory, .. })
+                if directory.to_str().is_none() =>
+            {
                 reports(error, &[&"memory.limit_in_bytes"])
             }
-            Cause::KernelMemory {
+            Cause::KernelMemory(diagnose::KernelMemory {
                 directory,
                 version,
                 usage,
                 limit,
                 failures,
                 ..
-            } => {
+            }) => {
                 same("the directory", directory.to_str(), inner.to_str())?;
                 same("the version", version, 1)?;
                 same("the limit", limit, Some(allowed))?;

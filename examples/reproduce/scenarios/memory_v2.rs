@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nptl::{Cause, CauseKind, Certainty, SpawnError, Step};
+use nptl::{Cause, CauseKind, Certainty, SpawnError, Step, diagnose};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::{number_in, write};
@@ -143,21 +143,23 @@ fn judge(error: &SpawnError, limited: &Path, allowed: u64) -> Result<bool, Strin
     let mut named = false;
     expected.judge(error, |cause| match *cause {
         // Without memory for a task there is none to open the cgroup's files either.
-        Cause::KernelMemory {
+        Cause::KernelMemory(diagnose::KernelMemory {
             unread: Some(errno),
             ..
-        } => same("why the files were not read", errno, Errno::ENOMEM),
-        Cause::KernelMemory { directory, .. } if directory.to_str().is_none() => {
+        }) => same("why the files were not read", errno, Errno::ENOMEM),
+        Cause::KernelMemory(diagnose::KernelMemory { directory, .. })
+            if directory.to_str().is_none() =>
+        {
             reports(error, &[&"memory.max"])
         }
-        Cause::KernelMemory {
+        Cause::KernelMemory(diagnose::KernelMemory {
             directory,
             version,
             usage,
             limit,
             failures,
             ..
-        } => {
+        }) => {
             named = true;
             same("the directory", directory.to_str(), limited.to_str())?;
             same("the version", version, 2)?;

@@ -9,7 +9,9 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use memmap2::MmapMut;
 use nix::errno::Errno;
-use nptl::{Builder, Cause, CauseKind, Certainty, JoinHandle, PidLevel, SpawnError, Step};
+use nptl::{
+    Builder, Cause, CauseKind, Certainty, JoinHandle, PidLevel, SpawnError, Step, diagnose,
+};
 
 use super::ask::{
     Asker, Expected, Right, other_cause, reports, same, tell_answer, tell_failure, tell_granted,
@@ -226,13 +228,13 @@ fn pid_numbers(error: &SpawnError) -> Result<(), String> {
         certainty: &[Certainty::Proven],
     };
     expected.judge(error, |cause| match *cause {
-        Cause::PidNumbers {
+        Cause::PidNumbers(diagnose::PidNumbers {
             level,
             pid_max,
             sampled,
             free,
             ..
-        } => {
+        }) => {
             same("the level", level, PidLevel::Own)?;
             same("kernel.pid_max", pid_max, Some(PID_MAX.into()))?;
             same("having looked at numbers", sampled > 0, true)?;

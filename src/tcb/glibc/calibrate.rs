@@ -16,7 +16,7 @@ use super::super::RuntimeError;
 use super::symbols::{self, Symbols};
 use super::{KEY_BLOCKS, KEYS_PER_BLOCK, list::ThreadList};
 use crate::clone;
-use crate::error::Step;
+use crate::step::Step;
 use libc::c_void;
 use nix::errno::Errno;
 use std::ops::Range;

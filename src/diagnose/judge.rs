@@ -1,0 +1,202 @@
+//! Which cgroup refused, from what its files said before and after.
+
+use super::cause::CgroupPlace;
+use crate::proc::cgroup::{Level, Snapshot};
+
+/// Tasks that can come or go between two readings.
+pub(super) const MARGIN: u64 = 64;
+
+/// What two snapshots around a refusal show of a cgroup.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Judgement {
+    /// A counter rose, and this is the cgroup.
+    Counted {
+        level: Option<Level>,
+        place: CgroupPlace,
+        rise: u64,
+    },
+    /// No counter could be compared, but this cgroup is full.
+    Circumstantial { level: Level, place: CgroupPlace },
+    /// An invisible or unreadable cgroup may have refused.
+    Open,
+    /// No cgroup can have refused.
+    Excluded,
+}
+
+/// Which cgroup refused between two snapshots.
+///
+/// The kernel charges from the thread's own cgroup upwards and stops at the first full one, so of several
+/// full ones the lowest refused.
+pub(super) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
+    match before {
+        None => by_one_reading(after),
+        Some(before) if is_local(after) => by_own_counters(before, after),
+        Some(before) => by_common_counter(before, after),
+    }
+}
+
+fn is_local(snapshot: &Snapshot) -> bool {
+    snapshot.levels().iter().any(|level| level.local)
+}
+
+fn place(position: usize) -> CgroupPlace {
+    match position {
+        0 => CgroupPlace::Own,
+        _ => CgroupPlace::Ancestor,
+    }
+}
+
+fn lowest_full(snapshot: &Snapshot) -> Option<(usize, Level)> {
+    let mut levels = snapshot.levels().iter().enumerate();
+    let (position, level) = levels.find(|(_, level)| level.is_full())?;
+    Some((position, *level))
+}
+
+/// How far the counter at a level rose.
+fn rise(before: &Snapshot, after: &Snapshot, position: usize) -> Option<u64> {
+    let old = before.levels().get(position)?.failures?;
+    after.levels().get(position)?.failures?.checked_sub(old)
+}
+
+fn by_one_reading(after: &Snapshot) -> Judgement {
+    let levels = after.levels();
+    let own = after.charged_first();
+    // A counter that never rose excludes its cgroup, or in the older way of counting every cgroup.
+    let never = |position: usize| {
+        let counter = match levels.get(own) {
+            Some(own) if !own.local => Some(own),
+            _ => levels.get(position),
+        };
+        counter.is_some_and(|level| level.failures == Some(0))
+    };
+    match lowest_full(after) {
+        Some((position, level)) if !never(position) => Judgement::Circumstantial {
+            level,
+            place: place(position),
+        },
+        _ if after.unread => Judgement::Open,
+        _ if after.hidden && (is_local(after) || !never(own)) => Judgement::Open,
+        _ => Judgement::Excluded,
+    }
+}
+
+/// The kernel counts at the cgroup whose limit was hit. Others' refusals may have counted elsewhere.
+fn by_own_counters(before: &Snapshot, after: &Snapshot) -> Judgement {
+    let levels = after.levels().iter().enumerate();
+    let mut risen = levels.filter_map(|(position, level)| {
+        let rise = rise(before, after, position).filter(|rise| *rise > 0)?;
+        Some((position, *level, rise))
+    });
+    match risen.next() {
+        Some((position, level, first)) => match risen.map(|(_, _, rise)| rise).sum() {
+            0 => Judgement::Counted {
+                level: Some(level),
+                place: place(position),
+                rise: first,
+            },
+            // Another task was refused at one of them.
+            others => Judgement::Counted {
+                level: None,
+                place: CgroupPlace::Unclear,
+                rise: first.saturating_add(others),
+            },
+        },
+        None if after.hidden || after.unread || before.unread => Judgement::Open,
+        None => Judgement::Excluded,
+    }
+}
+
+/// The kernel counts in the thread's own cgroup, whichever level was full.
+fn by_common_counter(before: &Snapshot, after: &Snapshot) -> Judgement {
+    match (
+        rise(before, after, after.charged_first()),
+        lowest_full(after),
+    ) {
+        (Some(0), _) => Judgement::Excluded,
+        (Some(rise), Some((position, level)))
+            if lowest_full(before).is_some_and(|(before, _)| before == position) =>
+        {
+            Judgement::Counted {
+                level: Some(level),
+                place: place(position),
+                rise,
+            }
+        }
+        (Some(rise), _) => full_in_between(after, rise),
+        // No counter of our own: there is no controller in sight, or it is unreadable.
+        (None, Some((position, level))) => Judgement::Circumstantial {
+            level,
+            place: place(position),
+        },
+        (None, None) if after.hidden || after.unread || before.unread => Judgement::Open,
+        (None, None) => Judgement::Excluded,
+    }
+}
+
+/// Full at the refusal, but not at a reading; or another one was, and has filled or emptied since.
+fn full_in_between(after: &Snapshot, rise: u64) -> Judgement {
+    let levels = after.levels();
+    let has_plenty = |level: &Level| {
+        let maximum = level.maximum.unwrap_or(u64::MAX);
+        level.current.unwrap_or(0).saturating_add(MARGIN) < maximum
+    };
+    let mut limited = levels
+        .iter()
+        .enumerate()
+        .filter(|(_, level)| level.is_limited());
+    let (level, place) = match (limited.next(), limited.next(), after.hidden) {
+        (Some((position, level)), None, false) => (Some(*level), place(position)),
+        (None, _, true) => (None, CgroupPlace::Hidden),
+        // Plenty of room in every visible cgroup leaves the invisible ones; little may have come since.
+        (_, _, true) if levels.iter().all(has_plenty) => (None, CgroupPlace::Hidden),
+        _ => (None, CgroupPlace::Unclear),
+    };
+    Judgement::Counted { level, place, rise }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of v2 from Linux 6.11 on, own cgroup first: tasks and refusals, of at most 10 tasks each.
+    fn snapshot(of: [(u64, u64); 2]) -> Snapshot {
+        let level = |(current, failures)| Level {
+            maximum: Some(10),
+            current: Some(current),
+            failures: Some(failures),
+            local: true,
+            ..Level::default()
+        };
+        Snapshot::of(&of.map(level))
+    }
+
+    fn judged(before: [(u64, u64); 2], after: [(u64, u64); 2]) -> (Option<CgroupPlace>, u64) {
+        match judge(Some(&snapshot(before)), &snapshot(after)) {
+            Judgement::Counted { level, place, rise } => {
+                assert_eq!(level.is_none(), place == CgroupPlace::Unclear);
+                (Some(place), rise)
+            }
+            _ => (None, 0),
+        }
+    }
+
+    /// Where each cgroup counts its own refusals, the one whose counter rose did it. Where two rose, somebody else
+    /// was refused at one of them, and which is not known.
+    #[test]
+    fn of_two_levels_that_refused_none_is_named() {
+        let full = [(10, 5), (10, 7)];
+        assert_eq!(
+            judged(full, [(10, 6), (10, 7)]),
+            (Some(CgroupPlace::Own), 1)
+        );
+        assert_eq!(
+            judged(full, [(10, 5), (10, 8)]),
+            (Some(CgroupPlace::Ancestor), 1)
+        );
+        assert_eq!(
+            judged(full, [(10, 6), (10, 9)]),
+            (Some(CgroupPlace::Unclear), 3)
+        );
+        assert_eq!(judged(full, full), (None, 0));
+    }
+}

@@ -1,0 +1,144 @@
+//! Opening and reading: no heap, buffers on the stack.
+
+use std::ffi::CStr;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
+
+use super::parse;
+
+/// Signals that may interrupt a call before it is given up.
+const MOST_INTERRUPTIONS: u32 = 8;
+
+pub(crate) fn open(path: &CStr) -> Result<OwnedFd, Errno> {
+    uninterrupted(|| nix::fcntl::open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()))
+}
+
+fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+    uninterrupted(|| nix::unistd::read(file.as_fd(), buffer))
+}
+
+fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    for _ in 0..MOST_INTERRUPTIONS {
+        match call() {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+    Err(Errno::EINTR)
+}
+
+/// The start of an open file, parsed; ENODATA if the parser finds nothing.
+pub(crate) fn parse_start<T>(
+    file: &OwnedFd,
+    parse: impl FnOnce(&[u8]) -> Option<T>,
+) -> Result<T, Errno> {
+    // 64 bytes on purpose: sysctl files cost by the size of the buffer offered.
+    let mut buffer = [0; 64];
+    let length = read(file, &mut buffer)?;
+    parse(buffer.get(..length).unwrap_or_default()).ok_or(Errno::ENODATA)
+}
+
+/// A file whose whole content is a number, or `max`.
+pub(crate) fn read_number(path: &CStr) -> Result<u64, Errno> {
+    parse_start(&open(path)?, parse::limit)
+}
+
+/// [`read_number`], where the reason why there is none does not matter.
+pub(crate) fn number_in(path: &CStr) -> Option<u64> {
+    read_number(path).ok()
+}
+
+/// The number after `key` in a file of `key value` lines.
+pub(crate) fn value_in(path: &CStr, key: &[u8]) -> Option<u64> {
+    first(path, |line| parse::value(line, key).and_then(parse::number))
+}
+
+/// What a parser finds in the first line in which it finds anything.
+pub(crate) fn first<T>(path: &CStr, mut parse: impl FnMut(&[u8]) -> Option<T>) -> Option<T> {
+    let mut found = None;
+    lines(path, |line| {
+        found = parse(line);
+        match found {
+            Some(_) => ControlFlow::Break(()),
+            None => ControlFlow::Continue(()),
+        }
+    })
+    .ok()?;
+    found
+}
+
+/// Calls `each` for every line that fits the buffer; longer ones are skipped, never cut.
+pub(crate) fn lines(
+    path: &CStr,
+    mut each: impl FnMut(&[u8]) -> ControlFlow<()>,
+) -> Result<(), Errno> {
+    let file = open(path)?;
+    let mut buffer = [0; 1024];
+    let mut filled = 0;
+    let mut skipping = false;
+    loop {
+        let space = buffer.get_mut(filled..).unwrap_or_default();
+        let count = read(&file, space)?;
+        let end = filled + count;
+        let mut rest = buffer.get(..end).unwrap_or_default();
+        while let Some(at) = rest.iter().position(|byte| *byte == b'\n') {
+            let (line, tail) = rest.split_at(at);
+            rest = tail.get(1..).unwrap_or_default();
+            if !std::mem::take(&mut skipping) && each(line).is_break() {
+                return Ok(());
+            }
+        }
+        if count == 0 {
+            if !rest.is_empty() && !skipping {
+                let _ = each(rest);
+            }
+            return Ok(());
+        }
+        let kept = rest.len();
+        if kept == buffer.len() {
+            skipping = true;
+            filled = 0;
+        } else {
+            buffer.copy_within(end - kept..end, 0);
+            filled = kept;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CString;
+
+    #[test]
+    fn long_lines_are_skipped_and_never_cut() {
+        let path = std::env::temp_dir().join(format!("nptl-lines-{}", std::process::id()));
+        let long = "x".repeat(1024);
+        let whole = "y".repeat(1023);
+        let text = format!("first\n{long}\n{whole}\n\n{long}{long}\nlast");
+        std::fs::write(&path, text).expect("a file");
+        let name = CString::new(path.to_str().expect("UTF-8")).expect("no NUL");
+        let mut found = Vec::new();
+        let read = lines(&name, |line| {
+            found.push(String::from_utf8(line.to_vec()).expect("UTF-8"));
+            ControlFlow::Continue(())
+        });
+        let last = first(&name, |line| {
+            line.starts_with(b"last").then_some(line.len())
+        });
+        std::fs::remove_file(&path).expect("removed");
+        assert_eq!(read, Ok(()));
+        assert_eq!(found, ["first", &whole, "", "last"]);
+        assert_eq!(last, Some(4));
+        assert_eq!(
+            lines(&name, |_| ControlFlow::Continue(())),
+            Err(Errno::ENOENT)
+        );
+        assert_eq!(read_number(&name), Err(Errno::ENOENT));
+        assert_eq!(read_number(c"/proc/self/comm"), Err(Errno::ENODATA));
+    }
+}

@@ -1,0 +1,92 @@
+//! /proc/PID/mountinfo.
+
+use crate::mem::text::Text;
+
+/// A line of it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Mount<'a> {
+    /// The directory of the file system that is mounted.
+    pub(super) root: &'a [u8],
+    /// Where it is mounted, escaped.
+    pub(super) point: &'a [u8],
+    pub(super) kind: &'a [u8],
+    /// Those of the file system, not of the mount.
+    pub(super) options: &'a [u8],
+}
+
+impl Mount<'_> {
+    pub(super) fn parse(line: &[u8]) -> Option<Mount<'_>> {
+        let mut words = line.split(|byte| *byte == b' ');
+        let (root, point) = (words.nth(3)?, words.next()?);
+        // Any number of optional fields, then the kind, the source and the options.
+        let mut rest = words.skip_while(|word| *word != b"-").skip(1);
+        Some(Mount {
+            root,
+            point,
+            kind: rest.next()?,
+            options: rest.nth(1)?,
+        })
+    }
+}
+
+/// Whether a list separated by commas has an element.
+pub(super) fn lists(list: &[u8], element: &[u8]) -> bool {
+    list.split(|byte| *byte == b',').any(|one| one == element)
+}
+
+/// Undoes the octal escapes of a mount point.
+pub(super) fn unescape<const N: usize>(text: &[u8], into: &mut Text<N>) {
+    let mut rest = text;
+    while let Some((first, tail)) = rest.split_first() {
+        let digit = |byte: &u8| byte.wrapping_sub(b'0');
+        match tail {
+            [a, b, c, after @ ..] if *first == b'\\' => {
+                let byte = digit(a).wrapping_mul(64) | digit(b).wrapping_mul(8) | digit(c);
+                into.push(&[byte]);
+                rest = after;
+            }
+            _ => {
+                into.push(&[*first]);
+                rest = tail;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_with_and_without_optional_fields() {
+        let line = b"35 32 0:30 /docker/4f2a /sys/fs/cgroup/cpu\\040acct ro,nosuid master:9 shared:3 - cgroup cgroup rw,pids";
+        let mount = Mount {
+            root: b"/docker/4f2a",
+            point: b"/sys/fs/cgroup/cpu\\040acct",
+            kind: b"cgroup",
+            options: b"rw,pids",
+        };
+        assert_eq!(Mount::parse(line), Some(mount));
+        let line = b"29 22 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate,pids_localevents";
+        let mount = Mount::parse(line).expect("a mount");
+        assert_eq!((mount.root, mount.kind), (&b"/"[..], &b"cgroup2"[..]));
+        assert!(lists(mount.options, b"pids_localevents"));
+        assert!(!lists(mount.options, b"pids"));
+        assert_eq!(Mount::parse(b"29 22 0:26 / /sys rw"), None);
+        assert_eq!(Mount::parse(b"29 22 0:26 / /sys rw - sysfs"), None);
+        assert_eq!(Mount::parse(b""), None);
+    }
+
+    #[test]
+    fn escapes() {
+        for (escaped, plain) in [
+            (&b"/mnt/a\\040b\\134c"[..], &b"/mnt/a b\\c"[..]),
+            (b"/plain", b"/plain"),
+            (b"/cut\\04", b"/cut\\04"),
+        ] {
+            let mut text = Text::<32>::EMPTY;
+            unescape(escaped, &mut text);
+            assert_eq!(text.as_bytes(), plain);
+        }
+    }
+}
