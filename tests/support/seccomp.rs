@@ -161,7 +161,6 @@ impl Documented {
             futex(libc::FUTEX_WAKE),
             futex(libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG),
             futex(libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG),
-            allow(libc::SYS_munmap),
             // The handler's.
             allow(libc::SYS_rt_sigreturn),
         ];
