@@ -1,7 +1,7 @@
 //! What the system calls cost that a thread of glibc has to make and the floor's child does not:
 //! `cargo bench --bench duties`. Each is added to the floor alone, then all of them, interleaved round
 //! by round, beside pthread_create and nptl. It says how near to the floor a thread can come that keeps
-//! the rules (facts/glibc-rules.md), whatever its user space costs. Then the same without a cache, where
+//! the rules (docs/glibc.md), whatever its user space costs. Then the same without a cache, where
 //! each thread also has its mapping made and undone.
 
 #[path = "../examples/measure/mod.rs"]

@@ -1,7 +1,7 @@
 //! fork(3): what its handlers do, and the one repair of a forked child.
 //!
 //! Nothing is locked across a fork, because the program's own handlers run between the crate's: prepare handlers in
-//! reverse order of registration, child handlers in order. They spawn, join and take locks of their own (rule 24).
+//! reverse order of registration, child handlers in order. They spawn, join and take locks of their own (G24).
 //!
 //! ```text
 //!  parent   prepare: this thread is inside fork(3) ──► fork ──► parent: it no longer is

@@ -17,17 +17,28 @@
 //! - `std::thread::current().name()` is `None` in it: std offers no way to set it. The kernel's name
 //!   and [`current_name`] are right.
 //! - `pthread_exit` from a closure aborts the process ("exception not rethrown"), as it does in a
-//!   thread of std: a forced unwind cannot pass Rust's `catch_unwind`. `pthread_cancel` stays
-//!   pending, because cancellation is disabled.
+//!   thread of std: a forced unwind cannot pass Rust's `catch_unwind`. A request of
+//!   `pthread_cancel` stays pending, because cancellation is disabled in it.
 //! - glibc's `pthread_join` and `pthread_detach` refuse it with EINVAL: [`JoinHandle`] does both.
 //!
 //! # System calls of a thread after its closure has started
-//! rt_sigprocmask, madvise with `MADV_DONTNEED`, and exit; futex with FUTEX_WAIT and FUTEX_WAKE
-//! (private or not) only under contention; munmap only where a detached thread's stack pushes others
-//! out of the cache. A seccomp filter installed by the closure must allow these.
-//! The crate uses no allocator at the end of a thread; destructors make calls of their own.
+//! rt_sigprocmask and exit; madvise with `MADV_DONTNEED` in a detached thread; futex with FUTEX_WAIT and
+//! FUTEX_WAKE (private or not) only under contention. A seccomp filter that the closure installs must allow these.
+//! The crate uses no allocator at the end of a thread; destructors make calls of their own. `docs/seccomp.md` in the
+//! repository lists the calls of every phase.
+//!
+//! # In a program that forks, catches signals, is cancelled or loads plugins
+//! `docs/host.md` in the repository says what holds in each case. In short:
+//! - After fork(3) the child can spawn, from the first child handler on. In a child of `_Fork(3)` or of a bare
+//!   clone(2), handles answer, and a spawn is refused with [`Step::Runtime`].
+//! - The first spawn installs a handler for SIGSEGV and SIGBUS, which passes on every fault that is no overflow of a
+//!   stack of this crate: see [`disable_overflow_reports`]. Install your own handler before.
+//! - Cancellation is off in the creator during the first spawn and during the analysis of a refusal; a request stays
+//!   pending meanwhile.
+//! - The first spawn needs glibc's `pthread_create`. Where a filter answers clone3 with EPERM, that fails, and the
+//!   spawn is refused with the cause `Seccomp`. Later spawns use clone(2) there.
 
-// Four rooms have unsafe code; the rest is safe Rust (rule 9 of the architecture).
+// These modules have unsafe code; the rest is safe Rust (A9).
 #![deny(unsafe_code)]
 #![debugger_visualizer(gdb_script_file = "../gdb/nptl.py")]
 
@@ -35,29 +46,29 @@
 compile_error!("nptl reimplements glibc's thread creation and supports Linux only");
 
 mod builder;
-#[expect(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "A9")]
 mod clone;
 mod debug;
 pub mod diagnose;
 mod error;
 mod failures;
-#[expect(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "A9")]
 mod fork;
 mod handle;
-#[expect(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "A9")]
 mod mem;
 mod proc;
 mod retry;
 mod scope;
 mod spawn;
-#[expect(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "A9")]
 mod stack;
-#[expect(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "A9")]
 mod start;
 mod step;
-#[expect(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "A9")]
 mod sync;
-#[expect(unsafe_code, reason = "rule 9")]
+#[expect(unsafe_code, reason = "A9")]
 mod tcb;
 
 pub use builder::{Builder, spawn};

@@ -1,11 +1,11 @@
 //! THE PATH: from a request to a running thread, and the way back on failure.
 //!
 //! Every value that a step acquires undoes that step when it is dropped, so an early return is the
-//! way back; nothing on it allocates, because the machine is out of something (rules 3 and 4).
+//! way back; nothing on it allocates, because the machine is out of something (A3, A4).
 
 #![expect(
     clippy::result_large_err,
-    reason = "nothing may be boxed between refusal and error (rule 4); the public error is two words"
+    reason = "nothing may be boxed between refusal and error (A4); the public error is two words"
 )]
 
 use crate::builder::Request;
@@ -47,7 +47,7 @@ pub(crate) fn spawn(
         };
         cancellation.get_or_insert_with(NoCancellation::new);
         // Only what a clone meets goes away by itself within milliseconds. A calibration is left to
-        // the next spawn: it allocates, which nothing does after a refusal (rule 4).
+        // the next spawn: it allocates, which nothing does after a refusal (A4).
         let step = refusal.error.step;
         let transient = step == Step::Clone && refusal.verdict.transient && !refusal.calibration;
         let hopeless = matches!(step, Step::Attributes | Step::Runtime) || request.name.is_err();
@@ -165,7 +165,7 @@ fn attempt(
     }
 
     // 6. and 7. TLS and clone. Cached stacks have resident pages, which a memory cgroup counts together with the
-    // kernel's memory for a task. Not for TLS: to ask for it again is to allocate after a refusal (rule 4).
+    // kernel's memory for a task. Not for TLS: to ask for it again is to allocate after a refusal (A4).
     let lacks = |error: &StepError| {
         error.step == Step::Clone && error.errno == Errno::ENOMEM && request.retry.repeats()
     };
@@ -229,7 +229,7 @@ fn enter(
             signal_stack: overflow::enabled(),
         },
     };
-    // On refusal dropped in this order: off the list while SIGSETXID is unblocked (rule 3), then the creator's mask.
+    // On refusal dropped in this order: off the list while SIGSETXID is unblocked (G3), then the creator's mask.
     let tid = idle.clone_thread(start, &signals)?;
     enlisted.commit();
     Ok(tid)

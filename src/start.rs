@@ -3,7 +3,7 @@
 //! The order matters at both ends:
 //!
 //! ```text
-//!  all signals but 33 blocked      set_robust_list, rseq, locale, ctype, resolver, errno
+//!  all but SIGSETXID blocked       set_robust_list, rseq, locale, ctype, resolver, errno
 //!                                  signal stack, settings (reported to the creator, if it waits)
 //!  the creator's mask              the closure; its result and itself are dropped or handed over
 //!                                  thread-local destructors, pthread keys, thread-locals again
@@ -110,7 +110,7 @@ pub(crate) fn spawn_scoped<'scope>(
     crate::spawn::spawn(request, &body, Some(latch))
 }
 
-/// Where every thread begins, called by the architecture's entry routine with every signal but 33 blocked.
+/// Where every thread begins, called by the architecture's entry routine with every signal but SIGSETXID blocked.
 ///
 /// # Safety
 /// `record` is the `&'static Stack` this thread runs on, with its message in place.
@@ -118,7 +118,7 @@ pub(crate) unsafe extern "C" fn main(record: *mut libc::c_void) -> ! {
     // SAFETY: by contract; records are never freed.
     let stack = unsafe { &*record.cast_const().cast::<Stack>() };
     // SAFETY: the new thread takes its message once. Everything that needs dropping is dropped in
-    // `live`: this frame is never left (facts/glibc.md).
+    // `live`: this frame is never left (docs/glibc.md).
     let runtime = unsafe { live(stack) };
     // SAFETY: the thread has ended but for this.
     unsafe { leave(stack, runtime) }
@@ -146,7 +146,7 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // Nobody waits for these settings: without its signal stack the thread runs, and an overflow
     // dies without a report.
     let _ = start.settings.apply(stack);
-    // A refused setting has left its errno; the closure starts with 0 (rule 10).
+    // A refused setting has left its errno; the closure starts with 0 (G10).
     Errno::clear();
     sys::set_signal_mask(start.mask);
 
@@ -168,7 +168,7 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // held one of the locks.
     notice_fork();
 
-    // SAFETY: the ending thread itself, with application signals open (rule 17).
+    // SAFETY: the ending thread itself, with application signals open (G17).
     unsafe {
         runtime.run_destructors();
         if runtime.count_down(&stack.block) {
@@ -185,13 +185,13 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
 /// # Safety
 /// Called by the thread on `stack` after [`live`].
 unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
-    // 33 stays open: a set-id broadcast waits for every thread that it has marked (rule 3).
+    // SIGSETXID stays unblocked: a set-id broadcast waits for every thread that it has marked (G3).
     sys::set_signal_mask(sys::APPLICATION);
     // SAFETY: the ending thread itself, after its destructors.
     unsafe { runtime.clear_leftovers() };
     stack.close_to_signals();
     // SAFETY: the ending thread on its own stack and block, in the order that the top of this file
-    // gives. From `leave_list` on nothing but inline assembly runs (rule 11).
+    // gives. From `leave_list` on nothing but inline assembly runs (G11).
     unsafe {
         runtime.mark_exiting();
         stack.end();

@@ -12,7 +12,7 @@ use nptl::{Builder, Unit, headroom};
 use support::{Snapshot, case, child, kernel_at_least, or_skip, report};
 
 const STACK: usize = 64 << 10;
-/// What a thread may cost: shared/design/performance.md.
+/// What a thread may cost: docs/performance.md.
 const RESIDENT: u64 = 10 << 10;
 const MAPPINGS: usize = 100;
 /// Memory that the kernel needs for a thread besides: its stack, its task, page tables.

@@ -1,4 +1,4 @@
-//! Rule 3: every step can be refused, says so, and leaves nothing behind.
+//! A3: every step can be refused, says so, and leaves nothing behind.
 //!
 //! Each step is refused twice over: by an injected answer of any errno, which can be switched on and off
 //! within one thread (`support::supervised`), and by the real limit wherever a test can reach it.

@@ -1,4 +1,4 @@
-//! Rule 2 of the architecture: a stack is neither handed out nor unmapped before the kernel has let go of its
+//! A2: a stack is neither handed out nor unmapped before the kernel has let go of its
 //! thread. The order is forced: exit(2) is held at its entry (seccomp's user notification), so that the
 //! thread has given its stack back, is off every list, and still stands on it.
 

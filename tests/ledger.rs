@@ -480,7 +480,7 @@ impl Pair {
                 };
                 let held = !model.stacks[id].released();
                 let victims = match step {
-                    // Rule 2 comes before the wish to unmap.
+                    // A2 comes before the wish to unmap.
                     Step::RetireHeld(..) if held => ledger.retire(model.stacks[id]),
                     _ => ledger.give(model.stacks[id]),
                 };

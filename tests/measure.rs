@@ -21,7 +21,7 @@ use support::{
     report, set_rlimit,
 };
 
-/// A row as shared/design/performance.md has it: workload, threads, stack in KiB, and what ours must reach.
+/// A row of the comparison: workload, threads, stack in KiB, and what ours must reach.
 type Promised = (Workload, usize, usize, &'static str, f64);
 
 fn row_of(workload: Workload) -> Row {

@@ -1,4 +1,4 @@
-//! Rule 4: between a refused step and the returned error nothing is allocated, because the machine is out of
+//! A4: between a refused step and the returned error nothing is allocated, because the machine is out of
 //! something.
 //!
 //! The allocator that aborts while armed is not Rust's alone: this program brings its own `malloc` and all

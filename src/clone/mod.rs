@@ -61,7 +61,7 @@ static NO_CLONE3: AtomicBool = AtomicBool::new(false);
 ///
 /// # Safety
 /// The stack, the TLS block and `start` belong to the new thread alone from here on, unless this
-/// returns an error (rules 1 and 2 of architecture.md).
+/// returns an error (A1, A2).
 pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, CloneCall)> {
     if !NO_CLONE3.load(Ordering::Relaxed) {
         // SAFETY: all-zero is a valid clone_args: no pidfd, no exit signal, no set_tid.

@@ -15,7 +15,7 @@ pub(crate) const ALL_BUT_SETXID: KernelSigSet = !(1 << 32);
 
 /// Every signal but the two that belong to glibc: 32 (cancel) and 33 (set-id). They must stay
 /// deliverable wherever a thread waits for the list lock, or a set-id broadcast, which holds that
-/// lock, waits for this thread for ever (rule 3 of facts/glibc-rules.md).
+/// lock, waits for this thread for ever (G3).
 pub(crate) const APPLICATION: KernelSigSet = !((1 << 31) | (1 << 32));
 
 /// rt_sigprocmask(2) with `SIG_SETMASK`; the mask that was there before.
@@ -50,7 +50,7 @@ pub(crate) fn exit_thread() -> ! {
 
 /// Waits with plain FUTEX_WAIT (operation 0: shared, relative time-out) while `word` holds
 /// `expected`. The kernel wakes a cleared tid word with a shared wake, and VMM filters allow this
-/// operation (facts/vmm.md). Returns early for any reason; the caller looks at the word again.
+/// operation (docs/seccomp.md). Returns early for any reason; the caller looks at the word again.
 pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
     let spec = timeout.map(|t| libc::timespec {
         tv_sec: t.as_secs().min(i64::MAX as u64) as i64,

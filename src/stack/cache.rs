@@ -1,6 +1,6 @@
 //! [`StackCache`]: stacks and their TLS blocks, kept warm between threads.
 //!
-//! The books are kept by the ledger, which makes no system call; here is everything around it: the
+//! The accounts are kept by the ledger, which makes no system call; here is everything around it: the
 //! kernel's side of eviction, the instances, and fork.
 
 use super::caps::Caps;
@@ -508,7 +508,7 @@ impl StackCache {
             round
         };
         let mut count = 0;
-        // Not swept: what dead threads left has destructors of the program's, and those may allocate (rule 4).
+        // Not swept: what dead threads left has destructors of the program's, and those may allocate (A4).
         for instance in instances() {
             loop {
                 let round = unmap(instance.ledger.clear());
@@ -643,7 +643,7 @@ pub(crate) fn thread_ended_within(milliseconds: u64) -> bool {
 }
 
 /// In a forked child only the calling thread exists: no tid word of another will ever be cleared, glibc has emptied its
-/// list of threads, and saved heap caches refer to arenas whose counts were reset (rule 16). Makes the records say so,
+/// list of threads, and saved heap caches refer to arenas whose counts were reset (G16). Makes the records say so,
 /// and the ledgers anew. Locks that other threads held are free afterwards. May be repeated.
 ///
 /// In a `bare` child (`_Fork`, a bare clone) only the records are repaired, so that handles answer: no thread is made

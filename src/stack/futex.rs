@@ -30,8 +30,8 @@ impl Word {
 
     /// Sleeps while the word is `expected`; may return early, so the caller looks again.
     ///
-    /// FUTEX_WAIT and FUTEX_WAKE with the private flag, because these operations pass the VMM
-    /// system-call filters (facts/vmm.md). The result is ignored: EAGAIN and EINTR both mean "look
+    /// FUTEX_WAIT and FUTEX_WAKE with the private flag, because the system-call filters of VMMs allow
+    /// these operations (docs/seccomp.md). The result is ignored: EAGAIN and EINTR both mean "look
     /// again".
     pub(crate) fn wait(&self, expected: u32) {
         // SAFETY: the word is a live, aligned u32, and a null timeout means none. The kernel only

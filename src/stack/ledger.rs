@@ -19,7 +19,7 @@
 //!                     (gone)
 //! ```
 //!
-//! **Rule 2** (no reuse before the kernel has cleared the tid word) is kept here and nowhere else:
+//! **A2** (no reuse before the kernel has cleared the tid word) is kept here and nowhere else:
 //! every way into `cached`, `doomed` and `unmapping` passes [`Entry::released`], except in a forked
 //! child, where the threads do not exist. A detached thread gives its stack back while it still runs
 //! on it; the stack then waits as `pending`.

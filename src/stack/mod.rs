@@ -211,7 +211,7 @@ impl Stack {
         class: Option<Class>,
     ) -> Result<&'static Stack, Refused> {
         let length = layout.total();
-        // Before anything can be refused, because it may allocate (rule 4).
+        // Before anything can be refused, because it may allocate (A4).
         let none = |step, errno, bytes| (StepError::new(step, errno, bytes), StackOutcome::NONE);
         let stack =
             Stack::spare().ok_or(none(Step::Allocate, Errno::ENOMEM, size_of::<Stack>()))?;
@@ -389,7 +389,7 @@ impl Stack {
         unsafe { self.tid.load(Ordering::Relaxed).as_ref() }
     }
 
-    /// The kernel has let go of the thread (rule 2), or there was none.
+    /// The kernel has cleared the tid word (A2), or there was no thread.
     pub(crate) fn is_released(&self) -> bool {
         self.tid_word()
             .is_none_or(|word| word.load(Ordering::Acquire) == 0)
@@ -405,7 +405,7 @@ impl Stack {
     /// Waits until the kernel has let go, at most `timeout`. True: it has.
     ///
     /// Plain FUTEX_WAIT: the kernel's wake of a cleared tid word is a shared one and wakes one
-    /// waiter, which is all there can be, because joining consumes the only handle (rule 14).
+    /// waiter, which is all there can be, because joining consumes the only handle (G14).
     pub(crate) fn wait_released(&self, timeout: Option<std::time::Duration>) -> bool {
         if self.has_ended() {
             return true;
@@ -445,8 +445,8 @@ impl Stack {
             && self.block.is_known_to_glibc()
         {
             let old = sys::set_signal_mask(sys::APPLICATION);
-            // SAFETY: the caller is the only owner of a stack whose tid word the kernel has cleared; signals are as
-            // rule 3 asks.
+            // SAFETY: the caller is the only owner of a stack whose tid word the kernel has cleared; application
+            // signals are blocked and SIGSETXID is not (G3).
             unsafe { runtime.reap(&self.block) };
             sys::set_signal_mask(old);
         }
@@ -649,7 +649,7 @@ impl Stack {
     /// # Safety
     /// Called by the ending thread on its own stack, with application signals blocked: what is in use now, the frames
     /// of `start::main` and of what it calls, is in the page that is always kept, and no handler comes that would need
-    /// more. (glibc's 33 can come until the thread is marked as exiting.)
+    /// more. (SIGSETXID can come until the thread is marked as exiting.)
     pub(crate) unsafe fn end(&'static self) {
         if self.change_life(Life::Attached, Life::Ending) {
             return;
@@ -674,7 +674,7 @@ impl Stack {
         true
     }
 
-    /// The thread ended normally: its heap cache goes on to the next one here (rule 9).
+    /// The thread ended normally: its heap cache goes on to the next one here (G9).
     pub(crate) fn mark_ended(&self) {
         self.block.set_state(BlockState::Ended);
     }
@@ -852,7 +852,7 @@ impl Idle {
         Ok(())
     }
 
-    /// Puts the descriptor on glibc's list. Application signals are blocked, 33 is open (rule 3),
+    /// Puts the descriptor on glibc's list. Application signals are blocked, SIGSETXID is not (G3),
     /// as [`Signals`] does.
     pub(crate) fn enlist(&self, _blocked: &Signals) -> Enlisted<'static> {
         let stack = self.stack;
@@ -868,9 +868,9 @@ impl Idle {
     /// Clones. The new thread begins with the mask that [`Signals`] has set: no handler of the
     /// application's runs in it before it is ready.
     ///
-    /// glibc's 33 stays open across the clone, where nptl blocks it, which saves a system call. A
+    /// SIGSETXID stays unblocked across the clone, where nptl blocks it, which saves a system call. A
     /// set-id broadcast meets one of three moments, and it repeats until nobody is left to signal
-    /// (rule 1): the creator handles it before the kernel copies the credentials, and the new thread
+    /// (G1): the creator handles it before the kernel copies the credentials, and the new thread
     /// has the new ones; or it is pending when clone begins, and the kernel then handles it first and
     /// starts clone again; or it comes later, and finds the new thread's tid in its descriptor before
     /// the creator can answer, because clone sets the word before it returns. The handler itself
@@ -919,7 +919,7 @@ impl Idle {
     }
 
     /// Back into the cache if it came from there, else unmapped: a refused spawn leaves no mapping
-    /// and no cached stack more than before (rule 3).
+    /// and no cached stack more than before (A3).
     pub(crate) fn put_back(self) -> StackOutcome {
         let origin = match self.from_cache {
             true => StackOrigin::Cache,
@@ -979,15 +979,15 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Blocks all but glibc's 33, which stays open because the next thing is to wait for the list's
-    /// lock (rule 3), before clone and after a refused one.
+    /// Blocks all but SIGSETXID, which stays unblocked because the next step waits for the list's lock (G3),
+    /// before clone and after a refused one.
     pub(crate) fn block_all_but_setxid() -> Signals {
         Signals {
             old: sys::set_signal_mask(sys::ALL_BUT_SETXID),
         }
     }
 
-    /// What a new thread inherits: never 32 and 33 (rule 4).
+    /// What a new thread inherits: never SIGCANCEL and SIGSETXID (G4).
     pub(crate) fn inherited(&self) -> sys::KernelSigSet {
         self.old & sys::APPLICATION
     }

@@ -29,8 +29,11 @@ const SIGNALS: [libc::c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 /// Turns reports of stack overflows off, for a program that wants SIGSEGV for itself.
 ///
 /// Reports are on by default: the first spawn installs a handler for SIGSEGV and SIGBUS. Faults that are no overflow go
-/// to the handler that was there before, with its mask and its flags, and on the signal stack only if it has SA_ONSTACK.
-/// To be called before the first spawn; false, and without effect, if it comes too late. An overflow then still dies by SIGSEGV at the guard, without a word.
+/// to the handler that was there before, with its mask and its flags, and on the signal stack only if it has
+/// SA_ONSTACK. A handler of the program that is installed later replaces this one, and should call it.
+///
+/// Must be called before the first spawn: later it has no effect and returns `false`. With reports off an overflow
+/// still ends the process with SIGSEGV, at the guard, without a message.
 ///
 /// ```
 /// assert!(nptl::disable_overflow_reports());
@@ -93,7 +96,7 @@ pub(crate) fn use_signal_stack(stack: &Stack) -> Result<(), Errno> {
         ss_flags: 0,
         ss_size: size,
     };
-    // SAFETY: the range lies in this thread's mapping, which outlives it (rule 23).
+    // SAFETY: the range lies in this thread's mapping, which outlives it (G23).
     let answer = unsafe { libc::sigaltstack(&raw const signal_stack, std::ptr::null_mut()) };
     Errno::result(answer).map(drop)
 }

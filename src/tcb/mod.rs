@@ -5,7 +5,8 @@
 //! - `get`: calibrated and self-checked once, or a typed [`RuntimeError`], never a guess;
 //! - `block_size`, `thread_pointer_in`: where the block lies above a stack;
 //! - `enlist`, which prepares a block, makes it known to the libc and gives it its TLS images;
-//! - `enter`, `run_destructors`, `leave`: what the new thread itself does first and last;
+//! - `enter`, `run_destructors`, `mark_exiting`, `leave_list`: what the new thread itself does first and last;
+//! - `reap`: what an ended thread has left to the owner of its block;
 //! - `retire`: what must be saved or freed before a block's memory goes away.
 
 mod glibc;

@@ -1,4 +1,4 @@
-//! The crate inside a shared object that a program opens and closes: rule 21.
+//! The crate inside a shared object that a program opens and closes: G21.
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -15,7 +15,7 @@ pub(crate) const SEGMENT_MAX: usize = 256;
 pub(crate) enum BlockState {
     /// Zeroes from the kernel.
     Fresh = 0,
-    /// In use, or its thread did not end normally: nothing in it may be handed on (rule 9).
+    /// In use, or its thread did not end normally: nothing in it may be handed on (G9).
     InUse = 1,
     /// A thread ended normally here: libc's segment (the heap cache) goes on to the next.
     Ended = 2,
@@ -38,7 +38,7 @@ pub(crate) struct Block {
     state: AtomicU8,
     /// On glibc's list. The thread leaves the list as its last act if the list's lock is free. The owner that finds
     /// the flag set after the kernel has cleared the tid word unlinks it before the memory is used for anything
-    /// else (rule 7).
+    /// else (G7).
     listed: AtomicBool,
     /// In glibc's count of live threads; cleared by the thread itself once it has counted down.
     counted: AtomicBool,
@@ -110,7 +110,7 @@ impl Block {
     }
 
     /// In a forked child: glibc has emptied its list, and a heap cache saved by the parent's threads refers to
-    /// arenas whose counts fork has reset (rule 16). What hangs off a block whose thread was running stays
+    /// arenas whose counts fork has reset (G16). What hangs off a block whose thread was running stays
     /// allocated, because the thread can have stopped in the middle of changing it.
     pub(crate) fn forget_after_fork(&self) {
         self.listed.store(false, Ordering::Relaxed);
@@ -126,7 +126,7 @@ impl Block {
 /// A descriptor on glibc's list whose thread does not exist yet. Dropping it takes it off again,
 /// and out of the count of threads; the new thread's clone makes it permanent.
 ///
-/// Made and dropped with application signals blocked and 33 open (rule 3).
+/// Made and dropped with application signals blocked and SIGSETXID unblocked (G3).
 pub(crate) struct Enlisted<'a> {
     runtime: &'static Runtime,
     block: &'a Block,
@@ -135,9 +135,9 @@ pub(crate) struct Enlisted<'a> {
 }
 
 impl Runtime {
-    /// Completes the descriptor and puts it on the list with tid 0 (rule 1: before clone, so that
+    /// Completes the descriptor and puts it on the list with tid 0 (G1: before clone, so that
     /// no set-id broadcast can miss the thread). TLS images follow by [`Enlisted::allocate_tls`],
-    /// in this order because a dlopen in between initialises only what it finds listed (rule 6).
+    /// in this order because a dlopen in between initialises only what it finds listed (G6).
     ///
     /// `stack` is lowest address, length including the guard, and length of the guard.
     ///
@@ -166,10 +166,10 @@ impl Runtime {
     }
 
     /// Does what the thread that was here left to the owner of its stack: off the list, if the list's lock was taken
-    /// at its end, and out of the count, if it died by a bare exit or a filter (rules 7 and 17).
+    /// at its end, and out of the count, if it died by a bare exit or a filter (G7 and G17).
     ///
     /// # Safety
-    /// As for [`Runtime::enlist`]. Application signals are blocked, 33 is open (rule 3).
+    /// As for [`Runtime::enlist`]. Application signals are blocked, SIGSETXID is not (G3).
     pub(crate) unsafe fn reap(&self, block: &Block) {
         if block.listed.load(Ordering::Acquire) {
             // SAFETY: the block is the caller's, and mapped.
@@ -241,7 +241,7 @@ impl Runtime {
         }
     }
 
-    /// Frees what priority-protect mutexes have allocated for the thread that was here (rule 32). Left in place it
+    /// Frees what priority-protect mutexes have allocated for the thread that was here (G32). Left in place it
     /// would raise the priority of the next thread.
     ///
     /// # Safety
@@ -256,7 +256,7 @@ impl Runtime {
         }
     }
 
-    /// Frees the second-level tables of pthread keys (rule 18); the first table is part of the descriptor.
+    /// Frees the second-level tables of pthread keys (G18); the first table is part of the descriptor.
     ///
     /// # Safety
     /// As for [`Runtime::release_dtv`].
@@ -285,7 +285,7 @@ impl Runtime {
     }
 
     /// Back to a fresh descriptor after a normal end: known fields are reset, buffers and tables that hang off it
-    /// stay and are used again (rule 5 among them).
+    /// stay and are used again (G5 among them).
     ///
     /// # Safety
     /// As for [`Runtime::release_dtv`].
@@ -382,7 +382,7 @@ impl Runtime {
     pub(crate) unsafe fn retire(&self, block: &Block) {
         let tp = block.thread_pointer();
         // SAFETY: the caller owns the idle block. Application signals are blocked around the
-        // list's lock, 33 is not (rule 3).
+        // list's lock, SIGSETXID is not (G3).
         unsafe {
             if block.is_known_to_glibc() {
                 let old = sys::set_signal_mask(sys::APPLICATION);

@@ -4,13 +4,13 @@
 //! One thread is started with `pthread_create`, once in a process, on a stack of ours, so that its descriptor stays
 //! readable after its end. A prediction that does not hold there is an unsupported glibc. What is compared between two
 //! moments lies in a part of the descriptor that no other thread writes: links of the list, `setxid_futex` and
-//! `cancelhandling` change at any time, and scheduling flags are inherited (rule 27).
+//! `cancelhandling` change at any time, and scheduling flags are inherited (G27).
 //!
 //! The thread is needed in any case: only a real `pthread_create` ends glibc's single-thread fast
 //! paths (malloc without locks, unlocked stdio) and installs the set-id handler.
 //!
 //! Its creator can be inside a constructor or a callback of dl_iterate_phdr, with the loader's locks: the thread makes no
-//! call that takes one of them (rule 26).
+//! call that takes one of them (G26).
 
 use super::super::RuntimeError;
 use super::symbols::{self, Symbols};
@@ -40,7 +40,7 @@ const FLAG_STACK: u32 = 0x08;
 pub(super) const FLAGS_SCHEDULING: u32 = 0x60;
 const FLAG_RSEQ: u32 = 0x80;
 
-/// How glibc marks a thread that its own join and detach must refuse (rule 12).
+/// How glibc marks a thread that its own join and detach must refuse (G12).
 #[derive(Clone, Copy, Debug)]
 pub(super) enum JoinMark {
     /// Up to 2.42: `joinid` points at the descriptor itself.
@@ -79,7 +79,7 @@ pub(super) struct Offsets {
     pub resp: isize,
     pub segment: Range<isize>,
     pub exiting: Option<Exiting>,
-    /// 2.41+: the state of vDSO getrandom, which must not be in two threads (rule 5).
+    /// 2.41+: the state of vDSO getrandom, which must not be in two threads (G5).
     pub getrandom: Option<usize>,
     pub strsignal: Option<usize>,
     pub strerror: Option<usize>,
@@ -357,7 +357,7 @@ impl Drop for Attributes {
 }
 
 /// Runs the thread and concludes. The caller has blocked application signals and disabled cancellation, because
-/// pthread_join is a cancellation point (rule 28).
+/// pthread_join is a cancellation point (G28).
 pub(super) fn calibrate(symbols: &Symbols, list: &ThreadList) -> Result<Offsets, RuntimeError> {
     let mut tries = 0;
     loop {
@@ -463,7 +463,7 @@ fn conclude(seen: &Seen<'_>, ended: &Snapshot) -> Result<Offsets, RuntimeError> 
     check_symbols(seen, ended)?;
     let (symbols, start, tp) = (seen.symbols, &seen.start, seen.tp);
 
-    // An empty list points to itself, and so does the word before it. get_robust_list(2) can be denied (rule 31).
+    // An empty list points to itself, and so does the word before it. get_robust_list(2) can be denied (G31).
     let robust_head = symbols.tid + 16;
     let itself = tp + robust_head;
     if start.word(robust_head) != itself || start.word(robust_head - 8) != itself {

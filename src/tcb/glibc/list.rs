@@ -83,8 +83,8 @@ impl ThreadList {
     /// on the other lists; with this order the user list needs no repair.)
     ///
     /// # Safety
-    /// `element` is the list field of a prepared descriptor that stays mapped while listed. 33 is
-    /// unblocked, application signals are blocked (rule 3).
+    /// `element` is the list field of a prepared descriptor that stays mapped while listed. SIGSETXID
+    /// is unblocked, application signals are blocked (G3).
     pub(super) unsafe fn add(&self, element: usize) {
         sys::lll_lock(self.lock_word());
         // SAFETY: the lock is held, so the head and its neighbour are linked and stay so.
@@ -103,8 +103,8 @@ impl ThreadList {
     /// Takes `element` off its list, unless `listed` says under the lock that it is off already.
     ///
     /// # Safety
-    /// `listed` belongs to `element`, which is mapped. 33 is unblocked, application signals are blocked
-    /// (rule 3).
+    /// `listed` belongs to `element`, which is mapped. SIGSETXID is unblocked, application signals are
+    /// blocked (G3).
     pub(super) unsafe fn remove(&self, element: usize, listed: &AtomicBool) {
         sys::lll_lock(self.lock_word());
         // The flag that brought the caller here was read without the lock.

@@ -1,4 +1,4 @@
-//! glibc 2.34 and newer: facts/glibc.md, turned into code rule by rule (facts/glibc-rules.md).
+//! glibc 2.34 and newer: docs/glibc.md, turned into code rule by rule (G1 to G32).
 //!
 //! ```text
 //!   block_size bytes, page-aligned at both ends
@@ -57,8 +57,7 @@ unsafe impl Sync for Runtime {}
 /// Null until the calibration succeeded; the value is leaked, so readers need no lock.
 static RUNTIME: AtomicPtr<Runtime> = AtomicPtr::new(std::ptr::null_mut());
 
-/// Serialises calibrations. Taken around fork (see `crate::stack::cache`), so that a child never
-/// finds it held by a thread that no longer exists.
+/// Serialises calibrations. Reset in a forked child, whose parent can have had a thread that held it.
 static CALIBRATION: Lock<()> = Lock::new(());
 
 impl Runtime {
@@ -79,7 +78,7 @@ impl Runtime {
     #[cold]
     fn calibrate() -> Result<&'static Runtime, RuntimeError> {
         // What takes a lock of the loader comes before any lock of ours: this thread can have the loader's already, and
-        // another that waits for ours can have it, too (rule 26).
+        // another that waits for ours can have it, too (G26).
         let symbols = Symbols::look_up()?;
         symbols::keep_loaded();
         // SAFETY: the head comes from libthread_db's descriptors.
@@ -164,7 +163,7 @@ impl Runtime {
         unsafe { &*((tp + self.symbols.tid) as *const AtomicU32) }
     }
 
-    /// A thread's first moments: robust list, rseq (if its creator has it: rule 15), locale, ctype,
+    /// A thread's first moments: robust list, rseq (if its creator has it: G15), locale, ctype,
     /// resolver, errno: everything in the block that only its own thread looks at.
     ///
     /// # Safety
@@ -173,7 +172,7 @@ impl Runtime {
         let tp = clone::thread_pointer();
         let robust = tp + self.offsets.robust_head;
         // SAFETY: all addresses lie in this thread's own descriptor, which was prepared with
-        // exactly these offsets; the libc functions are called on a complete TLS block. Rule 10
+        // exactly these offsets; the libc functions are called on a complete TLS block. G10
         // gives the order: locale before ctype, then the resolver's pointer, then errno.
         unsafe {
             // An empty list points at itself, `robust_prev` before it as well. The last thread here can
@@ -259,7 +258,7 @@ impl Runtime {
     /// # Safety
     /// Called by an ending thread of this crate, with application signals still open.
     pub(crate) unsafe fn run_destructors(&self) {
-        // SAFETY: exported for exactly this moment of a thread's life; rule 8 asks for the second
+        // SAFETY: exported for exactly this moment of a thread's life; G8 asks for the second
         // call, because key destructors can register new thread-local ones. Those can set keys
         // again, so that the two take turns until there is nothing to run.
         unsafe {
@@ -286,7 +285,7 @@ impl Runtime {
             if !libc::dlerror().is_null() {
                 libc::dlerror();
             }
-            // Rule 19: a state that was never opened would close file descriptor 0.
+            // G19: a state that was never opened would close file descriptor 0.
             let resolver = clone::thread_pointer() + self.offsets.resolver;
             let nscount = (resolver + symbols::RES_STATE_NSCOUNT) as *const i32;
             if nscount.read() != 0 {
@@ -300,7 +299,7 @@ impl Runtime {
     /// Leaves the block as a new thread is to find it, and what came after
     /// [`Runtime::run_destructors`]: a signal handler of the application, or the
     /// allocator's last free, can still have registered a thread-local or set a key, and the next
-    /// thread on this block would find either (rules 8 and 18).
+    /// thread on this block would find either (G8 and G18).
     ///
     /// # Safety
     /// Called by an ending thread of this crate with all application signals blocked.
@@ -313,7 +312,7 @@ impl Runtime {
         }
     }
 
-    /// One round over all values of pthread keys: each is cleared (rule 18), and its destructor runs
+    /// One round over all values of pthread keys: each is cleared (G18), and its destructor runs
     /// if `run` says so. True: one ran, so that there may be new values.
     ///
     /// # Safety
@@ -364,7 +363,7 @@ impl Runtime {
     }
 
     /// Takes the thread out of glibc's count of live threads. True: it was the last one, and the
-    /// process is due to end with `exit(0)` (rule 17: signals open, still on the list).
+    /// process is due to end with `exit(0)` (G17: signals open, still on the list).
     pub(crate) fn count_down(&self, block: &Block) -> bool {
         block.uncount() && self.symbols.nthreads().fetch_sub(1, Ordering::AcqRel) == 1
     }
@@ -381,13 +380,13 @@ impl Runtime {
 
     /// Tells glibc that this thread is about to end, as nptl's own threads do.
     ///
-    /// - `pthread_kill` (2.35+) no longer uses the tid: it looks at `exiting` under `exit_lock` (rule 13).
+    /// - `pthread_kill` (2.35+) no longer uses the tid: it looks at `exiting` under `exit_lock` (G13).
     /// - A set-id broadcast no longer counts on the thread: it leaves out what is EXITING. One that had marked the
-    ///   thread before has sent it 33, or is about to; the handler clears the mark, and until then this waits.
-    ///   Without the bit, a thread that waits for the list's lock is signalled anew in every round (rule 30).
+    ///   thread before has sent it SIGSETXID, or is about to; the handler clears the mark, and until then this waits.
+    ///   Without the bit, a thread that waits for the list's lock is signalled anew in every round (G30).
     ///
     /// # Safety
-    /// Called by an ending thread of this crate with application signals blocked and 33 open (rule 3).
+    /// Called by an ending thread of this crate with application signals blocked and SIGSETXID unblocked (G3).
     pub(crate) unsafe fn mark_exiting(&self) {
         const EXITING: u32 = 0x10;
         let tp = clone::thread_pointer();
@@ -413,7 +412,7 @@ impl Runtime {
 
     /// Takes the calling thread off the list of live threads, if the list's lock is free; else the owner of its
     /// stack does ([`Runtime::reap`]). glibc may no longer protect the thread after this: only inline assembly may
-    /// follow (rule 11).
+    /// follow (G11).
     ///
     /// # Safety
     /// Called by an ending thread of this crate on its own listed block, after [`Runtime::mark_exiting`].

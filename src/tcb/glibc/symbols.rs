@@ -1,5 +1,5 @@
 //! What glibc exports: looked up once with dlsym, so that a missing name is a typed error and not
-//! a program that does not load. Presence decides, never the version (rule 21).
+//! a program that does not load. Presence decides, never the version (G21).
 
 use super::super::RuntimeError;
 use super::KEY_BLOCKS;
@@ -167,7 +167,7 @@ impl Symbols {
         address(c"gnu_get_libc_version")?;
         let (mut tls_size, mut tls_align) = (0_usize, 0_usize);
         let static_info = address(c"_dl_get_tls_static_info")?;
-        // SAFETY: signature stable from 2.34 on (facts/glibc.md).
+        // SAFETY: the signature is the same from 2.34 to 2.43 (docs/glibc.md).
         unsafe {
             let static_info: unsafe extern "C" fn(*mut usize, *mut usize) =
                 std::mem::transmute(static_info);
@@ -217,7 +217,7 @@ impl Symbols {
         };
         const EVENT_BUFFER: u32 = 3 * usize::BITS;
         let symbols = Symbols {
-            // SAFETY: signatures stable from 2.34 on (facts/glibc.md).
+            // SAFETY: the signatures are the same from 2.34 to 2.43 (docs/glibc.md).
             allocate_tls: unsafe {
                 std::mem::transmute::<usize, AllocateTls>(address(c"_dl_allocate_tls")?)
             },
@@ -342,7 +342,7 @@ fn rseq() -> Result<Option<Rseq>, RuntimeError> {
 /// Bytes of an entry of a DTV: where a module's TLS is, and what is to be freed.
 pub(super) const DTV_ENTRY: usize = 16;
 
-/// Keeps the shared object that this crate is part of loaded, if it is one (rule 21): a thread can still
+/// Keeps the shared object that this crate is part of loaded, if it is one (G21): a thread can still
 /// be in its last instructions when a plugin is closed. For the program itself there is nothing to keep.
 pub(super) fn keep_loaded() {
     // SAFETY: dladdr fills the structure for an address of ours; its file name lives as long as the
