@@ -392,3 +392,40 @@ fn forks_of_both_kinds_at_once() {
         support::report("done", "storm");
     });
 }
+
+const WITH_TLS: &str = r#"
+__thread int number = 7;
+__attribute__((tls_model("initial-exec"))) __thread int other = 8;
+int sum(void) { return number + other; }
+"#;
+
+/// Libraries with TLS come and go in another thread, which takes each of the loader's locks. fork(3) does not reset all of
+/// them.
+#[test]
+fn another_thread_loads_libraries() {
+    alone("fork::another_thread_loads_libraries", || {
+        static STOP: AtomicBool = AtomicBool::new(false);
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let library = Arc::new(or_skip!(super::Library::compile("with-tls", WITH_TLS)));
+        for handle in [(); 3].map(|()| nptl::spawn(|| ()).unwrap()) {
+            handle.join().unwrap();
+        }
+        let loader = {
+            let library = Arc::clone(&library);
+            std::thread::spawn(move || {
+                while !STOP.load(Ordering::SeqCst) {
+                    let handle = library.open();
+                    // SAFETY: nothing of it is in use.
+                    assert_eq!(unsafe { libc::dlclose(handle) }, 0);
+                    COUNT.fetch_add(1, Ordering::SeqCst);
+                }
+            })
+        };
+        wait_until("libraries", || COUNT.load(Ordering::SeqCst) > 3);
+        for _ in 0..300 {
+            assert!(is_good(fork, || (0..3).for_each(|_| spawn_and_join())));
+        }
+        STOP.store(true, Ordering::SeqCst);
+        loader.join().unwrap();
+    });
+}
