@@ -11,7 +11,6 @@ use x86_64 as arch;
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("nptl supports x86-64 only: another architecture is one more file in src/clone/");
 
-pub(crate) mod dispatch;
 pub(crate) mod probe;
 pub(crate) mod sys;
 

@@ -278,21 +278,12 @@ unsafe fn create(
 ) -> Result<libc::pthread_t, RuntimeError> {
     let mut thread = 0;
     Errno::set_raw(0);
-    let mut ask = || {
-        // SAFETY: the libc crate wants a safe function type; ours is called once, by the new thread,
-        // with exactly the argument it is written for.
-        unsafe {
-            let routine: extern "C" fn(*mut c_void) -> *mut c_void = std::mem::transmute(routine);
-            libc::pthread_create(&raw mut thread, attributes, routine, argument)
-        }
+    // SAFETY: the libc crate wants a safe function type; ours is called once, by the new thread, with exactly the
+    // argument it is written for.
+    let answer = unsafe {
+        let routine: extern "C" fn(*mut c_void) -> *mut c_void = std::mem::transmute(routine);
+        libc::pthread_create(&raw mut thread, attributes, routine, argument)
     };
-    let mut answer = ask();
-    if answer == libc::EPERM {
-        // A filter without clone3, and glibc falls back to clone on ENOSYS only.
-        // SAFETY: the calibration's lock is held, and application signals are blocked; pthread_create
-        // makes its thread as the last but restoring the mask.
-        answer = unsafe { clone::dispatch::without_clone3(ask) }.unwrap_or(answer);
-    }
     if answer == 0 {
         return Ok(thread);
     }
