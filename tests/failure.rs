@@ -710,32 +710,22 @@ fn fill_map_count() -> Mappings {
     Mappings::fill_but(1)
 }
 
-/// The calibration threads belong to glibc: the first spawn of a process can be refused through them.
+/// The calibration thread is glibc's: the first spawn of a process can be refused through it.
 #[test]
 fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
     type Refuse = fn(&Call) -> Option<i32>;
-    let cases: [(&str, Step, Errno, Refuse); 6] = [
+    let cases: [(&str, Step, Errno, Refuse); 4] = [
         ("our mmap", Step::MapStack, Errno::ENOMEM, |call| {
             call.maps_a_stack().then_some(libc::ENOMEM)
         }),
         ("our mmap EAGAIN", Step::MapStack, Errno::EAGAIN, |call| {
             call.maps_a_stack().then_some(libc::EAGAIN)
         }),
-        ("glibc's mmap", Step::MapStack, Errno::ENOMEM, |call| {
-            // nptl maps without access first.
-            let reserves = call.maps_a_stack() && call.arguments[2] == libc::PROT_NONE as u64;
-            reserves.then_some(libc::ENOMEM)
-        }),
         ("clone3 EAGAIN", Step::Clone, Errno::EAGAIN, |call| {
             (call.number == libc::SYS_clone3).then_some(libc::EAGAIN)
         }),
         ("clone3 ENOMEM", Step::Clone, Errno::ENOMEM, |call| {
             (call.number == libc::SYS_clone3).then_some(libc::ENOMEM)
-        }),
-        ("second clone3", Step::Clone, Errno::EAGAIN, |call| {
-            let clone = call.number == libc::SYS_clone3;
-            let second = clone && CURRENT.fetch_add(1, Ordering::AcqRel) == 1;
-            second.then_some(libc::EAGAIN)
         }),
     ];
     if let Some(name) = case() {
@@ -748,7 +738,6 @@ fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
                 let cache = StackCache::global();
                 State::warm_up(cache);
                 for round in 0..2 {
-                    CURRENT.store(0, Ordering::Release);
                     let before = State::settled(cache);
                     active.store(true, Ordering::Release);
                     let (error, work) = Builder::new()
@@ -756,13 +745,12 @@ fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
                         .spawn_or_return(move || round)
                         .expect_err("a refusal");
                     active.store(false, Ordering::Release);
-                    // Its calibration may have had a thread before it was refused another.
                     let after = State::settled(cache);
                     assert_eq!((error.step(), error.errno()), (step, errno), "{error}");
                     assert!(error.to_string().contains("calibration"), "{error}");
                     assert_eq!(work(), round);
                     if round > 0 {
-                        // The first leaves the fork mark's page and glibc's own cached stack.
+                        // The first leaves the fork mark's page.
                         before.expect_unchanged(&after, name.as_str());
                     }
                 }

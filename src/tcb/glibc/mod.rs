@@ -46,12 +46,6 @@ pub(crate) struct Runtime {
     list: ThreadList,
 }
 
-// SAFETY: after calibration everything in here is constant; what the pointers point at is glibc's,
-// lives as long as the process, and is touched under glibc's own lock or atomically.
-unsafe impl Send for Runtime {}
-// SAFETY: as above.
-unsafe impl Sync for Runtime {}
-
 /// Null until the calibration succeeded; the value is leaked, so readers need no lock.
 static RUNTIME: AtomicPtr<Runtime> = AtomicPtr::new(std::ptr::null_mut());
 
@@ -76,24 +70,36 @@ impl Runtime {
 
     #[cold]
     fn calibrate() -> Result<&'static Runtime, RuntimeError> {
-        // The calibration threads inherit this mask: no handler of the application ever runs on
-        // them, and none can call spawn while this thread holds the calibration's lock.
+        // The loader's locks come before ours: this may be a constructor, or a callback of dl_iterate_phdr.
+        let symbols = Symbols::get()?;
+        symbols.keep_loaded();
+        // The calibration thread inherits this mask: no handler of the application ever runs on
+        // it, and none can call spawn while this thread holds the calibration's lock.
         let old = sys::set_signal_mask(sys::APPLICATION);
         let result = {
             let _serial = CALIBRATION.lock();
-            match Runtime::existing() {
-                Some(runtime) => Ok(runtime),
-                None => calibrate::calibrate().and_then(|runtime| {
-                    let runtime = try_box(runtime)
-                        .map_err(|_| RuntimeError::no_memory(size_of::<Runtime>()))?;
-                    let runtime: &'static Runtime = Box::leak(runtime);
-                    RUNTIME.store(std::ptr::from_ref(runtime).cast_mut(), Ordering::Release);
-                    Ok(runtime)
-                }),
-            }
+            Runtime::existing().map_or_else(|| Runtime::verify(&symbols), Ok)
         };
         sys::set_signal_mask(old & sys::APPLICATION);
         result
+    }
+
+    /// Calibrates, again where a check failed: what others do to the thread is guarded against, but called proven
+    /// is only what stays so.
+    fn verify(symbols: &Symbols) -> Result<&'static Runtime, RuntimeError> {
+        const MORE: usize = 2;
+        let mut result = calibrate::calibrate(symbols);
+        for _ in 0..MORE {
+            if !matches!(result, Err(RuntimeError::Unsupported(_))) {
+                break;
+            }
+            result = calibrate::calibrate(symbols);
+        }
+        let runtime =
+            try_box(result?).map_err(|_| RuntimeError::no_memory(size_of::<Runtime>()))?;
+        let runtime: &'static Runtime = Box::leak(runtime);
+        RUNTIME.store(std::ptr::from_ref(runtime).cast_mut(), Ordering::Release);
+        Ok(runtime)
     }
 
     /// For fork's "prepare" handler: no calibration is under way until [`Runtime::release_calibration`].
@@ -315,13 +321,11 @@ impl Runtime {
     /// Called by a thread of this crate, whose keys are looked at.
     unsafe fn clear_keys(&self, run: bool) -> bool {
         let tp = clone::thread_pointer();
-        if let Some(used) = self.offsets.specific_used {
-            let used = (tp + used) as *mut bool;
-            // SAFETY: a byte of this thread's descriptor, which `pthread_setspecific` sets to 1. Most
-            // threads have no value at all, and this is on the path of every thread's end.
-            if unsafe { !used.replace(false) } {
-                return false;
-            }
+        let used = (tp + self.offsets.specific_used) as *mut bool;
+        // SAFETY: a byte of this thread's descriptor, which `pthread_setspecific` sets to 1. Most
+        // threads have no value at all, and this is on the path of every thread's end.
+        if unsafe { !used.replace(false) } {
+            return false;
         }
         let table = (tp + self.symbols.specific) as *const [*mut KeyValues; KEY_BLOCKS];
         let mut ran = false;
