@@ -23,6 +23,11 @@ static void static_info(size_t *size, size_t *align) {
     *align = words[1];
 }
 
+static size_t minstack(const void *attributes) {
+    (void)attributes;
+    return words[0];
+}
+
 void *dlsym(void *handle, const char *name) {
     void *(*real)(void *, const char *) = dlvsym(RTLD_NEXT, "dlsym", "GLIBC_2.2.5");
     const char *about = getenv("LIE_ABOUT"), *lie = getenv("LIE");
@@ -30,10 +35,12 @@ void *dlsym(void *handle, const char *name) {
         return real(handle, name);
     if (strcmp(lie, "missing") == 0)
         return NULL;
-    if (*lie == '+')
+    if (*lie == '+' || *lie == '-')
         return (char *)real(handle, name) + atoi(lie);
     for (unsigned *word = words; *lie != 0; word++)
         *word = strtoul(lie, (char **)&lie, 10);
+    if (strcmp(name, "__pthread_get_minstack") == 0)
+        return (void *)minstack;
     return strcmp(name, "_dl_get_tls_static_info") == 0 ? (void *)static_info : words;
 }
 "#;
@@ -138,6 +145,20 @@ fn words(name: &str, count: usize) -> Vec<u32> {
     unsafe { std::slice::from_raw_parts(place.cast::<u32>(), count) }.to_vec()
 }
 
+/// Size and alignment.
+fn static_tls() -> (u32, u32) {
+    // SAFETY: the name is NUL-terminated.
+    let place = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"_dl_get_tls_static_info".as_ptr()) };
+    assert!(!place.is_null());
+    let (mut size, mut align) = (0_usize, 0_usize);
+    // SAFETY: its type, with two valid places.
+    unsafe {
+        let info: unsafe extern "C" fn(*mut usize, *mut usize) = std::mem::transmute(place);
+        info(&raw mut size, &raw mut align);
+    }
+    (size.try_into().unwrap(), align.try_into().unwrap())
+}
+
 fn lie(words: &[u32]) -> String {
     let words: Vec<_> = words.iter().map(u32::to_string).collect();
     words.join(" ")
@@ -173,6 +194,7 @@ fn a_missing_symbol_is_named() {
     const NAMES: &[&str] = &[
         "gnu_get_libc_version",
         "_dl_get_tls_static_info",
+        "__pthread_get_minstack",
         "__nptl_rtld_global",
         "_dl_allocate_tls",
         "_dl_deallocate_tls",
@@ -181,6 +203,7 @@ fn a_missing_symbol_is_named() {
         "__res_nclose",
         "__pthread_keys",
         "__nptl_nthreads",
+        "__resp",
         "_thread_db_sizeof_pthread",
         "_thread_db_pthread_tid",
         "_thread_db_pthread_dtvp",
@@ -313,14 +336,7 @@ fn a_wrong_size_list_or_variable_is_named() {
             "__nptl_rtld_global is null",
             "__nptl_rtld_global is not ld.so's",
         ];
-        const STATIC: &[&str] = &[
-            "static TLS size is implausible",
-            "libc's TLS segment outside static TLS",
-        ];
-        const ALIGN: &[&str] = &[
-            "_thread_db_sizeof_pthread",
-            "static TLS size is implausible",
-        ];
+        const STATIC: &[&str] = &["static TLS size is implausible"];
         let mut lies: Vec<(String, String, &[&str])> = Vec::new();
         let mut add =
             |name: &str, lie: String, sentences| lies.push((name.to_owned(), lie, sentences));
@@ -365,21 +381,24 @@ fn a_wrong_size_list_or_variable_is_named() {
         for address in [[0, 0], [1, 0], [1 << 20, 0], [u32::MAX, u32::MAX]] {
             add("__nptl_rtld_global", lie(&address), GLOBAL);
         }
+        let (bytes, align) = static_tls();
         for (bytes, align) in [
-            (0, 64),
-            (size - 1, 64),
-            (size, 64),
-            (u32::MAX, 64),
-            (size + 8192, 0),
-            (size + 8192, 3),
+            (0, align),
+            (size - 1, align),
+            (size, align),
+            (bytes - align, align),
+            (bytes + align, align),
+            (bytes + (1 << 25), align),
+            (u32::MAX, align),
+            (bytes, 0),
+            (bytes, 3),
+            (bytes, 1 << 20),
         ] {
             add("_dl_get_tls_static_info", lie(&[bytes, align]), STATIC);
         }
-        add(
-            "_dl_get_tls_static_info",
-            lie(&[size + 8192, 1 << 20]),
-            ALIGN,
-        );
+        for minimum in [0, bytes, bytes + 16384, bytes + 65536, u32::MAX] {
+            add("__pthread_get_minstack", lie(&[minimum]), STATIC);
+        }
         for count in [0, 1] {
             add(
                 "__nptl_nthreads",
@@ -411,7 +430,7 @@ fn a_wrong_size_list_or_variable_is_named() {
             "__resp outside libc's TLS segment",
             "__resp is not the resolver's state",
         ];
-        for wrong in ["missing", "0", "+8", "+4096"] {
+        for wrong in ["0", "+8", "-8", "+4096"] {
             add("__resp", wrong.to_owned(), RESP);
         }
         lies

@@ -65,12 +65,6 @@ fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// Whether the thread sleeps in a futex.
-fn sleeps(tid: i32) -> bool {
-    let call = std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall"));
-    call.is_ok_and(|call| call.starts_with(&format!("{} ", libc::SYS_futex)))
-}
-
 fn spawn_and_join() {
     let handle = nptl::spawn(|| 7).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(handle.join().expect("its end"), 7);

@@ -1,7 +1,6 @@
 //! One thread's TLS block: preparing it, listing it, handing its heap cache on, retiring it.
 
-use super::calibrate::{self, JoinMark};
-use super::{KEY_BLOCKS, KeyValues, Runtime};
+use super::{KEY_BLOCKS, KeyValues, Runtime, calibrate::JoinMark};
 use crate::clone::{self, sys};
 use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
@@ -299,7 +298,7 @@ impl Runtime {
             ((tp + offsets.result) as *mut usize).write(0);
             // Without the flag for them, policy and priority are asked of the kernel.
             let flags = (tp + offsets.flags) as *mut u32;
-            flags.write(flags.read() & !calibrate::FLAGS_SCHEDULING);
+            flags.write(flags.read() & !offsets.flags_changed);
             ((tp + symbols.cancelhandling) as *mut u32).write(0);
             if let Some(exiting) = offsets.exiting {
                 ((tp + exiting.flag) as *mut u8).write(0);
@@ -333,8 +332,7 @@ impl Runtime {
         }
         // SAFETY: as in `write`.
         unsafe {
-            let (user_stack, value) = offsets.user_stack;
-            ((tp + user_stack) as *mut u8).write(value);
+            ((tp + offsets.user_stack) as *mut u8).write(offsets.user_stack_value);
             ((tp + symbols.tid) as *mut u32).write(0);
         }
     }

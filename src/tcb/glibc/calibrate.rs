@@ -1,44 +1,38 @@
-//! Offsets that no symbol gives: predicted from those that a symbol gives and from the order of the fields, which is
-//! the same from 2.34 to 2.43, then verified on a real thread.
+//! Offsets that no symbol gives: predicted, then verified on a real thread.
 //!
-//! One thread is started with `pthread_create`, once in a process, on a stack of ours, so that its descriptor stays
-//! readable after its end. A prediction that does not hold there is an unsupported glibc. What is compared between two
-//! moments lies in a part of the descriptor that no other thread writes: links of the list, `setxid_futex` and
-//! `cancelhandling` change at any time, and scheduling flags are inherited (G27).
+//! A thread of glibc's is started on a stack of ours, once in a process. Where the fields of its descriptor lie
+//! follows from those that symbols give, and from an order that has been the same from 2.34 to 2.43:
 //!
-//! The thread is needed in any case: only a real `pthread_create` ends glibc's single-thread fast
-//! paths (malloc without locks, unlocked stdio) and installs the set-id handler.
+//! ```text
+//!  list, tid, robust_prev, robust_head … cancelhandling, (two bytes until 2.35,) flags, 32 key values,
+//!  specific, specific_used, report_events, user_stack (from 2.42: an int) … join, result, priority, policy …
+//!  eventbuf, nextevent … stackblock, its size, guardsize, reported_guardsize, tpp, resolver … exiting and
+//!  exit_lock (from 2.35), strsignal, strerror, getrandom (from 2.41)
+//! ```
 //!
-//! Its creator can be inside a constructor or a callback of dl_iterate_phdr, with the loader's locks: the thread makes no
-//! call that takes one of them (G26).
+//! The thread verifies each on its own descriptor, by what it is known to hold or by what a public function does
+//! to it; a check that fails means an unsupported glibc. Nothing is concluded from words that other threads write
+//! (the links of the list, `setxid_futex`, the other bits of `cancelhandling`), or the kernel (rseq), or that
+//! are inherited from the creator (SCHED_SET and POLICY_SET in `flags`, policy, priority).
+//!
+//! The thread is needed in any case: only a real `pthread_create` ends glibc's single-thread fast paths (malloc
+//! without locks, unlocked stdio) and installs the set-id handler.
 
 use super::super::RuntimeError;
-use super::symbols::{self, Symbols};
-use super::{KEY_BLOCKS, KEYS_PER_BLOCK, list::ThreadList};
-use crate::clone;
+use super::symbols::{self, Rseq, Symbols};
+use super::{KEY_BLOCKS, KeyValues, Runtime, list::ThreadList};
+use crate::clone::{self, sys};
 use crate::step::Step;
 use libc::c_void;
 use nix::errno::Errno;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// `sizeof (struct robust_list_head)`: the list, the futex offset, the pending operation.
 pub(super) const ROBUST_HEAD_SIZE: usize = 24;
 
 /// What the calibration thread returns: `result` is the word that holds it after the join.
 const MAGIC: usize = 0x6e70_746c_c0de_2357_u64 as usize;
-
-/// A guard size that `pthread_getattr_np` must find where it was put.
-const GUARD: usize = 11 * 4096;
-
-/// A check that fails is tried again before it is called proven.
-const TRIES: usize = 3;
-
-/// In `flags`: the stack is the user's; policy and priority are known; the thread registers rseq, if its creator has
-/// (`ATTR_FLAG_STACKADDR`, `_SCHED_SET` and `_POLICY_SET`, `_DO_RSEQ` in glibc's internal headers).
-const FLAG_STACK: u32 = 0x08;
-pub(super) const FLAGS_SCHEDULING: u32 = 0x60;
-const FLAG_RSEQ: u32 = 0x80;
 
 /// How glibc marks a thread that its own join and detach must refuse (G12).
 #[derive(Clone, Copy, Debug)]
@@ -67,11 +61,12 @@ pub(super) struct Offsets {
     pub stackblock_size: usize,
     pub guardsize: usize,
     pub reported_guardsize: usize,
-    /// The heap block of priority-protect mutexes.
+    /// A block of malloc's, for mutexes with priority protection; 0 until the thread locks one.
     pub tpp: usize,
-    /// `user_stack`, a bool, or from 2.42 on the low byte of `stack_mode`; and its value where the stack is the user's.
-    pub user_stack: (usize, u8),
+    pub user_stack: usize,
+    pub user_stack_value: u8,
     pub flags: usize,
+    pub flags_changed: u32,
     pub result: usize,
     pub join: usize,
     pub join_mark: JoinMark,
@@ -83,86 +78,71 @@ pub(super) struct Offsets {
     pub getrandom: Option<usize>,
     pub strsignal: Option<usize>,
     pub strerror: Option<usize>,
-    /// The byte that `pthread_setspecific` sets, if it was found: then keys are looked at only where
-    /// there are any.
-    pub specific_used: Option<usize>,
+    /// The byte that `pthread_setspecific` sets: keys are looked at only where there are any.
+    pub specific_used: usize,
 }
 
-fn unsupported<T>(what: &'static str) -> Result<T, RuntimeError> {
-    Err(RuntimeError::Unsupported(what))
+// Checks that both sides make.
+const TID: &str = "_thread_db_pthread_tid";
+const CANCELHANDLING: &str = "_thread_db_pthread_cancelhandling";
+const JOIN: &str = "joinid or joinstate before result";
+
+fn check(holds: bool, what: &'static str) -> Result<(), RuntimeError> {
+    match holds {
+        true => Ok(()),
+        false => Err(RuntimeError::Unsupported(what)),
+    }
 }
 
-/// A descriptor at one moment.
-struct Snapshot(Vec<u8>);
+/// A descriptor that is mapped, in a thread that is the calling one or has ended.
+#[derive(Clone, Copy)]
+struct Descriptor {
+    start: usize,
+    size: usize,
+}
 
-impl Snapshot {
-    fn empty(size: usize) -> Result<Snapshot, RuntimeError> {
-        let mut bytes = Vec::new();
-        match bytes.try_reserve_exact(size) {
-            Ok(()) => bytes.resize(size, 0),
-            Err(_) => return Err(RuntimeError::no_memory(size)),
+impl Descriptor {
+    /// Outside there are only zeroes.
+    fn read<T: Copy + Default>(self, at: usize) -> T {
+        match at.checked_add(size_of::<T>()) {
+            // SAFETY: inside. What others write meanwhile is not relied on.
+            Some(end) if end <= self.size => unsafe {
+                ((self.start + at) as *const T).read_unaligned()
+            },
+            _ => T::default(),
         }
-        Ok(Snapshot(bytes))
+    }
+
+    fn word(self, at: usize) -> usize {
+        self.read(at)
+    }
+
+    fn half(self, at: usize) -> u32 {
+        self.read(at)
     }
 
     /// # Safety
-    /// `tp` is a readable descriptor of this snapshot's size.
-    unsafe fn take(&mut self, tp: usize) {
-        // SAFETY: sizes agree. Bytes that change meanwhile (rseq) are excluded from every use.
-        unsafe {
-            std::ptr::copy_nonoverlapping(tp as *const u8, self.0.as_mut_ptr(), self.0.len());
+    /// A field of the calling thread's, which gets its former value back before anybody else looks at it.
+    unsafe fn write<T>(self, at: usize, value: T) {
+        if at.saturating_add(size_of::<T>()) <= self.size {
+            // SAFETY: inside; the rest is the caller's promise.
+            unsafe { ((self.start + at) as *mut T).write_unaligned(value) };
         }
     }
-
-    fn bytes<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
-        self.0.get(at..at.checked_add(N)?)?.try_into().ok()
-    }
-
-    fn word(&self, at: usize) -> usize {
-        self.bytes(at).map_or(0, usize::from_ne_bytes)
-    }
-
-    fn half(&self, at: usize) -> u32 {
-        self.bytes(at).map_or(0, u32::from_ne_bytes)
-    }
-
-    fn byte(&self, at: usize) -> u8 {
-        self.0.get(at).copied().unwrap_or(0)
-    }
 }
 
-/// What the calibration thread and its creator share.
-struct Seen<'a> {
+/// What the creator passes to the thread, and what the thread finds.
+struct Subject<'a> {
     symbols: &'a Symbols,
     list: &'a ThreadList,
-    /// Lowest address of the stack, and its length.
+    /// Where its descriptor has to be: that ends where the stack does.
+    descriptor: Descriptor,
+    /// Lowest address and length.
     stack: (usize, usize),
-    tp: usize,
-    start: Snapshot,
-    /// Unless a filter denies it.
-    after_getschedparam: Option<Snapshot>,
-    after_getrandom: Snapshot,
-    after_strsignal: Snapshot,
-    after_strerror: Snapshot,
-    after_setspecific: Snapshot,
-    resolver: usize,
-    listed: bool,
     tid: u32,
-    counted: bool,
-    /// The word before `result` while the thread was detached.
-    detached: usize,
-    guard: usize,
-    dtv_is_known: bool,
-    rseq_is_known: bool,
-    resp_is_known: bool,
-    keys_are_known: bool,
-}
-
-/// Another malloc (jemalloc, for one) sets a pthread key at a thread's first allocation, which
-/// changes the descriptor: before the snapshots, so that they differ in what is looked for only.
-fn first_allocation() {
-    // SAFETY: a block that nobody else knows is freed again.
-    unsafe { libc::free(std::hint::black_box(libc::malloc(64))) };
+    found: Result<Offsets, RuntimeError>,
+    /// 1: from now on the thread can be joined.
+    done: AtomicU32,
 }
 
 /// The destructor of a key that is deleted in time.
@@ -172,395 +152,226 @@ fn first_allocation() {
 unsafe extern "C" fn never_called(_: *mut c_void) {}
 
 /// # Safety
-/// `argument` is a `Seen` whose owner waits for this thread's end.
-unsafe extern "C" fn look(argument: *mut c_void) -> *mut c_void {
-    // SAFETY: the creator waits in pthread_join while this thread writes to what it passed.
-    let seen = unsafe { &mut *argument.cast::<Seen>() };
-    let symbols = seen.symbols;
-    let tp = clone::thread_pointer();
-    seen.tp = tp;
-    if tp != seen.expected_tp() {
-        // Past the end of a descriptor of another size there need not be anything.
-        return std::ptr::null_mut();
-    }
-    // SAFETY: the thread's own descriptor, of the size that its place shows; libc's functions are called as documented.
+/// `argument` is a `Subject` whose owner waits for this thread's end.
+unsafe extern "C" fn run(argument: *mut c_void) -> *mut c_void {
+    let subject = argument.cast::<Subject<'_>>();
+    // SAFETY: the creator looks at nothing but `done` before the end of this thread.
     unsafe {
-        if !symbols.shape.locale.is_null() {
-            libc::uselocale(symbols.shape.locale);
-        }
-        first_allocation();
-        seen.start.take(tp);
+        (*subject).tid = libc::gettid() as u32;
+        (*subject).found = examine(&*subject);
+        (*subject).done.store(1, Ordering::Release);
+        sys::futex_wake(&(*subject).done);
+    }
+    MAGIC as *mut c_void
+}
 
-        // pthread_getschedparam asks the kernel and caches the answer: `flags` is where it notes so.
-        let (mut policy, mut param) = (0, std::mem::zeroed::<libc::sched_param>());
-        let this = libc::pthread_self();
-        if libc::pthread_getschedparam(this, &raw mut policy, &raw mut param) != 0 {
-            seen.after_getschedparam = None;
+/// Verifies what can be seen while the thread lives.
+///
+/// # Safety
+/// Called by a thread of glibc's that nobody joins or detaches, and that has nothing to lose. Its creator may
+/// hold any of the loader's locks, so that nothing in here may take one.
+unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
+    let (symbols, this) = (subject.symbols, subject.descriptor);
+    let tp = clone::thread_pointer();
+    // Past the end of a descriptor of another size there need not be anything.
+    check(tp == this.start, "_thread_db_sizeof_pthread")?;
+    // SAFETY: a block that nobody else knows is freed again. The locale is a constant, so that it takes no lock, and
+    // keeps messages from being translated: that could load catalogues and converters.
+    unsafe {
+        // Another malloc (jemalloc, for one) sets a pthread key at a thread's first allocation. And what needs memory
+        // below is to have some.
+        const ENOUGH: usize = 256;
+        let block = std::hint::black_box(libc::malloc(ENOUGH));
+        if block.is_null() {
+            return Err(RuntimeError::no_memory(ENOUGH));
         }
-        if let Some(snapshot) = &mut seen.after_getschedparam {
-            snapshot.take(tp);
-        }
-        let mut byte = 0_u8;
-        libc::getrandom((&raw mut byte).cast(), 1, 0);
-        seen.after_getrandom.take(tp);
-        libc::strsignal(libc::SIGRTMIN() + 1);
-        seen.after_strsignal.take(tp);
-        libc::strerror(99_999);
-        seen.after_strerror.take(tp);
+        libc::free(block);
+        let untranslated = libc::newlocale(libc::LC_ALL_MASK, c"C".as_ptr(), std::ptr::null_mut());
+        libc::uselocale(untranslated);
+    }
 
-        seen.resolver = symbols::__res_state() as usize;
-        let segment = tp.wrapping_add_signed(symbols.shape.segment_start);
-        let resp = tp.wrapping_add_signed(symbols.shape.resp);
-        seen.dtv_is_known = symbols
-            .shape
-            .segment
-            .is_in(seen.start.word(symbols.dtv), segment);
-        seen.resp_is_known = (segment..segment + symbols.shape.segment.size).contains(&resp)
-            && (resp as *const usize).read_unaligned() == seen.resolver;
-        seen.rseq_is_known = symbols.knows_rseq(tp);
-        seen.tid = libc::gettid() as u32;
-        // Its creator and itself.
-        seen.counted = symbols.nthreads().load(Ordering::Relaxed) >= 2;
-        seen.listed = seen.list.contains(tp + symbols.list);
+    let listed = subject.list.contains(tp + symbols.list);
+    check(listed, "a new pthread is not on glibc's thread list")?;
+    // Its creator and itself.
+    let counted = symbols.nthreads().load(Ordering::Relaxed) >= 2;
+    check(counted, "__nptl_nthreads does not count a new pthread")?;
+    let dtv = this.word(symbols.dtv);
+    check(symbols.finds_segment_in(dtv, tp), "_thread_db_pthread_dtvp")?;
+    // SAFETY: this thread's own, and the descriptor is as large as said.
+    check(unsafe { symbols.knows_rseq(tp) }, "__rseq_offset")?;
+    check(this.half(symbols.tid) == subject.tid, TID)?;
 
-        let mut key = 0;
+    let robust_head = symbols.tid + 16;
+    let empty = tp + robust_head;
+    let known = this.word(robust_head) == empty && this.word(robust_head - 8) == empty;
+    check(known, "the robust list behind tid")?;
+
+    let first_key_block = this.word(symbols.specific).wrapping_sub(tp);
+    let key_block_end = first_key_block.wrapping_add(size_of::<KeyValues>());
+    check(
+        key_block_end == symbols.specific,
+        "the first block of pthread keys",
+    )?;
+    let specific_used = symbols.specific + KEY_BLOCKS * size_of::<usize>();
+    let known = symbols.report_events == specific_used + 1;
+    check(known, "report_events behind the table of pthread keys")?;
+    let mut key = 0;
+    // Where no key is left, both stay predicted.
+    // SAFETY: a key of this function's own, deleted before its destructor could be called.
+    unsafe {
         if libc::pthread_key_create(&raw mut key, Some(never_called)) == 0 {
-            seen.keys_are_known = symbols.knows_key(key, never_called);
-            libc::pthread_setspecific(key, argument);
-            seen.after_setspecific.take(tp);
+            let known = symbols.knows_key(key, never_called);
+            let set = libc::pthread_setspecific(key, std::ptr::from_ref(subject).cast()) == 0;
+            let noted = this.read::<u8>(specific_used) == 1;
             libc::pthread_setspecific(key, std::ptr::null());
             libc::pthread_key_delete(key);
+            check(known, "__pthread_keys")?;
+            check(noted || !set, "specific_used before report_events")?;
         }
+    }
 
-        // A detached thread, as glibc marks it; and joinable again.
-        let mark = (tp + symbols.result() - size_of::<usize>()) as *mut usize;
-        let before = mark.read();
-        libc::pthread_detach(this);
-        seen.detached = mark.read();
-        mark.write(before);
+    let flags = match first_key_block.wrapping_sub(symbols.cancelhandling) {
+        8 => symbols.cancelhandling + 4,
+        // Two fields of a byte each come before it.
+        16 => symbols.cancelhandling + 8,
+        _ => return Err(RuntimeError::Unsupported(CANCELHANDLING)),
+    };
+    // ATTR_FLAG_STACKADDR, _SCHED_SET and _POLICY_SET, and _DO_RSEQ (nptl/internaltypes.h).
+    const ON_OWN_STACK: u32 = 8;
+    const SCHEDULING_KNOWN: u32 = 0x20 | 0x40;
+    const REGISTERS_RSEQ: u32 = 0x80;
+    let set = this.half(flags) & !(SCHEDULING_KNOWN | REGISTERS_RSEQ);
+    check(
+        set == ON_OWN_STACK,
+        "flags before the first block of pthread keys",
+    )?;
+    // pthread_getschedparam asks the kernel and notes in `flags` that it has the answer: a stale note would answer
+    // for the next thread on this block.
+    // SAFETY: two valid places.
+    let asked = unsafe {
+        let (mut policy, mut param) = (0, std::mem::zeroed::<libc::sched_param>());
+        libc::pthread_getschedparam(libc::pthread_self(), &raw mut policy, &raw mut param) == 0
+    };
+    let noted = this.half(flags) & SCHEDULING_KNOWN == SCHEDULING_KNOWN;
+    check(noted || !asked, "flags that pthread_getschedparam sets")?;
 
-        if let Some(stackblock) = seen.stackblock() {
-            let reported = (tp + stackblock + REPORTED_GUARDSIZE) as *mut usize;
-            let before = reported.replace(GUARD);
-            let mut attributes = Attributes::new();
-            libc::pthread_attr_destroy(&raw mut attributes.0);
-            if libc::pthread_getattr_np(this, &raw mut attributes.0) == 0 {
-                libc::pthread_attr_getguardsize(&raw const attributes.0, &raw mut seen.guard);
+    // ALLOCATE_GUARD_USER (nptl/descr.h from 2.42 on)
+    const USER: u8 = 2;
+    let next = symbols.report_events + 1;
+    let (user_stack, user_stack_value) = match (this.read::<u8>(next), next.next_multiple_of(4)) {
+        (1, _) => (next, 1),
+        (0, mode) if this.half(mode) == u32::from(USER) => (mode, USER),
+        _ => return Err(RuntimeError::Unsupported("user_stack behind report_events")),
+    };
+
+    let known = symbols.schedpolicy == symbols.sched_priority + 4;
+    check(known, "schedpolicy behind the priority")?;
+    let known = symbols.nextevent == symbols.eventbuf.0 + symbols.eventbuf.1;
+    check(known, "nextevent behind eventbuf")?;
+    let result = symbols.sched_priority.wrapping_sub(8);
+    let join = result.wrapping_sub(8);
+    // THREAD_STATE_JOINABLE and _DETACHED (nptl/descr.h from 2.43 on)
+    const JOINABLE: u32 = 2;
+    const DETACHED: u32 = 3;
+    let join_mark = match this.word(join) {
+        0 => JoinMark::Itself,
+        word if word as u32 == JOINABLE => JoinMark::State(DETACHED),
+        _ => return Err(RuntimeError::Unsupported(JOIN)),
+    };
+
+    let (base, length) = subject.stack;
+    let mut pairs = (0..this.size)
+        .step_by(8)
+        .filter(|&at| this.word(at) == base && this.word(at + 8) == length);
+    let (Some(stackblock), None) = (pairs.next(), pairs.next()) else {
+        return Err(RuntimeError::Unsupported("stackblock"));
+    };
+    let (guardsize, reported_guardsize) = (stackblock + 16, stackblock + 24);
+    // pthread_getattr_np tells of these and of the mark, if it does not fail for want of memory or because of a filter.
+    const GUARD: usize = 4096;
+    const REPORTED: usize = 11 * 4096;
+    let (mut size, mut guard, mut state) = (0, 0, 0);
+    // SAFETY: fields of this thread's own, which are as before when its creator joins it; nobody else knows of it.
+    // The attributes are looked at only where they were filled.
+    let told = unsafe {
+        let set = |guard: usize, reported: usize, is_detached: bool| {
+            this.write(guardsize, guard);
+            this.write(reported_guardsize, reported);
+            match (join_mark, is_detached) {
+                (JoinMark::Itself, true) => this.write(join, tp),
+                (JoinMark::Itself, false) => this.write(join, 0_usize),
+                (JoinMark::State(detached), true) => this.write(join, detached),
+                (JoinMark::State(_), false) => this.write(join, JOINABLE),
             }
-            reported.write(before);
+        };
+        let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
+        set(GUARD, REPORTED, true);
+        let told = libc::pthread_getattr_np(libc::pthread_self(), &raw mut attributes) == 0;
+        set(0, 0, false);
+        if told {
+            libc::pthread_attr_getstacksize(&raw const attributes, &raw mut size);
+            libc::pthread_attr_getguardsize(&raw const attributes, &raw mut guard);
+            symbols::pthread_attr_getdetachstate(&raw const attributes, &raw mut state);
+            libc::pthread_attr_destroy(&raw mut attributes);
         }
-        MAGIC as *mut c_void
-    }
-}
-
-// Behind `stackblock`, in this order: its size, the size of its guard, the guard that `pthread_getattr_np` reports, the
-// data of priority-protect mutexes, and the resolver's state.
-const STACKBLOCK_SIZE: usize = 8;
-const GUARDSIZE: usize = 16;
-const REPORTED_GUARDSIZE: usize = 24;
-const TPP: usize = 32;
-const RESOLVER: usize = 40;
-
-impl<'a> Seen<'a> {
-    fn new(
-        symbols: &'a Symbols,
-        list: &'a ThreadList,
-        stack: (usize, usize),
-    ) -> Result<Seen<'a>, RuntimeError> {
-        let snapshot = || Snapshot::empty(symbols.descriptor_size);
-        Ok(Seen {
-            symbols,
-            list,
-            stack,
-            tp: 0,
-            start: snapshot()?,
-            after_getschedparam: Some(snapshot()?),
-            after_getrandom: snapshot()?,
-            after_strsignal: snapshot()?,
-            after_strerror: snapshot()?,
-            after_setspecific: snapshot()?,
-            resolver: 0,
-            listed: false,
-            tid: 0,
-            counted: false,
-            detached: 0,
-            guard: 0,
-            dtv_is_known: false,
-            rseq_is_known: false,
-            resp_is_known: false,
-            // Where there is no key left, it cannot be asked.
-            keys_are_known: true,
-        })
-    }
-
-    fn expected_tp(&self) -> usize {
-        self.symbols.thread_pointer_in(self.stack.0 + self.stack.1)
-    }
-
-    /// The only place that holds the stack's address and, behind it, its length.
-    fn stackblock(&self) -> Option<usize> {
-        let (base, length) = self.stack;
-        let start = &self.start;
-        let is_here = |at: &usize| start.word(*at) == base && start.word(at + 8) == length;
-        let mut found = (0..start.0.len()).step_by(8).filter(is_here);
-        found.next().filter(|_| found.next().is_none())
-    }
-}
-
-/// `pthread_create`, with the raw errno that it folds: glibc leaves it in `errno`.
-fn create(attributes: &Attributes, seen: &mut Seen<'_>) -> Result<libc::pthread_t, RuntimeError> {
-    let mut thread = 0;
-    Errno::set_raw(0);
-    // SAFETY: the libc crate wants a safe function type; `look` is called once, by the new thread, with the argument that
-    // it is written for, which outlives the thread: the caller joins it.
-    let answer = unsafe {
-        type Routine = extern "C" fn(*mut c_void) -> *mut c_void;
-        let routine =
-            std::mem::transmute::<unsafe extern "C" fn(*mut c_void) -> *mut c_void, Routine>(look);
-        let argument = std::ptr::from_mut(seen).cast();
-        libc::pthread_create(&raw mut thread, &raw const attributes.0, routine, argument)
+        told
     };
-    let raw = Errno::last_raw();
-    match answer {
-        0 => Ok(thread),
-        errno => Err(RuntimeError::Refused {
-            step: Step::Clone,
-            errno: Errno::from_raw(if errno == libc::EAGAIN && raw != 0 {
-                raw
-            } else {
-                errno
-            }),
-            bytes: 0,
-        }),
-    }
-}
+    let known = (size, guard) == (length - GUARD, REPORTED);
+    check(known || !told, "guardsize beside stackblock_size")?;
+    check(state == libc::PTHREAD_CREATE_DETACHED || !told, JOIN)?;
 
-/// Thread attributes that are destroyed on every way out.
-struct Attributes(libc::pthread_attr_t);
+    let (tpp, resolver) = (stackblock + 32, stackblock + 40);
+    let end = resolver + symbols.resolver_size;
+    // SAFETY: the calling thread's.
+    let state = unsafe { symbols::__res_state() } as usize;
+    let known = this.word(tpp) == 0 && state == tp + resolver && end <= this.size;
+    check(known, "the resolver's state behind stackblock")?;
+    // SAFETY: inside libc's segment, as looking it up has made sure.
+    let resp = unsafe { ((tp as isize + symbols.resp) as *const usize).read_unaligned() };
+    check(resp == state, "__resp is not the resolver's state")?;
 
-impl Attributes {
-    fn new() -> Attributes {
-        // SAFETY: pthread_attr_init fills it and cannot fail on Linux.
-        unsafe {
-            let mut attributes = std::mem::zeroed();
-            libc::pthread_attr_init(&raw mut attributes);
-            Attributes(attributes)
-        }
-    }
-}
-
-impl Drop for Attributes {
-    fn drop(&mut self) {
-        // SAFETY: initialised in new.
-        unsafe { libc::pthread_attr_destroy(&raw mut self.0) };
-    }
-}
-
-/// Runs the thread and concludes. The caller has blocked application signals and disabled cancellation, because
-/// pthread_join is a cancellation point (G28).
-pub(super) fn calibrate(symbols: &Symbols, list: &ThreadList) -> Result<Offsets, RuntimeError> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match attempt(symbols, list) {
-            Err(RuntimeError::Unsupported(_)) if tries < TRIES => {}
-            answer => return answer,
-        }
-    }
-}
-
-fn attempt(symbols: &Symbols, list: &ThreadList) -> Result<Offsets, RuntimeError> {
-    // Room for what glibc puts into it, and for the calls above.
-    let length = (symbols.tls_size + symbols.tls_align + 128 * 1024)
-        .next_multiple_of(crate::stack::layout::page_size());
-    let stack = memmap2::MmapOptions::new()
-        .len(length)
-        .stack()
-        .map_anon()
-        .map_err(|error| RuntimeError::Refused {
-            step: Step::MapStack,
-            errno: Errno::from_raw(error.raw_os_error().unwrap_or(libc::ENOMEM)),
-            bytes: length,
-        })?;
-    let base = stack.as_ptr() as usize;
-    let mut seen = Seen::new(symbols, list, (base, length))?;
-    let mut ended = Snapshot::empty(symbols.descriptor_size)?;
-    let mut attributes = Attributes::new();
-    // SAFETY: the mapping outlives the thread, which is joined below.
-    unsafe {
-        let place = base as *mut c_void;
-        if libc::pthread_attr_setstack(&raw mut attributes.0, place, length) != 0 {
-            return unsupported("pthread_attr_setstack");
-        }
-        let thread = create(&attributes, &mut seen)?;
-        libc::pthread_join(thread, std::ptr::null_mut());
-        if thread as usize != seen.tp {
-            return unsupported("pthread_t is not the thread pointer");
-        }
-        if seen.tp != seen.expected_tp() {
-            return unsupported("_thread_db_sizeof_pthread");
-        }
-        ended.take(seen.tp);
-    }
-    conclude(&seen, &ended)
-}
-
-/// At most one element; two are an error.
-fn at_most_one(
-    mut found: impl Iterator<Item = usize>,
-    what: &'static str,
-) -> Result<Option<usize>, RuntimeError> {
-    match (found.next(), found.next()) {
-        (one, None) => Ok(one),
-        _ => unsupported(what),
-    }
-}
-
-/// What glibc exports is what it is said to be.
-fn check_symbols(seen: &Seen<'_>, ended: &Snapshot) -> Result<(), RuntimeError> {
-    // EXITING_BITMASK (nptl/descr.h), set at a thread's end.
-    const EXITING: u32 = 0x10;
-    let (symbols, start) = (seen.symbols, &seen.start);
-    let exits = |at: &Snapshot| at.half(symbols.cancelhandling) & EXITING != 0;
-    let specific_end = symbols.specific + KEY_BLOCKS * size_of::<usize>();
-    let checks = [
-        (seen.listed, "a new pthread is not on glibc's thread list"),
-        (start.word(symbols.list) != 0, "_thread_db_pthread_list"),
-        (seen.counted, "__nptl_nthreads does not count a new pthread"),
-        (
-            start.half(symbols.tid) == seen.tid && ended.half(symbols.tid) != seen.tid,
-            "_thread_db_pthread_tid",
-        ),
-        (seen.dtv_is_known, "_thread_db_pthread_dtvp"),
-        (
-            !exits(start) && exits(ended),
-            "_thread_db_pthread_cancelhandling",
-        ),
-        (seen.rseq_is_known, "__rseq_offset"),
-        (seen.keys_are_known, "__pthread_keys"),
-        (seen.resp_is_known, "__resp is not the resolver's state"),
-        // These hold nothing that could be looked for, but each has a neighbour in every glibc from 2.34 to 2.43.
-        (
-            symbols.schedpolicy == symbols.sched_priority + 4,
-            "schedpolicy behind the priority",
-        ),
-        (
-            symbols.nextevent == symbols.eventbuf.0 + symbols.eventbuf.1,
-            "nextevent behind eventbuf",
-        ),
-        (
-            symbols.report_events == specific_end + 1,
-            "report_events behind the table of pthread keys",
-        ),
-    ];
-    match checks.iter().find(|(holds, _)| !holds) {
-        Some((_, what)) => unsupported(what),
-        None => Ok(()),
-    }
-}
-
-fn conclude(seen: &Seen<'_>, ended: &Snapshot) -> Result<Offsets, RuntimeError> {
-    check_symbols(seen, ended)?;
-    let (symbols, start, tp) = (seen.symbols, &seen.start, seen.tp);
-
-    // An empty list points to itself, and so does the word before it. get_robust_list(2) can be denied (G31).
-    let robust_head = symbols.tid + 16;
-    let itself = tp + robust_head;
-    if start.word(robust_head) != itself || start.word(robust_head - 8) != itself {
-        return unsupported("the robust list behind the tid");
-    }
-    let first_key_block = start.word(symbols.specific).wrapping_sub(tp);
-    if first_key_block + KEYS_PER_BLOCK * size_of::<symbols::KeyValue>() != symbols.specific {
-        return unsupported("the first block of pthread keys");
-    }
-    let flags = flags(seen, first_key_block)?;
-    let user_stack = user_stack(symbols.report_events, start)?;
-
-    let Some(stackblock) = seen.stackblock() else {
-        return unsupported("stackblock");
+    // Behind it, what a function leaves tells its word.
+    let mut tail = Tail {
+        this,
+        start: end,
+        rseq: symbols.rseq.map_or(0..0, Rseq::range),
+        words: std::array::from_fn(|index| this.word(end + 8 * index)),
     };
-    if seen.guard != GUARD {
-        return unsupported("guardsize beside stackblock_size");
-    }
-    let resolver = seen.resolver.wrapping_sub(tp);
-    let resolver_end = resolver + symbols.resolver_size;
-    if resolver != stackblock + RESOLVER
-        || start.word(stackblock + TPP) != 0
-        || resolver_end > start.0.len()
-    {
-        return unsupported("the resolver's state behind stackblock");
-    }
-
-    let result = symbols.result();
-    if ended.word(result) != MAGIC || start.word(result) == MAGIC {
-        return unsupported("result before the priority");
-    }
-    let join = result - size_of::<usize>();
-    let before = start.word(join);
-    let join_mark = match seen.detached {
-        itself if itself == tp && before == 0 => JoinMark::Itself,
-        state if (1..16).contains(&(state as u32)) && before as u32 != state as u32 => {
-            JoinMark::State(state as u32)
-        }
-        _ => return unsupported("joinid or joinstate before result"),
-    };
-
-    // No other thread writes behind the resolver's state, but for the kernel, into the rseq area.
-    let (rseq_start, rseq_end) = symbols.rseq.map_or((0, 0), |rseq| {
-        let start = rseq.offset.max(0) as usize;
-        (start, start + rseq.registered_size())
+    // SAFETY: a valid place for a byte.
+    unsafe { libc::getrandom((&raw mut key).cast(), 1, 0) };
+    let getrandom = tail.changed("the state of getrandom")?;
+    // SAFETY: no preconditions.
+    unsafe { libc::strsignal(libc::SIGRTMIN() + 1) };
+    let strsignal = tail.changed("the buffer of strsignal")?;
+    // SAFETY: no preconditions.
+    unsafe { libc::strerror(99_999) };
+    let strerror = tail.changed("the buffer of strerror")?;
+    // `exiting` is the second byte there, and the creator looks whether it was set at the end.
+    let exiting = strsignal.map(|buffer| Exiting {
+        flag: buffer - 7,
+        lock: buffer - 4,
     });
-    let own = || (resolver_end..start.0.len()).filter(|at| !(rseq_start..rseq_end).contains(at));
-    let changed = |before: &Snapshot, after: &Snapshot, what| {
-        let word = own().filter(|at| at.is_multiple_of(8));
-        at_most_one(word.filter(|&at| before.word(at) != after.word(at)), what)
-    };
-    let before = seen.after_getschedparam.as_ref().unwrap_or(start);
-    let getrandom = changed(before, &seen.after_getrandom, "the state of getrandom")?;
-    let strsignal = changed(
-        &seen.after_getrandom,
-        &seen.after_strsignal,
-        "the buffer of strsignal",
-    )?;
-    let strerror = changed(
-        &seen.after_strsignal,
-        &seen.after_strerror,
-        "the buffer of strerror",
-    )?;
-    // A byte that became 1 at the thread's end, in an otherwise empty word, with a free lock in
-    // the next one. Absent before 2.35: then pthread_kill asks the tid word, which we keep right.
-    let is_exiting = |&at: &usize| {
-        let word = at & !3;
-        seen.after_strerror.half(word) == 0
-            && ended.half(word) == 1 << (8 * (at % 4))
-            && ended.half(word + 4) == 0
-    };
-    let exiting = at_most_one(own().filter(is_exiting), "exiting")?.map(|flag| Exiting {
-        flag,
-        lock: (flag & !3) + 4,
-    });
-    // Right behind the table of values: 1 in a thread with a value, 0 again once it has ended.
-    let specific_used = Some(symbols.report_events - 1)
-        .filter(|&at| seen.after_setspecific.byte(at) == 1 && ended.byte(at) == 0);
-    let segment = symbols.shape.segment_start
-        ..symbols.shape.segment_start + symbols.shape.segment.size as isize;
+    let exiting = exiting.filter(|exiting| this.half(exiting.flag - 1) == 0);
+
     Ok(Offsets {
         robust_head,
-        robust_futex_offset: start.word(robust_head + 8),
+        robust_futex_offset: this.word(robust_head + 8),
         first_key_block,
         stackblock,
-        stackblock_size: stackblock + STACKBLOCK_SIZE,
-        guardsize: stackblock + GUARDSIZE,
-        reported_guardsize: stackblock + REPORTED_GUARDSIZE,
-        tpp: stackblock + TPP,
+        stackblock_size: stackblock + 8,
+        guardsize,
+        reported_guardsize,
+        tpp,
         user_stack,
+        user_stack_value,
         flags,
+        flags_changed: SCHEDULING_KNOWN,
         result,
         join,
         join_mark,
         resolver,
-        resp: symbols.shape.resp,
-        segment,
+        resp: symbols.resp,
+        segment: symbols.segment.clone(),
         exiting,
         getrandom,
         strsignal,
@@ -569,34 +380,123 @@ fn conclude(seen: &Seen<'_>, ended: &Snapshot) -> Result<Offsets, RuntimeError> 
     })
 }
 
-/// The word of flags before the first block of keys: behind `cancelhandling`, up to 2.35 with two bytes in between. Policy
-/// and priority can be known already, because the creator knew its own.
-fn flags(seen: &Seen<'_>, first_key_block: usize) -> Result<usize, RuntimeError> {
-    let behind = seen.symbols.cancelhandling;
-    let is_flags = |at: &usize| {
-        let asked = seen.after_getschedparam.as_ref();
-        at + 4 <= first_key_block
-            && seen.start.half(*at) & !(FLAGS_SCHEDULING | FLAG_RSEQ) == FLAG_STACK
-            && asked
-                .is_none_or(|asked| asked.half(*at) & !FLAG_RSEQ == FLAG_STACK | FLAGS_SCHEDULING)
-    };
-    let found = [behind + 4, behind + 8].into_iter().filter(is_flags);
-    match at_most_one(found, "flags")? {
-        Some(flags) => Ok(flags),
-        None => unsupported("flags"),
+/// The words at the end of the descriptor that nobody but its thread writes.
+struct Tail {
+    this: Descriptor,
+    start: usize,
+    rseq: Range<isize>,
+    words: [usize; 32],
+}
+
+impl Tail {
+    /// The word that has changed since the last look, if any has; two are an error.
+    fn changed(&mut self, what: &'static str) -> Result<Option<usize>, RuntimeError> {
+        let mut changed = None;
+        for (index, before) in self.words.iter_mut().enumerate() {
+            let at = self.start + 8 * index;
+            let now = self.this.word(at);
+            if std::mem::replace(before, now) != now && !self.rseq.contains(&(at as isize)) {
+                check(changed.is_none(), what)?;
+                changed = Some(at);
+            }
+        }
+        Ok(changed)
     }
 }
 
-/// What says that a stack is the user's, behind `report_events`: a bool up to 2.41, then an int.
-fn user_stack(report_events: usize, start: &Snapshot) -> Result<(usize, u8), RuntimeError> {
-    const IS_USERS: u8 = 1;
-    const MODE_IS_USERS: u8 = 2;
-    let (flag, mode) = (report_events + 1, (report_events + 1).next_multiple_of(4));
-    if start.byte(flag) == IS_USERS {
-        Ok((flag, IS_USERS))
-    } else if start.half(mode) == u32::from(MODE_IS_USERS) {
-        Ok((mode, MODE_IS_USERS))
-    } else {
-        unsupported("user_stack behind report_events")
+/// Starts the thread, waits for its end, and verifies what that leaves. The caller has blocked application signals,
+/// which the thread inherits.
+pub(super) fn calibrate(symbols: &Symbols) -> Result<Runtime, RuntimeError> {
+    // SAFETY: the heads come from libthread_db's descriptors.
+    let list = unsafe { ThreadList::new(symbols.user_list) };
+    let known = list.lock_is_plausible();
+    check(known, "the lock beside glibc's thread lists")?;
+    let refused = |step, errno, bytes| RuntimeError::Refused { step, errno, bytes };
+
+    const ROOM: usize = 128 * 1024;
+    let length = (symbols.tls_size + symbols.tls_align + ROOM).next_multiple_of(4096);
+    let mapped = memmap2::MmapOptions::new().len(length).stack().map_anon();
+    let stack = mapped.map_err(|error| {
+        let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::ENOMEM));
+        refused(Step::MapStack, errno, length)
+    })?;
+    let base = stack.as_ptr() as usize;
+    let this = Descriptor {
+        start: symbols.thread_pointer_in(base + length),
+        size: symbols.descriptor_size,
+    };
+    let mut subject = Subject {
+        symbols,
+        list: &list,
+        descriptor: this,
+        stack: (base, length),
+        tid: 0,
+        found: Err(RuntimeError::Unsupported("a thread that runs")),
+        done: AtomicU32::new(0),
+    };
+    let place = &raw mut subject;
+    let (mut thread, mut result) = (0, std::ptr::null_mut());
+    // SAFETY: stack and argument outlive the thread, which is joined, or its stack is never unmapped. The libc crate
+    // wants a safe function type; ours is called once, by the new thread, with the argument that it is written for.
+    let joined = unsafe {
+        let routine: extern "C" fn(*mut c_void) -> *mut c_void =
+            std::mem::transmute(run as unsafe extern "C" fn(_) -> _);
+        let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
+        libc::pthread_attr_init(&raw mut attributes);
+        let set = libc::pthread_attr_setstack(&raw mut attributes, base as *mut c_void, length);
+        check(set == 0, "pthread_attr_setstack")?;
+        // pthread_join is a cancellation point, and what it would unwind through holds the stack.
+        let cancellation = sys::NoCancellation::new();
+        Errno::set_raw(0);
+        let attributes = &raw mut attributes;
+        let created = libc::pthread_create(&raw mut thread, attributes, routine, place.cast());
+        // glibc folds the errno of a refusal, and leaves it in `errno`.
+        let errno = match Errno::last_raw() {
+            raw if created == libc::EAGAIN && raw != 0 => raw,
+            _ => created,
+        };
+        let joined = if created == 0 {
+            while (*place).done.load(Ordering::Acquire) == 0 {
+                sys::futex_wait(&(*place).done, 0, None);
+            }
+            Ok(libc::pthread_join(thread, &raw mut result) == 0)
+        } else {
+            Err(refused(Step::Clone, Errno::from_raw(errno), 0))
+        };
+        drop(cancellation);
+        libc::pthread_attr_destroy(attributes);
+        joined
+    };
+    // Nobody knows when it ends, and until then it runs there.
+    if !joined? {
+        std::mem::forget(stack);
+        return Err(RuntimeError::Unsupported(JOIN));
     }
+    // A joined thread counts until the kernel has taken it back, and the first clone can meet a limit.
+    for _ in 0..10_000 {
+        if sys::tgkill(sys::process_id(), subject.tid as i32, 0).is_err() {
+            break;
+        }
+        std::thread::yield_now();
+    }
+
+    let mut offsets = subject.found?;
+    let known = thread as usize == this.start;
+    check(known, "pthread_t is not the thread pointer")?;
+    check(this.half(symbols.tid) != subject.tid, TID)?;
+    // EXITING_BITMASK (nptl/descr.h), set at a thread's end.
+    const EXITING: u32 = 0x10;
+    let ended = this.half(symbols.cancelhandling) & EXITING != 0;
+    check(ended, CANCELHANDLING)?;
+    let known = (this.word(offsets.result), result as usize) == (MAGIC, MAGIC);
+    check(known, "result before the priority")?;
+    // Absent before 2.35: then pthread_kill asks the tid word, which we keep right.
+    offsets.exiting = offsets
+        .exiting
+        .filter(|exiting| this.read::<u8>(exiting.flag) == 1 && this.half(exiting.lock) == 0);
+    Ok(Runtime {
+        symbols: symbols.clone(),
+        offsets,
+        list,
+    })
 }

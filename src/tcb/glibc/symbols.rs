@@ -1,12 +1,19 @@
 //! What glibc exports: looked up once with dlsym, so that a missing name is a typed error and not
 //! a program that does not load. Presence decides, never the version (G21).
+//!
+//! That is done when the loader loads the object that this crate is part of. A spawn can be made in a callback of
+//! dl_iterate_phdr(3), or in a child that was forked while another thread was in one: there the loader's locks are
+//! taken, in the child for ever.
 
 use super::super::RuntimeError;
 use super::KEY_BLOCKS;
+use crate::clone;
+use crate::stack::layout::page_size;
 use libc::{c_int, c_void};
 use nix::errno::Errno;
-use std::ffi::CStr;
+use std::ffi::{CStr, c_char};
 use std::ops::Range;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
 /// One entry of `__pthread_keys`.
@@ -45,6 +52,10 @@ impl Rseq {
     pub(super) fn registered_size(self) -> usize {
         self.size.max(32)
     }
+
+    pub(super) fn range(self) -> Range<isize> {
+        self.offset..self.offset + self.registered_size() as isize
+    }
 }
 
 /// Offset of `cpu_id` in `struct rseq` (uapi/linux/rseq.h).
@@ -63,6 +74,10 @@ unsafe extern "C" {
     pub(super) fn __res_state() -> *mut c_void;
     pub(super) fn __pthread_register_cancel(buffer: *mut crate::clone::UnwindBuffer);
     pub(super) fn __pthread_unregister_cancel(buffer: *mut crate::clone::UnwindBuffer);
+    pub(super) fn pthread_attr_getdetachstate(
+        attributes: *const libc::pthread_attr_t,
+        state: *mut c_int,
+    ) -> c_int;
     pub(super) fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int;
 }
 
@@ -71,6 +86,7 @@ type DeallocateTls = unsafe extern "C" fn(*mut c_void, bool);
 type Nullary = unsafe extern "C" fn();
 type ResNclose = unsafe extern "C" fn(*mut c_void);
 
+#[derive(Clone)]
 pub(super) struct Symbols {
     pub allocate_tls: AllocateTls,
     pub deallocate_tls: DeallocateTls,
@@ -87,9 +103,17 @@ pub(super) struct Symbols {
     /// `sizeof (struct __res_state)`, public in resolv.h
     pub resolver_size: usize,
     pub rseq: Option<Rseq>,
+    /// TLS variable of libc's, relative to the thread pointer.
+    pub resp: isize,
+    /// libc's own TLS segment (malloc's thread cache and arena, errno, locale, resolver pointer, …), relative to the
+    /// thread pointer.
+    pub segment: Range<isize>,
+    /// Number of libc among the modules with TLS.
+    module: usize,
+    /// Name of the object that this crate is part of, as the loader has it; empty for the program itself.
+    object: *const c_char,
     /// Head of the circular list of live threads on stacks of the user.
     pub user_list: usize,
-    pub shape: Shape,
     // Offsets in the descriptor that libthread_db needs, too.
     pub tid: usize,
     pub dtv: usize,
@@ -103,6 +127,26 @@ pub(super) struct Symbols {
     pub eventbuf: (usize, usize),
 }
 
+// SAFETY: constant; what the pointers lead to is glibc's, lives as long as the process, and is accessed atomically
+// or not at all.
+unsafe impl Send for Symbols {}
+// SAFETY: shared, it is only read.
+unsafe impl Sync for Symbols {}
+
+static AT_LOAD: OnceLock<Symbols> = OnceLock::new();
+
+/// Called by the loader, before anything else of this crate unless another object's constructor spawns.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static LOOK_UP: extern "C" fn() = {
+    extern "C" fn look_up() {
+        if let Ok(symbols) = Symbols::look_up() {
+            let _ = AT_LOAD.set(symbols);
+        }
+    }
+    look_up
+};
+
 /// A field as libthread_db's descriptors give it: bits, number of elements, byte offset.
 struct Field {
     bits: u32,
@@ -113,6 +157,9 @@ fn address(name: &'static CStr) -> Result<usize, RuntimeError> {
     // SAFETY: the name is NUL-terminated; RTLD_DEFAULT searches what is loaded already.
     let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
     if found.is_null() {
+        // Not an error that the program is to find.
+        // SAFETY: no preconditions.
+        unsafe { libc::dlerror() };
         return Err(RuntimeError::Unsupported(
             name.to_str().unwrap_or("a symbol is missing"),
         ));
@@ -148,7 +195,7 @@ fn field_of(name: &'static CStr, bits: u32) -> Result<usize, RuntimeError> {
 /// Whether words can be read there: all of it is mapped, as mincore(2) tells (or that cannot be asked). Before a
 /// pointer is followed that only a symbol's word vouches for. Never more than 31 pages.
 pub(super) fn is_mapped(address: usize, length: usize) -> bool {
-    let page = crate::stack::layout::page_size();
+    let page = page_size();
     let start = address & !(page - 1);
     let mut residence = [0_u8; 32];
     let length = length.saturating_add(address - start);
@@ -162,25 +209,36 @@ pub(super) fn is_mapped(address: usize, length: usize) -> bool {
 }
 
 impl Symbols {
-    pub(super) fn look_up() -> Result<Symbols, RuntimeError> {
+    /// What was found at load time, or else what there is now.
+    pub(super) fn get() -> Result<Symbols, RuntimeError> {
+        AT_LOAD.get().cloned().map_or_else(Symbols::look_up, Ok)
+    }
+
+    fn look_up() -> Result<Symbols, RuntimeError> {
         // A musl or another libc has no such symbol, and everything below would be a guess there.
         address(c"gnu_get_libc_version")?;
         let (mut tls_size, mut tls_align) = (0_usize, 0_usize);
         let static_info = address(c"_dl_get_tls_static_info")?;
-        // SAFETY: the signature is the same from 2.34 to 2.43 (docs/glibc.md).
+        // SAFETY: signature stable from 2.34 on.
         unsafe {
             let static_info: unsafe extern "C" fn(*mut usize, *mut usize) =
                 std::mem::transmute(static_info);
             static_info(&raw mut tls_size, &raw mut tls_align);
         }
         let descriptor_size = u32_at(c"_thread_db_sizeof_pthread")? as usize;
-        // Initial-exec TLS of tens of MiB exists; more than this is no size.
-        const LARGEST: usize = 1 << 40;
-        if tls_size < descriptor_size
-            || tls_size > LARGEST
-            || !tls_align.is_power_of_two()
-            || !tls_size.is_multiple_of(tls_align.min(64))
-        {
+        // What pthread_create wants of a stack, less what it wants besides static TLS.
+        let minimum = address(c"__pthread_get_minstack")?;
+        // SAFETY: signature stable since 2.15; the attributes are not looked at.
+        let minimum = unsafe {
+            let minimum: unsafe extern "C" fn(*const libc::pthread_attr_t) -> usize =
+                std::mem::transmute(minimum);
+            minimum(std::ptr::null())
+        };
+        let besides = page_size() + libc::PTHREAD_STACK_MIN;
+        let is_known = tls_align.is_power_of_two()
+            && tls_size >= descriptor_size
+            && tls_size.checked_next_multiple_of(tls_align) == minimum.checked_sub(besides);
+        if !is_known {
             return Err(RuntimeError::Unsupported("static TLS size is implausible"));
         }
         // SAFETY: a pointer variable of libc, set when ld.so started.
@@ -216,20 +274,27 @@ impl Symbols {
             }
         };
         const EVENT_BUFFER: u32 = 3 * usize::BITS;
+        let (segment, module, object) = loaded(tls_size - descriptor_size)?;
+        let resp = address(c"__resp")?.wrapping_sub(clone::thread_pointer()) as isize;
+        if !segment.contains(&resp) {
+            return Err(RuntimeError::Unsupported(
+                "__resp outside libc's TLS segment",
+            ));
+        }
         let symbols = Symbols {
-            // SAFETY: the signatures are the same from 2.34 to 2.43 (docs/glibc.md).
+            // SAFETY: the thread pointer in, null or the same out, from 2.34 to 2.43.
             allocate_tls: unsafe {
                 std::mem::transmute::<usize, AllocateTls>(address(c"_dl_allocate_tls")?)
             },
-            // SAFETY: as above.
+            // SAFETY: the thread pointer, and whether its block is to be freed, from 2.34 to 2.43.
             deallocate_tls: unsafe {
                 std::mem::transmute::<usize, DeallocateTls>(address(c"_dl_deallocate_tls")?)
             },
-            // SAFETY: as above.
+            // SAFETY: neither takes nor gives anything since 2.18.
             call_tls_dtors: unsafe {
                 std::mem::transmute::<usize, Nullary>(address(c"__call_tls_dtors")?)
             },
-            // SAFETY: as above.
+            // SAFETY: neither takes nor gives anything since 2.12.
             ctype_init: unsafe { std::mem::transmute::<usize, Nullary>(address(c"__ctype_init")?) },
             // SAFETY: public in resolv.h.
             res_nclose: unsafe {
@@ -242,8 +307,11 @@ impl Symbols {
             descriptor_size,
             resolver_size: 568,
             rseq: rseq()?,
+            resp,
+            segment,
+            module,
+            object,
             user_list,
-            shape: Shape::of_this_thread(tls_size - descriptor_size)?,
             tid: field_of(c"_thread_db_pthread_tid", 32)?,
             dtv: field_of(c"_thread_db_pthread_dtvp", usize::BITS)?,
             list: field_of(c"_thread_db_pthread_list", list_bits)?,
@@ -264,9 +332,28 @@ impl Symbols {
         Ok(symbols)
     }
 
-    /// What `pthread_exit` stores, before the priority.
-    pub(super) fn result(&self) -> usize {
-        self.sched_priority.saturating_sub(size_of::<usize>())
+    /// Keeps the shared object that this crate is part of loaded, if it is one (G21): a thread can still
+    /// be in its last instructions when a plugin is closed. For the program itself there is nothing to keep.
+    pub(super) fn keep_loaded(&self) {
+        // SAFETY: a name that the loader keeps for as long as the object is loaded. Nothing is loaded that is not,
+        // and the handle is kept for good.
+        unsafe {
+            if *self.object != 0 {
+                let flags = libc::RTLD_LAZY | libc::RTLD_NOLOAD | libc::RTLD_NODELETE;
+                libc::dlopen(self.object, flags);
+            }
+        }
+    }
+
+    /// Whether the DTV has libc's segment where it lies in the thread of that thread pointer.
+    pub(super) fn finds_segment_in(&self, dtv: usize, tp: usize) -> bool {
+        let (first, entry) = (
+            dtv.wrapping_sub(DTV_ENTRY),
+            dtv.wrapping_add(self.module * DTV_ENTRY),
+        );
+        is_mapped(first, (self.module + 2) * DTV_ENTRY)
+            // SAFETY: mapped and aligned.
+            && unsafe { (entry as *const usize).read() } == tp.wrapping_add_signed(self.segment.start)
     }
 
     /// The thread pointer of a block that ends at `end`: where glibc puts it, too.
@@ -282,10 +369,13 @@ impl Symbols {
         destructor: unsafe extern "C" fn(*mut c_void),
     ) -> bool {
         let place = self.keys.wrapping_add(key as usize);
+        if !is_mapped(place as usize, size_of::<Key>()) {
+            return false;
+        }
         // SAFETY: mapped, and two words that glibc writes atomically.
-        is_mapped(place as usize, size_of::<Key>())
-            && unsafe { &*place }.sequence.load(Ordering::Relaxed) % 2 == 1
-            && unsafe { &*place }.destructor.load(Ordering::Relaxed) == destructor as usize
+        let key = unsafe { &*place };
+        key.sequence.load(Ordering::Relaxed) % 2 == 1
+            && key.destructor.load(Ordering::Relaxed) == destructor as usize
     }
 
     /// Whether the calling thread's rseq area lies where it is said to, by the CPU that the kernel writes there.
@@ -342,87 +432,13 @@ fn rseq() -> Result<Option<Rseq>, RuntimeError> {
 /// Bytes of an entry of a DTV: where a module's TLS is, and what is to be freed.
 pub(super) const DTV_ENTRY: usize = 16;
 
-/// Keeps the shared object that this crate is part of loaded, if it is one (G21): a thread can still
-/// be in its last instructions when a plugin is closed. For the program itself there is nothing to keep.
-pub(super) fn keep_loaded() {
-    // SAFETY: dladdr fills the structure for an address of ours; its file name lives as long as the
-    // object. Nothing is loaded that is not, and the handle is kept for good.
-    unsafe {
-        let mut info: libc::Dl_info = std::mem::zeroed();
-        if libc::dladdr(keep_loaded as *const () as *const c_void, &raw mut info) != 0 {
-            let flags = libc::RTLD_LAZY | libc::RTLD_NOLOAD | libc::RTLD_NODELETE;
-            libc::dlopen(info.dli_fname, flags);
-        }
-        // A program has no object of that name, and that is not an error to be found by anybody.
-        libc::dlerror();
-    }
-}
-
-/// What the creator of the calibration thread finds out about libc's TLS in its own thread: relative to the thread pointer
-/// the same holds in every one.
-pub(super) struct Shape {
-    /// libc's own TLS segment: malloc's thread cache and arena, errno, locale, resolver pointer, …
-    pub segment: Segment,
-    pub segment_start: isize,
-    /// `__resp`, which points to the resolver's state.
-    pub resp: isize,
-    /// The C locale: with another one strsignal and strerror can load message catalogues and converters.
-    pub locale: libc::locale_t,
-}
-
-impl Shape {
-    fn of_this_thread(below: usize) -> Result<Shape, RuntimeError> {
-        let tp = crate::clone::thread_pointer();
-        let (start, segment) = libc_segment()?;
-        let resp = address(c"__resp")?;
-        if tp.wrapping_sub(start) > below {
-            return Err(RuntimeError::Unsupported(
-                "libc's TLS segment outside static TLS",
-            ));
-        }
-        if !(start..start + segment.size).contains(&resp) {
-            return Err(RuntimeError::Unsupported(
-                "__resp outside libc's TLS segment",
-            ));
-        }
-        // SAFETY: the C locale is a constant of libc's; nothing is loaded or allocated for it.
-        let locale =
-            unsafe { libc::newlocale(libc::LC_ALL_MASK, c"C".as_ptr(), std::ptr::null_mut()) };
-        Ok(Shape {
-            segment_start: start.wrapping_sub(tp) as isize,
-            resp: resp.wrapping_sub(tp) as isize,
-            segment,
-            locale,
-        })
-    }
-}
-
-/// libc's own TLS segment.
-#[derive(Clone, Copy)]
-pub(super) struct Segment {
-    pub size: usize,
-    /// Its number among the modules with TLS.
-    module: usize,
-}
-
-impl Segment {
-    /// Whether the DTV of a thread has the segment at `start`.
-    pub(super) fn is_in(&self, dtv: usize, start: usize) -> bool {
-        let (first, entry) = (
-            dtv.wrapping_sub(DTV_ENTRY),
-            dtv.wrapping_add(self.module * DTV_ENTRY),
-        );
-        is_mapped(first, (self.module + 2) * DTV_ENTRY)
-            // SAFETY: mapped and aligned.
-            && unsafe { (entry as *const usize).read() } == start
-    }
-}
-
-/// libc's own TLS segment, and where it starts in the calling thread: the PT_TLS that `errno` lies in.
-fn libc_segment() -> Result<(usize, Segment), RuntimeError> {
+/// Of the objects that are loaded: libc's TLS segment relative to the thread pointer, which the calling thread has in
+/// the `below` bytes before it, libc's number among the modules with TLS, and the name of the object with this code.
+fn loaded(below: usize) -> Result<(Range<isize>, usize, *const c_char), RuntimeError> {
     struct Search {
         errno: usize,
-        found: Option<(usize, Segment)>,
+        segment: Option<(Range<usize>, usize)>,
+        object: *const c_char,
     }
     /// # Safety
     /// Called by dl_iterate_phdr(3) with a `Search` as its data.
@@ -432,38 +448,48 @@ fn libc_segment() -> Result<(usize, Segment), RuntimeError> {
         data: *mut c_void,
     ) -> c_int {
         // SAFETY: dl_iterate_phdr passes a valid description, and `data` is our Search.
-        unsafe {
-            let (info, search) = (&*info, &mut *data.cast::<Search>());
-            let start = info.dlpi_tls_data as usize;
-            if start == 0 {
-                return 0;
+        let (info, search) = unsafe { (&*info, &mut *data.cast::<Search>()) };
+        for index in 0..usize::from(info.dlpi_phnum) {
+            // SAFETY: as many headers as it says.
+            let header = unsafe { &*info.dlpi_phdr.add(index) };
+            let of = |start: usize| start..start.wrapping_add(header.p_memsz as usize);
+            let (tls, code) = (
+                of(info.dlpi_tls_data as usize),
+                of((info.dlpi_addr + header.p_vaddr) as usize),
+            );
+            // That of libc is the one which `errno` lies in.
+            if header.p_type == libc::PT_TLS && tls.contains(&search.errno) {
+                search.segment = Some((tls, info.dlpi_tls_modid));
+            } else if header.p_type == libc::PT_LOAD
+                && code.contains(&(loaded as *const () as usize))
+            {
+                search.object = info.dlpi_name;
             }
-            for index in 0..usize::from(info.dlpi_phnum) {
-                let header = &*info.dlpi_phdr.add(index);
-                let end = start + header.p_memsz as usize;
-                if header.p_type == libc::PT_TLS && (start..end).contains(&search.errno) {
-                    let segment = Segment {
-                        size: end - start,
-                        module: info.dlpi_tls_modid,
-                    };
-                    search.found = Some((start, segment));
-                    return 1;
-                }
-            }
-            0
         }
+        0
     }
     let mut search = Search {
         // SAFETY: returns this thread's errno.
         errno: unsafe { libc::__errno_location() } as usize,
-        found: None,
+        segment: None,
+        object: c"".as_ptr(),
     };
     // SAFETY: the callback matches, and `search` outlives the call.
     unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut search).cast()) };
-    match search.found {
-        Some(found) if found.1.size <= super::block::SEGMENT_MAX => Ok(found),
-        _ => Err(RuntimeError::Unsupported(
+    let found = search.segment;
+    let Some((tls, module)) = found.filter(|(tls, _)| tls.len() <= super::block::SEGMENT_MAX)
+    else {
+        return Err(RuntimeError::Unsupported(
             "libc's own TLS segment was not found",
-        )),
+        ));
+    };
+    let tp = clone::thread_pointer();
+    let start = tls.start.wrapping_sub(tp) as isize;
+    let segment = start..start + tls.len() as isize;
+    if start < -(below as isize) || segment.end > 0 {
+        return Err(RuntimeError::Unsupported(
+            "libc's TLS segment outside static TLS",
+        ));
     }
+    Ok((segment, module, search.object))
 }
