@@ -495,3 +495,36 @@ char *get(unsigned at) { return &large[at]; }
         handle.join().expect("its end");
     }
 }
+
+/// fork(2) does not reset the lock of a thread that walks over the loaded objects, and that thread is not in the child.
+#[test]
+fn a_child_forked_in_the_middle_of_a_walk_may_spawn_first() {
+    let name = "calibration::a_child_forked_in_the_middle_of_a_walk_may_spawn_first";
+    if case().is_none() {
+        let child = child(name, "run").time_limit(Duration::from_secs(30));
+        or_skip!(child.run()).success();
+        return;
+    }
+    let walking = Barrier::new(2);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            in_a_callback(|| {
+                walking.wait();
+                walking.wait();
+            });
+        });
+        walking.wait();
+        // SAFETY: the child makes a thread, joins it, and ends.
+        let forked = unsafe { libc::fork() };
+        if forked == 0 {
+            spawn_and_join();
+            // SAFETY: no preconditions.
+            unsafe { libc::_exit(0) };
+        }
+        let mut status = -1;
+        // SAFETY: a valid place.
+        assert_eq!(unsafe { libc::waitpid(forked, &raw mut status, 0) }, forked);
+        assert_eq!(status, 0);
+        walking.wait();
+    });
+}

@@ -92,8 +92,8 @@ impl Runtime {
         result
     }
 
-    /// Calibrates, again where a check failed: what others do to the thread is guarded against, but called proven
-    /// is only what stays so.
+    /// Calibrates. A check that fails is tried again before the libc is called unsupported: another thread may have
+    /// written where none is known to.
     fn verify(symbols: &Symbols) -> Result<&'static Runtime, RuntimeError> {
         const MORE: usize = 2;
         let mut result = calibrate::calibrate(symbols);
