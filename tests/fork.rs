@@ -492,6 +492,8 @@ fn a_fork_in_the_middle_of_refusals_leaves_no_lock_held() {
             let builder = Builder::new().stack_size(usize::MAX);
             builder.spawn(|| ()).expect_err("too large").step()
         };
+        // Only a process that has used the crate can tell its children apart.
+        refuse();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..2)
