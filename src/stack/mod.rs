@@ -137,6 +137,9 @@ impl Records {
 
 const NO_CLASS: u16 = u16::MAX;
 
+/// Bytes between the initial stack pointer and the top of the stack.
+const ABOVE_FIRST_FRAME: usize = 64;
+
 /// Records whose mappings are gone. They carry parked heap caches, so the last is used first. The list is whole at
 /// every instruction, for a forked child.
 static SPARE: Lock<AtomicPtr<Stack>> = Lock::new(AtomicPtr::new(std::ptr::null_mut()));
@@ -892,7 +895,9 @@ impl Idle {
         let bottom = stack.bottom();
         let request = clone::Request {
             stack: bottom,
-            stack_size: stack.size(),
+            // A debugger or valgrind that unwinds the first instruction reads the word at the initial stack pointer,
+            // which must not be the guard page above.
+            stack_size: stack.size() - ABOVE_FIRST_FRAME,
             thread_pointer: stack.block.thread_pointer(),
             tid: stack.tid.load(Ordering::Relaxed).cast(),
             start: std::ptr::from_ref(stack).cast_mut().cast(),
