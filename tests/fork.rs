@@ -602,3 +602,52 @@ fn a_handler_forks_in_mid_spawn() {
         or_skip!(output.time_limit(Duration::from_secs(60)).run()).success();
     }
 }
+
+/// The same while a cached stack is prefaulted. In the child, the handle tells that thread's end from the end of the
+/// next one on its stack.
+#[test]
+fn a_handler_forks_while_a_stack_is_prepared() {
+    if case().is_some() {
+        const MADV_POPULATE_WRITE: u64 = 23;
+        spawn_and_join();
+        let action = nix::sys::signal::SigAction::new(
+            nix::sys::signal::SigHandler::SigAction(fork_in_handler),
+            nix::sys::signal::SaFlags::empty(),
+            nix::sys::signal::SigSet::empty(),
+        );
+        // SAFETY: the handler is only entered from a spawn's own madvise.
+        unsafe { nix::sys::signal::sigaction(nix::sys::signal::Signal::SIGSYS, &action) }
+            .expect("sigaction");
+        *FORK_IN_HANDLER.lock().expect("a lock") = Some(Fork::Handlers);
+        support::deny(libc::SYS_madvise, libc::EINVAL)
+            .when(2, MADV_POPULATE_WRITE)
+            .install_trap();
+        let answer = Builder::new().prefault_stack(4096).spawn(support::tid);
+        let forked = FORKED.load(Ordering::SeqCst);
+        if forked == 0 {
+            let good = std::panic::catch_unwind(AssertUnwindSafe(|| {
+                let handle = answer.expect("a thread");
+                let task = format!("/proc/self/task/{}", handle.tid());
+                while std::path::Path::new(&task).exists() {
+                    std::thread::yield_now();
+                }
+                let (end, wait) = std::sync::mpsc::channel::<()>();
+                let next = nptl::spawn(move || wait.recv().is_err()).expect("a thread");
+                assert!(handle.is_finished(), "it takes the next thread for its own");
+                let tid = handle.tid().as_raw();
+                assert_eq!(handle.join().expect("its end"), tid);
+                drop(end);
+                assert!(next.join().expect("its end"));
+                assert_eq!(StackCache::global().stats().live_stacks, 0);
+            }));
+            // SAFETY: no destructor of this copy may run.
+            unsafe { libc::_exit(i32::from(good.is_err())) };
+        }
+        answer.expect("a thread").join().expect("its end");
+        assert!(forked > 0, "nothing was prefaulted");
+        assert_eq!(wait(forked), 0);
+        return;
+    }
+    let child = child("a_handler_forks_while_a_stack_is_prepared", "run");
+    or_skip!(child.time_limit(Duration::from_secs(60)).run()).success();
+}

@@ -816,7 +816,7 @@ impl Idle {
             }
         };
         // A child that a handler of the application forks from here on must not take the stack for a free one.
-        stack.life.store(Life::Attached as u8, Ordering::Relaxed);
+        stack.life.store(Life::Ending as u8, Ordering::Relaxed);
         Ok(Idle {
             stack,
             cache: cache.clone(),
@@ -886,6 +886,8 @@ impl Idle {
         _blocked: &Signals,
     ) -> Result<libc::pid_t, StepError> {
         let stack = self.stack;
+        // Here, because in a child that a handler has forked since `obtain` no earlier mark of a thread is left standing.
+        stack.life.store(Life::Attached as u8, Ordering::Relaxed);
         stack.discarded.store(false, Ordering::Relaxed);
         stack.exiting.store(false, Ordering::Relaxed);
         // There is no handle of the last thread here; but a thread can have died with the lock.
