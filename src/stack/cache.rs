@@ -653,15 +653,23 @@ pub(crate) fn thread_ended_within(milliseconds: u64) -> bool {
 /// The process is a forked child, and no other thread of it uses the crate.
 pub(crate) unsafe fn repair_after_fork(bare: bool) {
     let own = crate::clone::thread_pointer();
-    // The record of a stack that was unmapped keeps an address that can be the caller's by now.
-    let is_own = |stack: &Stack| stack.block.thread_pointer() == own && stack.tid_word().is_some();
+    let process = crate::clone::sys::process_id();
+    // A caller that a child handler of the program has started is not the thread that forked. That one's tid is the
+    // process's: glibc's fork has written it into the descriptor.
+    let forked = nix::unistd::gettid().as_raw() == process;
+    let is_own = |stack: &Stack| match stack.tid_word() {
+        Some(_) if forked => stack.block.thread_pointer() == own,
+        Some(tid) => tid.load(Ordering::Relaxed) == process.cast_unsigned(),
+        // The record of a stack that was unmapped keeps an address that can be the caller's by now.
+        None => false,
+    };
     for stack in crate::debug::records() {
         stack.forget_senders();
         if !is_own(stack) {
             stack.forget_thread();
         } else if let Some(runtime) = Runtime::existing() {
-            // SAFETY: the calling thread's own descriptor.
-            unsafe { runtime.forget_senders(own) };
+            // SAFETY: the descriptor of the thread that forked, which nobody else knows in this process.
+            unsafe { runtime.forget_senders(stack.block.thread_pointer()) };
         }
     }
     // SAFETY: passed on.

@@ -429,3 +429,36 @@ fn another_thread_loads_libraries() {
         loader.join().unwrap();
     });
 }
+
+extern "C" fn let_a_foreign_thread_spawn() {
+    if is_armed() {
+        std::thread::spawn(spawn_and_join).join().unwrap();
+    }
+}
+
+/// A thread of the crate forks, and the first one to use the crate in the child is another: it is started by a handler of
+/// the program that runs before the crate's. The thread that has forked is alive, and keeps its stack.
+#[test]
+fn a_foreign_thread_of_an_earlier_child_handler_spawns_first() {
+    let test = "fork::a_foreign_thread_of_an_earlier_child_handler_spawns_first";
+    alone(test, || {
+        register(nothing, nothing, let_a_foreign_thread_spawn);
+        spawn_and_join();
+        let forks = || {
+            let mut pattern = black_box([0xa5_u8; 2048]);
+            let good = is_good(fork, || {
+                (0..10).for_each(|_| scribble());
+                let whole = black_box(&mut pattern).iter().all(|&byte| byte == 0xa5);
+                assert!(whole, "written to");
+            });
+            black_box(&mut pattern);
+            good
+        };
+        ARMED.store(true, Ordering::SeqCst);
+        let (tell, told) = std::sync::mpsc::channel();
+        let body = move || tell.send(forks()).unwrap();
+        nptl::spawn(body).unwrap().detach();
+        assert!(told.recv().unwrap(), "without a handle");
+        assert!(nptl::spawn(forks).unwrap().join().unwrap(), "with one");
+    });
+}

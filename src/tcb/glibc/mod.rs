@@ -126,10 +126,10 @@ impl Runtime {
     /// broadcast, whose signal never comes here.
     ///
     /// # Safety
-    /// `tp` is the calling thread's descriptor, and no other thread of the process uses it.
+    /// `tp` is that thread's descriptor, and no other thread of the process uses it.
     pub(crate) unsafe fn forget_senders(&self, tp: usize) {
         let word = |offset| {
-            // SAFETY: a word of the calling thread's descriptor that glibc uses atomically.
+            // SAFETY: a word of that descriptor that glibc uses atomically.
             unsafe { &*((tp + offset) as *const AtomicU32) }
         };
         if let Some(exiting) = self.offsets.exiting {
