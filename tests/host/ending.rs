@@ -3,7 +3,7 @@
 use super::{spawn_and_join, wait_until};
 use crate::support::{alone, malloc_in_use};
 use nptl::{Builder, StackCache, StackCacheConfig};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Counts how many threads are spawned and joined while another thread changes the user all the time, in turns with std.
@@ -130,4 +130,46 @@ fn priority_ceilings_do_not_outlive_their_thread() {
             }
         },
     );
+}
+
+/// Whether the thread sleeps in a futex.
+fn sleeps(tid: i32) -> bool {
+    let call = std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall"));
+    call.is_ok_and(|call| call.starts_with(&format!("{} ", libc::SYS_futex)))
+}
+
+/// A set-id broadcast marks every thread on the list, also one that is still to be cloned and cannot be signalled. It
+/// ends without that one, takes the mark away, and wakes a word of the descriptor that no symbol gives. If the thread
+/// has come to its end meanwhile, nothing tells it.
+#[test]
+fn a_set_id_mark_is_taken_from_an_ending_thread() {
+    let test = "ending::a_set_id_mark_is_taken_from_an_ending_thread";
+    alone(test, || {
+        const SETXID: u32 = 0x40;
+        // SAFETY: glibc exports it for libthread_db: bits, elements, offset.
+        let offset = unsafe {
+            let name = c"_thread_db_pthread_cancelhandling";
+            let symbol = libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr());
+            assert!(!symbol.is_null());
+            symbol.cast::<[u32; 3]>().read()[2] as usize
+        };
+        spawn_and_join();
+        let (tell, told) = std::sync::mpsc::channel();
+        let handle = nptl::spawn(move || {
+            // SAFETY: never fails.
+            let word = unsafe { libc::pthread_self() } as usize + offset;
+            // SAFETY: a word of this thread's, which glibc changes atomically.
+            unsafe { &*(word as *const AtomicU32) }.fetch_or(SETXID, Ordering::SeqCst);
+            tell.send(word).unwrap();
+        });
+        let handle = handle.unwrap();
+        let word = told.recv().unwrap();
+        let tid = handle.tid().as_raw();
+        wait_until("it waits", || sleeps(tid));
+        assert!(!handle.is_finished(), "it may not go before the broadcast");
+        // SAFETY: the thread is not joined.
+        unsafe { &*(word as *const AtomicU32) }.fetch_and(!SETXID, Ordering::SeqCst);
+        let ended = handle.join_timeout(Duration::from_secs(10));
+        assert!(ended.is_ok(), "it waits for ever");
+    });
 }

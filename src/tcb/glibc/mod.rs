@@ -22,6 +22,7 @@ use crate::stack::Lock;
 use calibrate::Offsets;
 use list::ThreadList;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::time::Duration;
 use symbols::Symbols;
 
 /// Rounds of destructors of pthread keys: `PTHREAD_DESTRUCTOR_ITERATIONS`.
@@ -397,8 +398,10 @@ impl Runtime {
         let word = unsafe { &*((tp + self.symbols.cancelhandling) as *const AtomicU32) };
         let mut value = word.fetch_or(EXITING, Ordering::AcqRel) | EXITING;
         while value & SETXID != 0 {
-            // The signal interrupts this, or has come before and changed the word.
-            sys::futex_wait(word, value, None);
+            // The signal interrupts this, or has come before and changed the word. A broadcast that could not signal
+            // the thread, because it was not cloned yet, takes the mark away at its end, and wakes a word that no
+            // symbol gives the place of: hence the look every millisecond.
+            sys::futex_wait(word, value, Some(Duration::from_millis(1)));
             value = word.load(Ordering::Acquire);
         }
     }
