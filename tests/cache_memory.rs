@@ -333,3 +333,28 @@ fn a_short_text_of_strsignal_is_not_overwritten() {
     assert_eq!(output.all("text"), ["实时信号 1"; 3], "{output}");
     assert_eq!(output.get("checked"), Some("true"), "{output}");
 }
+
+/// Threads that outlive their private cache give their stacks to the global one, which nobody else uses here. They must
+/// not wait there for a call that never comes.
+#[test]
+fn stacks_of_dropped_caches_do_not_pile_up() {
+    let test = "stacks_of_dropped_caches_do_not_pile_up";
+    support::alone(test, || {
+        for _ in 0..100 {
+            let cache = StackCache::new(StackCacheConfig::default());
+            let (end, wait) = std::sync::mpsc::channel::<()>();
+            let body = move || wait.recv().is_err();
+            let handle = nptl::Builder::new().stack_cache(&cache).spawn(body);
+            let handle = handle.expect("a thread");
+            let task = format!("/proc/self/task/{}", handle.tid());
+            drop(handle);
+            drop(cache);
+            drop(end);
+            while std::path::Path::new(&task).exists() {
+                std::thread::yield_now();
+            }
+        }
+        let stats = StackCache::global().stats();
+        assert!(stats.live_stacks <= 1, "{stats:?}");
+    });
+}

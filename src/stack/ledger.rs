@@ -769,6 +769,8 @@ impl<E: Entry> Ledger<E> {
         if self.id() == to.id() {
             return victims;
         }
+        // Those of an earlier hand-over: where nothing else uses `to`, nothing else looks at them.
+        victims.look = to.stats().pending.stacks;
         loop {
             let mut lists = self.lists.lock();
             // Coldest first: each becomes the youngest over there.
