@@ -24,7 +24,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 /// child gets no threads.
 static FORKING: [AtomicUsize; 64] = [const { AtomicUsize::new(0) }; 64];
 
-/// The handlers are registered.
+/// The handlers are registered. The page can still be refused, and is asked for again by the next spawn.
+static REGISTERED: AtomicBool = AtomicBool::new(false);
+
+/// The handlers are registered, and the page is there.
 static GUARDED: AtomicBool = AtomicBool::new(false);
 
 /// Registers the handlers, at the first call.
@@ -42,8 +45,11 @@ pub(crate) fn guard() -> Result<(), StepError> {
 /// but a thread that waited for another one here could wait in a child that does not have that thread.
 #[cold]
 fn register() -> Result<(), StepError> {
-    sys::at_fork(prepare, in_parent, in_child)
-        .map_err(|errno| StepError::new(Step::Allocate, errno, 0))?;
+    if !REGISTERED.load(Ordering::Acquire) {
+        sys::at_fork(prepare, in_parent, in_child)
+            .map_err(|errno| StepError::new(Step::Allocate, errno, 0))?;
+        REGISTERED.store(true, Ordering::Release);
+    }
     let page = crate::stack::layout::page_size();
     set_up_notice(repair).map_err(|errno| StepError::new(Step::MapStack, errno, page))?;
     GUARDED.store(true, Ordering::Release);

@@ -270,6 +270,7 @@ impl Stack {
         let class = class.map_or(NO_CLASS, |class| class.index() as u16);
         stack.class.store(class, Ordering::Relaxed);
         stack.locked.store(false, Ordering::Relaxed);
+        stack.discarded.store(true, Ordering::Relaxed);
         let tp = runtime.thread_pointer_in(base + length);
         stack.block.set_fresh(tp);
         // SAFETY: the block is mapped; the pointer is replaced before the record describes another.
@@ -478,8 +479,9 @@ impl Stack {
     /// Calls `f` while the thread cannot end in the normal way, or says ESRCH if it has. Signals are
     /// blocked meanwhile: a handler that came here would wait for the thread that it interrupted.
     fn with_tid<T>(&self, f: impl FnOnce() -> nix::Result<T>) -> nix::Result<T> {
-        notice_fork();
         let old = sys::set_signal_mask(sys::APPLICATION);
+        // Behind the mask: no handler can fork between this and the lock.
+        notice_fork();
         sys::lll_lock(&self.signal_lock);
         let result = if self.exiting.load(Ordering::Relaxed) || self.is_released() {
             Err(Errno::ESRCH)

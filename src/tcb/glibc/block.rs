@@ -392,6 +392,8 @@ impl Runtime {
                 BlockState::Ended => self.save_segment(block),
                 BlockState::InUse => {}
             }
+            // A child that is forked from here on must not believe what is being freed.
+            block.set_state(BlockState::InUse);
             self.release_dtv(tp);
             self.release_priorities(tp);
             self.release_key_tables(tp);
