@@ -6,9 +6,14 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bare;
 mod calibration;
+mod child;
 mod ending;
 mod fork;
+mod interposed;
+mod process;
+mod storm;
 
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;
