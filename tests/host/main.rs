@@ -1,5 +1,5 @@
-//! Life in a host program: one that registers fork handlers, starts its first thread in an unusual place, is cancelled,
-//! changes its user, or protects mutexes by priority.
+//! Life in a host program: one that forks and registers fork handlers, starts its first thread in an unusual place, is
+//! cancelled, changes its user, or protects mutexes by priority.
 //!
 //! Runs on the system's glibc and on newer ones. Everything happens in child processes.
 

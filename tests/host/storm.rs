@@ -18,10 +18,10 @@ extern "C" fn spawn_in_child() {
 }
 
 /// What the threads do that the forks are amid.
-fn be_busy(kind: usize, own: &StackCache) {
+fn be_busy(kind: usize, own: &StackCache) -> usize {
     for round in 0_usize.. {
         if STOP.load(Ordering::Relaxed) {
-            return;
+            return round;
         }
         match kind {
             0 => {
@@ -57,6 +57,7 @@ fn be_busy(kind: usize, own: &StackCache) {
             }
         }
     }
+    0
 }
 
 fn five_at_once() {
@@ -87,9 +88,7 @@ fn forks_of_both_kinds_amid_spawns() {
     let own = &StackCache::new(StackCacheConfig::default().resident_budget(100 << 10));
     let forks = &AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        for kind in 0..4 {
-            scope.spawn(move || be_busy(kind, own));
-        }
+        let busy = [0, 1, 2, 3].map(|kind| scope.spawn(move || be_busy(kind, own)));
         let fork_each = move || {
             for round in 0..EACH {
                 let status = if round % 6 == 5 {
@@ -124,7 +123,12 @@ fn forks_of_both_kinds_amid_spawns() {
         for outcome in outcomes {
             outcome.unwrap();
         }
+        let rounds = busy.map(|thread| thread.join().unwrap());
+        report("rounds", rounds.iter().sum::<usize>());
+        assert!(rounds.iter().all(|&rounds| rounds > 100), "{rounds:?}");
     });
+    let stats = own.stats();
+    assert!(stats.live_stacks <= stats.mapped_stacks, "{stats:?}");
     report("forks", forks.load(Ordering::Relaxed));
 }
 
