@@ -35,7 +35,7 @@ pub fn use_threads() {
 }
 
 /// So many threads at once, each of which fills a part of its stack and finds it unchanged in the end.
-fn hold_many(count: usize) {
+pub fn hold_many(count: usize) {
     let all = Barrier::new(count);
     nptl::scope(|scope| {
         let body = |index: usize| {

@@ -1,7 +1,7 @@
 //! fork(3) in a program whose own handlers spawn, join and take locks, with other threads anywhere at that moment.
 
 use super::bare::assert_refused;
-use super::child::use_threads;
+use super::child::{hold_many, use_threads};
 use super::interposed::Packets;
 use super::process::{_Fork, BARE, Fork, fork, forked, in_child, is_good, wait};
 use super::{spawn_and_join, wait_until};
@@ -90,6 +90,41 @@ fn a_worker_of_an_earlier_child_handler_keeps_its_stack() {
             assert!(living.join().unwrap());
         },
     );
+}
+
+extern "C" fn use_the_crate_in_another_thread() {
+    if is_armed() {
+        std::thread::spawn(|| hold_many(20)).join().unwrap();
+    }
+}
+
+/// The child handler of the program leaves the work to a thread of std's, which is the first to notice the fork. The thread
+/// that forked is one of ours and still runs, on its stack.
+#[test]
+fn another_thread_notices_the_fork_first() {
+    alone("fork::another_thread_notices_the_fork_first", || {
+        register(nothing, nothing, use_the_crate_in_another_thread);
+        crate::support::burst(&Builder::new(), 3);
+        ARMED.store(true, Ordering::SeqCst);
+        let forks = || {
+            let mut pattern = black_box([0xa5_u8; 2048]);
+            let good = is_good(fork, || {
+                hold_many(20);
+                assert!(black_box(&mut pattern).iter().all(|&byte| byte == 0xa5));
+            });
+            assert!(good);
+        };
+        forks();
+        nptl::spawn(forks).unwrap().join().unwrap();
+        // Nobody has a handle of it.
+        let (tell, told) = std::sync::mpsc::channel();
+        let detached = move || {
+            forks();
+            tell.send(()).unwrap();
+        };
+        nptl::spawn(detached).unwrap().detach();
+        told.recv().unwrap();
+    });
 }
 
 static POOL: Mutex<()> = Mutex::new(());
