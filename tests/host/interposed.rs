@@ -176,3 +176,19 @@ fn a_bare_child_needs_no_heap() {
         assert!(owned.take().unwrap().1.join().unwrap());
     });
 }
+
+/// The same for the handle of a thread that had ended, whose result is in the child's memory.
+#[test]
+fn a_bare_child_drops_the_handle_of_an_ended_thread_without_the_heap() {
+    let test = "interposed::a_bare_child_drops_the_handle_of_an_ended_thread_without_the_heap";
+    alone(test, || {
+        let ended = nptl::spawn(|| ()).unwrap();
+        wait_until("its end", || ended.is_finished());
+        let mut ended = Some(ended);
+        assert!(is_good(_Fork, || {
+            HEAP_IS_HELD.store(true, Ordering::Relaxed);
+            drop(ended.take());
+        }));
+        ended.take().unwrap().join().unwrap();
+    });
+}
