@@ -2,6 +2,7 @@
 
 use super::fallible::allocate;
 use super::packet::{Body, Deliver};
+use crate::sync::forked_bare;
 use std::alloc::Layout;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -30,6 +31,10 @@ unsafe impl Sync for Memory {}
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        // In a child of _Fork(3) malloc's locks can be held for ever.
+        if forked_bare() {
+            return;
+        }
         // SAFETY: allocated by `try_new` with this layout.
         unsafe { std::alloc::dealloc(self.at.as_ptr(), self.layout) };
     }

@@ -1,8 +1,14 @@
 //! fork(3) in a program whose own handlers spawn, join and take locks, with other threads anywhere at that moment.
 
+use super::bare::assert_refused;
+use super::child::{hold_many, use_threads};
+use super::interposed::Packets;
+use super::process::{_Fork, BARE, Fork, fork, forked, in_child, is_good, wait};
 use super::{spawn_and_join, wait_until};
-use crate::support::{self, Warden, alone, or_skip, tid};
-use nptl::{Builder, JoinHandle};
+use crate::support::{
+    MADV_GUARD_INSTALL, Warden, alone, case, child, deny, or_skip, supervised, tid,
+};
+use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
 use std::ffi::c_void;
 use std::hint::black_box;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,37 +31,6 @@ fn is_armed() -> bool {
 }
 
 extern "C" fn nothing() {}
-
-/// What forks: fork(3), or `_Fork(3)`, which runs no handlers.
-type Fork = unsafe extern "C" fn() -> libc::pid_t;
-
-unsafe extern "C" {
-    fn fork() -> libc::pid_t;
-    fn _Fork() -> libc::pid_t;
-}
-
-/// Runs `work` in a forked child with ten seconds to do it, and says whether all was well there.
-#[must_use]
-fn is_good(how: Fork, work: impl FnOnce()) -> bool {
-    // SAFETY: a child that hangs dies of SIGALRM, and it runs none of the parent's destructors.
-    unsafe {
-        let pid = how();
-        assert!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
-        if pid == 0 {
-            libc::alarm(10);
-            let failed = catch_unwind(AssertUnwindSafe(work)).is_err();
-            libc::_exit(i32::from(failed));
-        }
-        wait(pid) == 0
-    }
-}
-
-fn wait(pid: libc::pid_t) -> i32 {
-    let mut status = -1;
-    // SAFETY: a valid place.
-    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
-    status
-}
 
 /// A thread that fills a part of its stack, and says in the end whether anybody else wrote there.
 fn watch(end: &'static AtomicBool) -> JoinHandle<bool> {
@@ -115,6 +90,41 @@ fn a_worker_of_an_earlier_child_handler_keeps_its_stack() {
             assert!(living.join().unwrap());
         },
     );
+}
+
+extern "C" fn use_the_crate_in_another_thread() {
+    if is_armed() {
+        std::thread::spawn(|| hold_many(20)).join().unwrap();
+    }
+}
+
+/// The child handler of the program leaves the work to a thread of std's, which is the first to notice the fork. The thread
+/// that forked is one of ours and still runs, on its stack.
+#[test]
+fn another_thread_notices_the_fork_first() {
+    alone("fork::another_thread_notices_the_fork_first", || {
+        register(nothing, nothing, use_the_crate_in_another_thread);
+        crate::support::burst(&Builder::new(), 3);
+        ARMED.store(true, Ordering::SeqCst);
+        let forks = || {
+            let mut pattern = black_box([0xa5_u8; 2048]);
+            let good = is_good(fork, || {
+                hold_many(20);
+                assert!(black_box(&mut pattern).iter().all(|&byte| byte == 0xa5));
+            });
+            assert!(good);
+        };
+        forks();
+        nptl::spawn(forks).unwrap().join().unwrap();
+        // Nobody has a handle of it.
+        let (tell, told) = std::sync::mpsc::channel();
+        let detached = move || {
+            forks();
+            tell.send(()).unwrap();
+        };
+        nptl::spawn(detached).unwrap().detach();
+        told.recv().unwrap();
+    });
 }
 
 static POOL: Mutex<()> = Mutex::new(());
@@ -240,11 +250,9 @@ fn while_a_sender_is_held(work: impl FnOnce(&Arc<JoinHandle<()>>, &'static Atomi
             std::thread::yield_now();
         }
         if ORDER.load(Ordering::SeqCst) == 1 {
-            // SAFETY: the child returns from the closure. Another thread of it waits for the end of this one.
-            let pid = unsafe { fork() };
+            // The child returns from the closure. Another thread of it waits for the end of this one.
+            let pid = forked(fork);
             if pid == 0 {
-                // SAFETY: takes a number.
-                unsafe { libc::alarm(10) };
                 let first = format!("/proc/self/task/{}/stat", tid());
                 let wait = move || {
                     while !std::fs::read_to_string(&first).unwrap().contains(") Z ") {
@@ -300,7 +308,7 @@ fn kill_and_pidfd_of_a_copied_handle_do_not_wait() {
         "fork::kill_and_pidfd_of_a_copied_handle_do_not_wait",
         || {
             while_a_sender_is_held(|target, _| {
-                for how in [fork as Fork, _Fork] {
+                for how in [fork as Fork].into_iter().chain(BARE) {
                     assert!(is_good(how, || {
                         assert_eq!(target.kill(None), Err(nix::errno::Errno::ESRCH));
                         assert_eq!(target.pidfd().err(), Some(nix::errno::Errno::ESRCH));
@@ -312,84 +320,123 @@ fn kill_and_pidfd_of_a_copied_handle_do_not_wait() {
     );
 }
 
-/// The thread is storing its result in the moment of the fork. The copy of the handle does not wait for it.
+/// The thread is held half-way through its result: a page in the middle of the packet faults, and the handler waits. In the
+/// child nobody will ever finish that copy, and the handle does not wait for it.
 #[test]
 fn a_copied_handle_is_joined_while_its_thread_stores_a_large_result() {
+    const LARGE: usize = 4 << 20;
+    const PAGE: usize = 4096;
+    static MIDDLE: AtomicUsize = AtomicUsize::new(0);
+    static HELD: AtomicBool = AtomicBool::new(false);
+    static GO: AtomicBool = AtomicBool::new(false);
+    static RELEASED: AtomicBool = AtomicBool::new(false);
+
+    fn protect(protection: i32) {
+        let middle = MIDDLE.load(Ordering::SeqCst) as *mut c_void;
+        // SAFETY: a page of the packet, in which only the result lies.
+        assert_eq!(unsafe { libc::mprotect(middle, PAGE, protection) }, 0);
+    }
+    extern "C" fn wait_in_the_middle(_: i32, info: *mut libc::siginfo_t, _: *mut c_void) {
+        // SAFETY: the kernel's own structure.
+        let address = unsafe { (*info).si_addr() } as usize;
+        if address & !(PAGE - 1) != MIDDLE.load(Ordering::SeqCst) {
+            // SAFETY: ends the process.
+            unsafe { libc::_exit(3) };
+        }
+        HELD.store(true, Ordering::SeqCst);
+        while !RELEASED.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        protect(libc::PROT_READ | libc::PROT_WRITE);
+    }
+    /// Forks while the thread is held, with its handle or without.
+    fn rounds() {
+        type Ask = fn(JoinHandle<[u8; LARGE]>);
+        let ways: [(Fork, Ask); 5] = [
+            (fork, |handle| assert!(handle.join().is_err())),
+            (fork, |handle| assert!(handle.try_join().unwrap().is_err())),
+            (fork, drop),
+            (_Fork, |handle| assert!(handle.is_finished())),
+            (_Fork, drop),
+        ];
+        for (how, ask) in ways {
+            for flag in [&HELD, &GO, &RELEASED] {
+                flag.store(false, Ordering::SeqCst);
+            }
+            let body = || {
+                while !GO.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                black_box([1_u8; LARGE])
+            };
+            let handle = Builder::new().stack_size(LARGE * 32).spawn(body).unwrap();
+            let mut handle = Some(handle);
+            let packet = Packets::last(LARGE);
+            MIDDLE.store((packet + LARGE / 2) & !(PAGE - 1), Ordering::SeqCst);
+            protect(libc::PROT_NONE);
+            GO.store(true, Ordering::SeqCst);
+            wait_until("it stores", || HELD.load(Ordering::SeqCst));
+            let good = is_good(how, || ask(handle.take().unwrap()));
+            RELEASED.store(true, Ordering::SeqCst);
+            let result = handle.take().unwrap().join().unwrap();
+            assert!(result.iter().all(|&byte| byte == 1));
+            assert!(good);
+        }
+    }
+
     let test = "fork::a_copied_handle_is_joined_while_its_thread_stores_a_large_result";
     alone(test, || {
-        const LARGE: usize = 4 << 20;
-        spawn_and_join();
-        let rounds = || {
-            for _ in 0..20 {
-                let about_to = Arc::new(AtomicBool::new(false));
-                let body = {
-                    let about_to = Arc::clone(&about_to);
-                    move || {
-                        let large = black_box([1_u8; LARGE]);
-                        about_to.store(true, Ordering::SeqCst);
-                        large
-                    }
-                };
-                let builder = Builder::new().stack_size(LARGE * 32);
-                let mut handle = Some(builder.spawn(body).unwrap());
-                while !about_to.load(Ordering::SeqCst) {
-                    std::hint::spin_loop();
-                }
-                // Whether the result is there is a matter of luck.
-                assert!(is_good(fork, || drop(handle.take().unwrap().join())));
-                assert_eq!(handle.take().unwrap().join().unwrap()[LARGE - 1], 1);
-            }
-        };
+        assert!(nptl::disable_overflow_reports());
+        // SAFETY: a handler of this type.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_flags = libc::SA_SIGINFO;
+            action.sa_sigaction = wait_in_the_middle as *const () as usize;
+            assert_eq!(
+                libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut()),
+                0
+            );
+        }
         // The values are moved on the stack.
         let builder = std::thread::Builder::new().stack_size(LARGE * 64);
         builder.spawn(rounds).unwrap().join().unwrap();
     });
 }
 
-/// Which children may spawn depends on how they were forked, and on nothing else that is going on.
+static DEPTH: AtomicUsize = AtomicUsize::new(0);
+static GOOD: AtomicUsize = AtomicUsize::new(0);
+
+/// Forks again, before anything else, then spawns.
+extern "C" fn fork_and_spawn() {
+    if !is_armed() || DEPTH.fetch_add(1, Ordering::SeqCst) > 1 {
+        return;
+    }
+    GOOD.fetch_add(
+        usize::from(is_good(fork, || {
+            (0..5).for_each(|_| spawn_and_join());
+            assert!(is_good(fork, || (0..5).for_each(|_| spawn_and_join())));
+        })),
+        Ordering::SeqCst,
+    );
+    spawn_and_join();
+}
+
+/// A child handler forks a child of its own, before the crate's handler has run and after.
 #[test]
-fn forks_of_both_kinds_at_once() {
-    alone("fork::forks_of_both_kinds_at_once", || {
-        static STOP: AtomicBool = AtomicBool::new(false);
-        register(nothing, nothing, spawn_one);
+fn a_child_handler_forks_a_child_that_spawns() {
+    alone("fork::a_child_handler_forks_a_child_that_spawns", || {
+        register(nothing, nothing, fork_and_spawn);
         spawn_and_join();
+        register(nothing, nothing, fork_and_spawn);
+        let living = nptl::spawn(std::thread::park).unwrap();
         ARMED.store(true, Ordering::SeqCst);
-        let busy: Vec<_> = (0..2)
-            .map(|index| {
-                std::thread::spawn(move || {
-                    while !STOP.load(Ordering::SeqCst) {
-                        let handle = nptl::spawn(|| black_box(vec![1_u8; 100])).unwrap();
-                        match index {
-                            0 => drop(handle),
-                            _ => drop(handle.join().unwrap()),
-                        }
-                        nptl::StackCache::global().trim(1 << 20);
-                    }
-                })
-            })
-            .collect();
-        let forking: Vec<_> = (0..4)
-            .map(|index| {
-                std::thread::spawn(move || {
-                    for _ in 0..100 {
-                        if index % 2 == 0 {
-                            assert!(is_good(fork, || (0..5).for_each(|_| spawn_and_join())));
-                        } else {
-                            assert!(is_good(_Fork, || {
-                                let error = nptl::spawn(|| ()).expect_err("no threads");
-                                assert_eq!(error.step(), nptl::Step::Runtime);
-                            }));
-                        }
-                    }
-                })
-            })
-            .collect();
-        for thread in forking {
-            thread.join().unwrap();
-        }
-        STOP.store(true, Ordering::SeqCst);
-        busy.into_iter().for_each(|thread| thread.join().unwrap());
-        support::report("done", "storm");
+        assert!(is_good(fork, || {
+            assert_eq!(GOOD.load(Ordering::SeqCst), 2);
+            assert!(living.is_finished());
+            (0..5).for_each(|_| spawn_and_join());
+            assert!(is_good(fork, spawn_and_join));
+        }));
+        assert!(!living.is_finished());
     });
 }
 
@@ -430,35 +477,161 @@ fn another_thread_loads_libraries() {
     });
 }
 
-extern "C" fn let_a_foreign_thread_spawn() {
-    if is_armed() {
-        std::thread::spawn(spawn_and_join).join().unwrap();
-    }
+/// A spawn is held at each of its system calls while the process forks.
+#[test]
+fn a_fork_at_each_call_of_a_held_spawn() {
+    alone("fork::a_fork_at_each_call_of_a_held_spawn", || {
+        static STARTED: AtomicBool = AtomicBool::new(false);
+        let calls = [
+            libc::SYS_mmap,
+            libc::SYS_madvise,
+            libc::SYS_rt_sigprocmask,
+            libc::SYS_clone3,
+            libc::SYS_clone,
+            libc::SYS_munmap,
+            libc::SYS_exit,
+        ];
+        spawn_and_join();
+        let held = AtomicUsize::new(0);
+        let cache = StackCache::new(StackCacheConfig::disabled());
+        let try_each = |check: &dyn Fn(Result<JoinHandle<i32>, nptl::SpawnError>)| {
+            for cache in [&cache, StackCache::global()] {
+                check(Builder::new().stack_cache(cache).spawn(|| 9));
+            }
+        };
+        let result = supervised(
+            &calls,
+            |call| {
+                // The worker's own end belongs to std.
+                if STARTED.load(Ordering::Acquire) {
+                    let status = in_child(fork, || {
+                        try_each(&|answer| assert_eq!(answer.unwrap().join().unwrap(), 9));
+                    });
+                    assert_eq!(status, 0, "fork(3), held at {call:?}");
+                    // Nothing keeps malloc whole, but a spawn held in the kernel does not hold its locks either.
+                    for how in BARE {
+                        let status = in_child(how, || {
+                            try_each(&|answer| assert_refused(&answer.expect_err("none")));
+                        });
+                        assert_eq!(status, 0, "a bare fork, held at {call:?}");
+                    }
+                    held.fetch_add(1, Ordering::Relaxed);
+                }
+                None
+            },
+            || {
+                STARTED.store(true, Ordering::Release);
+                for cache in [&cache, &cache, StackCache::global()] {
+                    let builder = Builder::new().stack_cache(cache).stack_size(64 << 10);
+                    assert_eq!(builder.spawn(|| 1).unwrap().join().unwrap(), 1);
+                }
+                STARTED.store(false, Ordering::Release);
+            },
+        );
+        or_skip!(result);
+        let held = held.load(Ordering::Relaxed);
+        assert!(held >= 20, "{held}");
+    });
 }
 
-/// A thread of the crate forks, and the first one to use the crate in the child is another: it is started by a handler of
-/// the program that runs before the crate's. The thread that has forked is alive, and keeps its stack.
+static FORK_IN_HANDLER: Mutex<Option<Fork>> = Mutex::new(None);
+static FORKED: AtomicI32 = AtomicI32::new(-1);
+
+extern "C" fn fork_in_handler(_: i32, _: *mut libc::siginfo_t, context: *mut c_void) {
+    // Only once: the filter is the child's, too.
+    if let Some(how) = FORK_IN_HANDLER.lock().unwrap().take() {
+        FORKED.store(forked(how), Ordering::SeqCst);
+    }
+    // The trapped call fails with EINVAL.
+    let context = context.cast::<libc::ucontext_t>();
+    // SAFETY: the kernel passes the frame that it will restore.
+    unsafe { (*context).uc_mcontext.gregs[libc::REG_RAX as usize] = -i64::from(libc::EINVAL) };
+}
+
+/// The next madvise of that kind is interrupted by a handler that forks.
+fn fork_in_madvise(how: Fork, advice: u64) {
+    // SAFETY: the handler is only entered from a spawn's own madvise.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_flags = libc::SA_SIGINFO;
+        action.sa_sigaction = fork_in_handler as *const () as usize;
+        let answer = libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut());
+        assert_eq!(answer, 0);
+    }
+    *FORK_IN_HANDLER.lock().unwrap() = Some(how);
+    deny(libc::SYS_madvise, libc::EINVAL)
+        .when(2, advice)
+        .install_trap();
+}
+
+/// A signal handler forks in the middle of a spawn, and the spawn goes on in the child.
 #[test]
-fn a_foreign_thread_of_an_earlier_child_handler_spawns_first() {
-    let test = "fork::a_foreign_thread_of_an_earlier_child_handler_spawns_first";
-    alone(test, || {
-        register(nothing, nothing, let_a_foreign_thread_spawn);
+fn a_handler_forks_in_mid_spawn() {
+    let test = "fork::a_handler_forks_in_mid_spawn";
+    let kinds: [(&str, Fork); 2] = [("handlers", fork), ("bare", _Fork)];
+    let Some(name) = case() else {
+        for (name, _) in kinds {
+            or_skip!(child(test, name).run()).success();
+        }
+        return;
+    };
+    let builder = || {
+        let cache = StackCache::new(StackCacheConfig::disabled());
+        Builder::new().stack_cache(&cache).stack_size(64 << 10)
+    };
+    builder().spawn(|| ()).unwrap().join().unwrap();
+    fork_in_madvise(kinds[usize::from(name == "bare")].1, MADV_GUARD_INSTALL);
+
+    let answer = builder().spawn(|| 6);
+    let forked = FORKED.load(Ordering::SeqCst);
+    if forked == 0 {
+        let work = AssertUnwindSafe(|| {
+            if name == "bare" {
+                assert_refused(&answer.expect_err("none"));
+            } else {
+                assert_eq!(answer.unwrap().join().unwrap(), 6);
+                use_threads();
+            }
+        });
+        let failed = catch_unwind(work).is_err();
+        // SAFETY: no destructor of this copy may run.
+        unsafe { libc::_exit(i32::from(failed)) };
+    }
+    assert_eq!(answer.unwrap().join().unwrap(), 6);
+    assert!(forked > 0, "no guard was asked for");
+    assert_eq!(wait(forked), 0);
+}
+
+/// The same while a cached stack is prefaulted. In the child, the handle tells that thread's end from the end of the
+/// next one on its stack.
+#[test]
+fn a_handler_forks_while_a_stack_is_prepared() {
+    alone("fork::a_handler_forks_while_a_stack_is_prepared", || {
+        const MADV_POPULATE_WRITE: u64 = 23;
         spawn_and_join();
-        let forks = || {
-            let mut pattern = black_box([0xa5_u8; 2048]);
-            let good = is_good(fork, || {
-                (0..10).for_each(|_| scribble());
-                let whole = black_box(&mut pattern).iter().all(|&byte| byte == 0xa5);
-                assert!(whole, "written to");
+        fork_in_madvise(fork, MADV_POPULATE_WRITE);
+        let answer = Builder::new().prefault_stack(4096).spawn(tid);
+        let forked = FORKED.load(Ordering::SeqCst);
+        if forked == 0 {
+            let work = AssertUnwindSafe(|| {
+                let handle = answer.unwrap();
+                let task = format!("/proc/self/task/{}", handle.tid());
+                wait_until("its end", || !std::path::Path::new(&task).exists());
+                let (end, wait) = std::sync::mpsc::channel::<()>();
+                let next = nptl::spawn(move || wait.recv().is_err()).unwrap();
+                assert!(handle.is_finished(), "it takes the next thread for its own");
+                let tid = handle.tid().as_raw();
+                assert_eq!(handle.join().unwrap(), tid);
+                drop(end);
+                assert!(next.join().unwrap());
+                assert_eq!(StackCache::global().stats().live_stacks, 0);
             });
-            black_box(&mut pattern);
-            good
-        };
-        ARMED.store(true, Ordering::SeqCst);
-        let (tell, told) = std::sync::mpsc::channel();
-        let body = move || tell.send(forks()).unwrap();
-        nptl::spawn(body).unwrap().detach();
-        assert!(told.recv().unwrap(), "without a handle");
-        assert!(nptl::spawn(forks).unwrap().join().unwrap(), "with one");
+            let failed = catch_unwind(work).is_err();
+            // SAFETY: no destructor of this copy may run.
+            unsafe { libc::_exit(i32::from(failed)) };
+        }
+        answer.unwrap().join().unwrap();
+        assert!(forked > 0, "nothing was prefaulted");
+        assert_eq!(wait(forked), 0);
     });
 }

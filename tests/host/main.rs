@@ -1,14 +1,19 @@
-//! Life in a host program: one that registers fork handlers, starts its first thread in an unusual place, is cancelled,
-//! changes its user, or protects mutexes by priority.
+//! Life in a host program: one that forks and registers fork handlers, starts its first thread in an unusual place, is
+//! cancelled, changes its user, or protects mutexes by priority.
 //!
 //! Runs on the system's glibc and on newer ones. Everything happens in child processes.
 
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bare;
 mod calibration;
+mod child;
 mod ending;
 mod fork;
+mod interposed;
+mod process;
+mod storm;
 
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;

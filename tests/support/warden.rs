@@ -72,6 +72,16 @@ impl Warden {
             call.tid != tid
         });
     }
+
+    /// Lets all go on, and holds no more.
+    pub fn release_all(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.wanted.clear();
+        state
+            .held
+            .drain(..)
+            .for_each(|call| self.listener.proceed(&call));
+    }
 }
 
 /// Waits until the kernel has let go of a thread: a pidfd tells the end of what comes after that.
