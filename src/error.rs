@@ -1,7 +1,7 @@
 //! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
 
 use crate::diagnose::{Cause, Causes, Certainty, UnsupportedRuntime, Verdict};
-use crate::mem::try_box;
+use crate::mem::Spare;
 use crate::step::StepError;
 pub use crate::step::{StackFate, StackOrigin, StackOutcome, Step};
 use nix::errno::Errno;
@@ -131,9 +131,12 @@ static NO_THREADS: Refusal = Refusal::new(
 /// The memory of an error that has not happened yet, if the heap had any.
 pub(crate) struct Reserve(Option<Box<MaybeUninit<Refusal>>>);
 
+/// A spawn that was not refused leaves its reserve to the next: it is larger than what malloc's thread cache keeps.
+static UNUSED: Spare<Refusal> = Spare::new();
+
 impl Reserve {
     pub(crate) fn new() -> Reserve {
-        Reserve(try_box(MaybeUninit::uninit()).ok())
+        Reserve(UNUSED.take())
     }
 
     pub(crate) fn is_missing(&self) -> bool {
@@ -141,9 +144,17 @@ impl Reserve {
     }
 
     /// Turns the reserve into the error, without allocating.
-    pub(crate) fn refuse(self, refusal: Refusal) -> SpawnError {
-        let place = self.0.ok_or(&NO_MEMORY);
+    pub(crate) fn refuse(mut self, refusal: Refusal) -> SpawnError {
+        let place = self.0.take().ok_or(&NO_MEMORY);
         SpawnError(place.map(|place| Box::write(place, refusal)))
+    }
+}
+
+impl Drop for Reserve {
+    fn drop(&mut self) {
+        if let Some(place) = self.0.take() {
+            UNUSED.put(place);
+        }
     }
 }
 

@@ -5,6 +5,6 @@ pub(crate) mod packet;
 pub(crate) mod shared;
 pub(crate) mod text;
 
-pub(crate) use fallible::try_box;
+pub(crate) use fallible::{Spare, try_box};
 pub(crate) use packet::{Body, Deliver, Packet};
 pub(crate) use shared::{Memory, Shared};
