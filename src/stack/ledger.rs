@@ -142,19 +142,21 @@ impl Tally {
         }
     }
 
+    // Neither wraps: the sums are below the size of the address space, and what is subtracted was added.
+
     const fn plus(self, other: Tally) -> Self {
         Tally {
-            stacks: self.stacks.saturating_add(other.stacks),
-            bytes: self.bytes.saturating_add(other.bytes),
-            resident: self.resident.saturating_add(other.resident),
+            stacks: self.stacks.wrapping_add(other.stacks),
+            bytes: self.bytes.wrapping_add(other.bytes),
+            resident: self.resident.wrapping_add(other.resident),
         }
     }
 
     const fn minus(self, other: Tally) -> Self {
         Tally {
-            stacks: self.stacks.saturating_sub(other.stacks),
-            bytes: self.bytes.saturating_sub(other.bytes),
-            resident: self.resident.saturating_sub(other.resident),
+            stacks: self.stacks.wrapping_sub(other.stacks),
+            bytes: self.bytes.wrapping_sub(other.bytes),
+            resident: self.resident.wrapping_sub(other.resident),
         }
     }
 }
@@ -617,10 +619,11 @@ impl<E: Entry> Ledger<E> {
         let mut lists = self.lists.lock();
         let unseen = lists.stats.pending.stacks.saturating_sub(LOOK);
         lists.settle(LOOK);
-        if lists.warmest(class).is_none() {
+        let mut found = lists.warmest(class);
+        if found.is_none() {
             lists.settle(LOOK_ON_MISS.min(unseen));
+            found = lists.warmest(class);
         }
-        let found = lists.warmest(class);
         match found {
             Some(e) => {
                 lists.put(e, State::Live, 0, End::Front);
