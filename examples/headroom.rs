@@ -5,7 +5,6 @@
 //! ```
 
 use clap::Parser;
-use nix::unistd::Pid;
 use nptl::{Headroom, HeadroomLimit};
 use serde::Serialize;
 
@@ -14,7 +13,7 @@ use serde::Serialize;
 struct Arguments {
     /// Another process instead of this one.
     #[arg(long, value_name = "N")]
-    pid: Option<i32>,
+    pid: Option<u32>,
     /// Usable bytes of each further stack; K, M and G are understood.
     #[arg(long, value_name = "BYTES", default_value = "2M", value_parser = bytes)]
     stack_size: usize,
@@ -136,8 +135,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments = Arguments::parse();
     let headroom = match arguments.pid {
         None => nptl::headroom(),
-        Some(pid) => nptl::headroom_of(Pid::from_raw(pid))
-            .map_err(|error| format!("process {pid}: {error}"))?,
+        Some(pid) => nptl::headroom_of(pid).map_err(|error| format!("process {pid}: {error}"))?,
     };
     let table = Table::new(&headroom, arguments.stack_size);
     if arguments.json {

@@ -1,10 +1,10 @@
 //! [`SpawnError`]: which step refused, with what errno, and what became of the stack.
 
 use crate::diagnose::{Cause, Causes, Certainty, UnsupportedRuntime, Verdict};
+use crate::errno::Errno;
 use crate::mem::Spare;
 use crate::step::StepError;
 pub use crate::step::{StackFate, StackOrigin, StackOutcome, Step};
-use nix::errno::Errno;
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::time::Duration;
@@ -83,7 +83,11 @@ impl fmt::Display for Report<'_> {
             ..
         } = self.0;
         let (step, errno) = (error.step, error.errno);
-        writeln!(f, "step: {step}, refused with {errno:?} ({})", errno.desc())?;
+        writeln!(
+            f,
+            "step: {step}, refused with {errno:?} ({})",
+            errno.meaning()
+        )?;
         writeln!(f, "attempts: {attempts}; {stack}")?;
         write!(f, "{verdict}")?;
         write!(f, "\n(found out in {:.1?})", verdict.spent)
@@ -103,7 +107,7 @@ impl fmt::Display for Report<'_> {
 /// ```
 /// let error = nptl::Builder::new().stack_size(usize::MAX).spawn(|| ()).unwrap_err();
 /// assert_eq!(error.step(), nptl::Step::Attributes);
-/// assert_eq!(error.errno(), nix::errno::Errno::EINVAL);
+/// assert_eq!(error.errno(), libc::EINVAL);
 /// println!("{error}");
 /// ```
 pub struct SpawnError(Result<Box<Refusal>, &'static Refusal>);
@@ -277,7 +281,7 @@ impl std::error::Error for SpawnError {
 impl From<SpawnError> for std::io::Error {
     fn from(error: SpawnError) -> std::io::Error {
         std::io::Error::new(
-            std::io::Error::from_raw_os_error(error.pthread_errno() as i32).kind(),
+            std::io::Error::from_raw_os_error(error.pthread_errno().raw()).kind(),
             error,
         )
     }

@@ -128,10 +128,11 @@ pub fn last_failure() -> Option<SpawnError> {
 mod tests {
     use super::*;
     use crate::diagnose::{CauseKind, CgroupPlace, InlinePath, KernelMemory, PidsCgroup, Verdict};
+    use crate::errno::Errno;
     use crate::step::{StackFate, StackOrigin, StackOutcome, Step, StepError};
 
     fn longest(verdict: Verdict) -> Refusal {
-        let error = StepError::new(Step::PrepareStack, nix::errno::Errno::EAGAIN, usize::MAX);
+        let error = StepError::new(Step::PrepareStack, Errno::EAGAIN, usize::MAX);
         let verdict = Verdict {
             silence: Some(
                 "a filter or a tracer answers clone3 for the kernel, which cannot be asked what refused",

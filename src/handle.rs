@@ -1,11 +1,12 @@
 //! [`JoinHandle`]: what the creator keeps of a thread.
 
+use crate::errno::Errno;
 use crate::mem::{Deliver, Packet, Shared};
 use crate::stack::cache::StackCache;
 use crate::stack::{Stack, StackInfo};
 use crate::sync::notice_fork;
-use nix::sys::signal::Signal;
-use nix::unistd::Pid;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::thread::Result as Outcome;
 use std::time::Duration;
 
@@ -92,8 +93,8 @@ macro_rules! shared_methods {
         /// The kernel's thread id, as clone(2) returned it: valid as soon as spawn returns. After
         /// the thread's end the kernel may give it to another; `kill` and `pidfd` know the
         /// difference.
-        pub fn tid(&self) -> Pid {
-            Pid::from_raw(self.0.running.tid)
+        pub fn tid(&self) -> libc::pid_t {
+            self.0.running.tid
         }
 
         /// The whole name, however long; the kernel's `comm` holds 15 bytes of it.
@@ -112,34 +113,38 @@ macro_rules! shared_methods {
             self.0.running.stack.pthread()
         }
 
-        /// Sends `signal` to this thread and to no other, however often its tid was given away
-        /// since: tgkill(2) under a lock that the thread takes before it ends. `None` probes. (A thread
-        /// that dies without its last frames, by a bare exit(2) or a filter, takes no lock: its end
-        /// in the very moment of the call is not excluded.)
+        /// Sends a signal to this thread and to no other, however often its id was given away since: tgkill(2)
+        /// under a lock that the thread takes before it ends. Real-time signals (`libc::SIGRTMIN() + n`) can be sent,
+        /// too; 0 sends nothing and tells whether a signal could be sent. (A thread that dies without its last frames,
+        /// by a bare exit(2) or a filter, takes no lock: its end in the very moment of the call is not excluded.)
         ///
-        /// Errors: ESRCH if the thread has ended; else those of tgkill(2).
-        pub fn kill(&self, signal: impl Into<Option<Signal>>) -> nix::Result<()> {
-            let signal = signal.into().map_or(0, |signal| signal as libc::c_int);
-            self.0.running.stack.signal(self.0.running.tid, signal)
-        }
-
-        /// As [`kill`](Self::kill), for every signal by its number, real-time ones included
-        /// (`libc::SIGRTMIN() + n`), which nix's `Signal` has no names for.
+        /// # Errors
+        /// ESRCH if the thread has ended; EINVAL for a number that is no signal, and for 32 and 33, which belong to
+        /// glibc; else those of tgkill(2).
         ///
-        /// Errors: EINVAL also for 32 and 33, which belong to glibc.
-        pub fn kill_raw(&self, signal: libc::c_int) -> nix::Result<()> {
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let handle = nptl::spawn(move || wait.recv())?;
+        /// handle.kill(0)?;
+        /// drop(end);
+        /// while !handle.is_finished() {}
+        /// assert_eq!(handle.kill(libc::SIGUSR1).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+        /// # Ok::<(), std::io::Error>(())
+        /// ```
+        pub fn kill(&self, signal: libc::c_int) -> io::Result<()> {
+            let running = &self.0.running;
             if (32..libc::SIGRTMIN()).contains(&signal) {
-                return Err(nix::errno::Errno::EINVAL);
+                return Err(Errno::EINVAL.into());
             }
-            self.0.running.stack.signal(self.0.running.tid, signal)
+            Ok(running.stack.signal(running.tid, signal)?)
         }
 
         /// A pidfd of the thread: readable (poll(2)) when it has ended.
         ///
-        /// Errors: ESRCH if the thread has ended, EINVAL before Linux 6.9 (`PIDFD_THREAD`); else
-        /// those of pidfd_open(2).
-        pub fn pidfd(&self) -> nix::Result<std::os::fd::OwnedFd> {
-            self.0.running.stack.pidfd(self.0.running.tid)
+        /// # Errors
+        /// ESRCH if the thread has ended, EINVAL before Linux 6.9 (`PIDFD_THREAD`); else those of pidfd_open(2).
+        pub fn pidfd(&self) -> io::Result<OwnedFd> {
+            Ok(self.0.running.stack.pidfd(self.0.running.tid)?)
         }
 
         /// Where its stack lies, how large it is, and how much of it was used.

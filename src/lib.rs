@@ -50,6 +50,7 @@ mod builder;
 mod clone;
 mod debug;
 pub mod diagnose;
+mod errno;
 mod error;
 mod failures;
 #[expect(unsafe_code, reason = "A9")]
@@ -76,6 +77,7 @@ pub use diagnose::{
     Answer, Cause, CauseKind, Causes, Certainty, CgroupPlace, CloneCall, Headroom, HeadroomLimit,
     InlinePath, MemoryOracle, Oracle, PidLevel, Unit, headroom, headroom_of,
 };
+pub use errno::Errno;
 pub use error::{SpawnError, StackFate, StackOrigin, StackOutcome, Step};
 pub use failures::last_failure;
 pub use handle::{JoinHandle, ScopedJoinHandle};

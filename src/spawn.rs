@@ -11,6 +11,7 @@
 use crate::builder::Request;
 use crate::clone::sys::NoCancellation;
 use crate::diagnose::{self, InvalidAttribute, UnsupportedRuntime, Verdict};
+use crate::errno::Errno;
 use crate::error::{FORKED_BARE, Refusal, Reserve, SpawnError};
 use crate::failures;
 use crate::fork;
@@ -22,7 +23,6 @@ use crate::start::{Settings, Start};
 use crate::step::{Step, StepError};
 use crate::sync::{Latch, forked_bare, notice_fork};
 use crate::tcb::{Runtime, RuntimeError};
-use nix::errno::Errno;
 use std::time::Instant;
 
 /// Creates the thread that runs `body`.

@@ -21,13 +21,13 @@
 
 use crate::builder::Request;
 use crate::clone::sys;
+use crate::errno::Errno;
 use crate::error::{SpawnError, Step};
 use crate::handle::Running;
 use crate::mem::{Body, Memory, Shared};
 use crate::stack::{self, Stack};
 use crate::sync::{Entered, Latch, notice_fork};
 use crate::tcb::Runtime;
-use nix::errno::Errno;
 use std::cell::Cell;
 use std::sync::atomic::{Ordering, fence};
 

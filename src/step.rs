@@ -1,6 +1,6 @@
-//! The steps of thread creation, and what a refused one says. Every other room may import this one.
+//! The steps of thread creation, and what a refused one says. Every layer but `errno` may import this one.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 use std::fmt;
 
 /// The step of thread creation that was refused, in the order in which they are taken.

@@ -5,7 +5,6 @@ mod support;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use nix::errno::Errno;
 use nptl::{Builder, StackCache, StackCacheConfig, StackFate, StackOrigin, StackOutcome, Step};
 use support::{
     MADV_GUARD_INSTALL, Mappings, alone, become_unused_user, burst, deny_guard_marks, is_mapped,
@@ -196,8 +195,8 @@ fn stacks_are_given_back_before_a_guard_is_refused() {
         cache.clear();
         let _more = Mappings::fill_but(1);
         let error = wanted.spawn(|| ()).expect_err("the table is full");
-        let got = (error.step(), error.errno(), error.attempts());
-        assert_eq!(got, (Step::GuardStack, Errno::ENOMEM, 1), "{error}");
+        let got = (error.step(), error.errno().raw(), error.attempts());
+        assert_eq!(got, (Step::GuardStack, libc::ENOMEM, 1), "{error}");
         assert_eq!(error.stack().fate, StackFate::Unmapped, "{error}");
         assert_eq!(cache.stats().mapped_stacks, 0);
     });
@@ -382,8 +381,8 @@ fn stacks_are_given_back_before_locked_memory_is_refused() {
                 .stack_size(8 * MIB)
                 .spawn(|| ())
                 .expect_err("too large");
-            let got = (error.step(), error.errno(), error.attempts());
-            assert_eq!(got, (Step::MapStack, Errno::EAGAIN, 2), "{error}");
+            let got = (error.step(), error.errno().raw(), error.attempts());
+            assert_eq!(got, (Step::MapStack, libc::EAGAIN, 2), "{error}");
             assert!(
                 error.to_string().contains("after 4 cached stacks"),
                 "{error}"
@@ -415,8 +414,8 @@ fn locked_stacks_are_given_back_before_mlock_is_refused() {
                 .stack_size(4 * MIB)
                 .spawn(|| ())
                 .expect_err("too large");
-            let got = (error.step(), error.errno(), error.attempts());
-            assert_eq!(got, (Step::PrepareStack, Errno::ENOMEM, 1), "{error}");
+            let got = (error.step(), error.errno().raw(), error.attempts());
+            assert_eq!(got, (Step::PrepareStack, libc::ENOMEM, 1), "{error}");
             assert_eq!(cache.stats().cached_stacks, 2);
         },
     );

@@ -321,7 +321,7 @@ fn a_sent_signal_restarts_a_call_as_the_handler_asks() {
     while !waits() {
         std::thread::yield_now();
     }
-    handle.kill(nix::sys::signal::Signal::SIGSEGV).unwrap();
+    handle.kill(libc::SIGSEGV).unwrap();
     while CALLS.load(Relaxed) == 0 {
         std::thread::yield_now();
     }

@@ -134,7 +134,7 @@ fn a_handle_dropped_before_the_last_instruction_leaves_the_stack_alone() {
         };
         let builder = Builder::new().stack_size(1024 * KIB).stack_cache(&cache);
         let ending = builder.clone().spawn(body).expect("a thread");
-        let (tid, pidfd) = (ending.tid().as_raw(), ending.pidfd().expect("a pidfd"));
+        let (tid, pidfd) = (ending.tid(), ending.pidfd().expect("a pidfd"));
         let stack = ending.stack();
         warden.hold(tid);
         drop(end);

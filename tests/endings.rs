@@ -176,7 +176,7 @@ fn a_thread_that_dies_without_returning_leaves_nothing() {
         for sweep in [StackCache::clear, |cache: &StackCache| cache.trim(0)] {
             for _ in 0..10 {
                 let handles: Vec<_> = (0..5).map(|_| one(how)).collect();
-                let tids: Vec<_> = handles.iter().map(|handle| handle.tid().as_raw()).collect();
+                let tids: Vec<_> = handles.iter().map(|handle| handle.tid()).collect();
                 handles.into_iter().for_each(JoinHandle::detach);
                 tids.into_iter().for_each(wait_until_gone);
                 change_user();
@@ -236,7 +236,7 @@ fn a_filter_that_kills_on_the_way_out() {
             let handle = build()
                 .spawn(move || kill_thread_on(number))
                 .expect("a thread");
-            let tid = handle.tid().as_raw();
+            let tid = handle.tid();
             handle.detach();
             wait_until_gone(tid);
             change_user();
@@ -465,7 +465,7 @@ fn a_thread_behind_firecrackers_filter_ends_normally() {
                     assert_eq!(handle.join().expect("its end"), 63_000);
                 }
                 let handles = eight();
-                let tids: Vec<_> = handles.iter().map(|handle| handle.tid().as_raw()).collect();
+                let tids: Vec<_> = handles.iter().map(|handle| handle.tid()).collect();
                 handles.into_iter().for_each(JoinHandle::detach);
                 tids.into_iter().for_each(wait_until_gone);
                 let sum: u32 = nptl::scope(|scope| {
@@ -599,7 +599,7 @@ fn what_a_dead_thread_held_goes_with_it() {
             }),
             _ => {
                 let thread = builder.clone().spawn(body).expect("a thread");
-                let (base, tid) = (thread.stack().base, thread.tid().as_raw());
+                let (base, tid) = (thread.stack().base, thread.tid());
                 thread.detach();
                 wait_until_gone(tid);
                 cache.trim(0);

@@ -364,10 +364,15 @@ fn check_error(case: &Case, cached: bool, error: &SpawnError) {
             fate: StackFate::Unmapped,
         },
     };
-    let got = (error.step(), error.errno(), error.stack(), error.attempts());
+    let got = (
+        error.step(),
+        error.errno().raw(),
+        error.stack(),
+        error.attempts(),
+    );
     assert_eq!(
         got,
-        (case.step, case.errno, outcome, 1),
+        (case.step, case.errno as i32, outcome, 1),
         "{}: {error}",
         case.name
     );
@@ -375,7 +380,7 @@ fn check_error(case: &Case, cached: bool, error: &SpawnError) {
         Errno::ENOMEM => Errno::EAGAIN,
         other => other,
     };
-    assert_eq!(error.pthread_errno(), folded, "{error}");
+    assert_eq!(error.pthread_errno(), folded as i32, "{error}");
     let text = error.to_string();
     let fate = match outcome.origin {
         StackOrigin::None => "no stack yet",
@@ -467,8 +472,8 @@ fn cached_stacks_make_room_for_a_task() {
                 let never = build(256 << 10).retry(nptl::RetryPolicy::never());
                 let error = never.spawn(|| ()).expect_err("tried once");
                 assert_eq!(
-                    (error.errno(), error.attempts()),
-                    (Errno::ENOMEM, 1),
+                    (error.errno().raw(), error.attempts()),
+                    (libc::ENOMEM, 1),
                     "{error}"
                 );
                 active.store(true, Ordering::Release);
@@ -576,8 +581,8 @@ fn cached_stacks_are_given_back_before_a_mapping_is_refused() {
             .expect_err("a refusal");
         set_rlimit(libc::RLIMIT_DATA, libc::RLIM_INFINITY);
         assert_eq!(
-            (error.step(), error.errno(), error.attempts()),
-            (Step::MapStack, Errno::ENOMEM, 2)
+            (error.step(), error.errno().raw(), error.attempts()),
+            (Step::MapStack, libc::ENOMEM, 2)
         );
         let said = format!("after {cached} cached stacks were unmapped");
         assert!(error.to_string().contains(&said), "{error}");
@@ -675,7 +680,11 @@ fn meet_real_limit(name: &str, step: Step, errno: Errno) {
             let error = build().spawn(|| ()).expect_err("a refusal");
             let after = State::take(&cache);
             before.expect_unchanged(&after, name);
-            assert_eq!((error.step(), error.errno()), (step, errno), "{error}");
+            assert_eq!(
+                (error.step(), error.errno().raw()),
+                (step, errno as i32),
+                "{error}"
+            );
             let from = error.stack().origin == StackOrigin::Cache;
             assert_eq!(from, cached, "{error}");
         }
@@ -766,7 +775,11 @@ fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
                         .expect_err("a refusal");
                     active.store(false, Ordering::Release);
                     let after = State::settled(cache);
-                    assert_eq!((error.step(), error.errno()), (step, errno), "{error}");
+                    assert_eq!(
+                        (error.step(), error.errno().raw()),
+                        (step, errno as i32),
+                        "{error}"
+                    );
                     assert!(error.to_string().contains("calibration"), "{error}");
                     assert_eq!(work(), round);
                     if round > 0 {
@@ -799,8 +812,8 @@ fn the_first_spawn_at_rlimit_nproc_is_refused_as_clone() {
         set_rlimit(libc::RLIMIT_NPROC, 1);
         let error = nptl::spawn(|| ()).expect_err("a refusal");
         assert_eq!(
-            (error.step(), error.errno()),
-            (Step::Clone, Errno::EAGAIN),
+            (error.step(), error.errno().raw()),
+            (Step::Clone, libc::EAGAIN),
             "{error}"
         );
         set_rlimit(libc::RLIMIT_NPROC, 1000);
@@ -834,7 +847,7 @@ fn clone_serves_where_clone3_does_not() {
         deny(libc::SYS_clone3, errno).install();
         for round in 0..100 {
             let handle = nptl::spawn(move || (round, tid())).expect("a thread");
-            let id = handle.tid().as_raw();
+            let id = handle.tid();
             assert_eq!(handle.join().expect("its end"), (round, id));
         }
         nptl::scope(|scope| {
@@ -842,7 +855,7 @@ fn clone_serves_where_clone3_does_not() {
                 .map(|_| scope.spawn(tid).expect("a thread"))
                 .collect();
             for handle in handles {
-                let id = handle.tid().as_raw();
+                let id = handle.tid();
                 assert_eq!(handle.join().expect("its end"), id);
             }
         });

@@ -280,7 +280,7 @@ fn another_process_has_the_rows_that_it_sees_itself() {
     let limited = child(test, "wait").rlimit(libc::RLIMIT_AS, 1 << 30);
     let mut running = or_skip!(limited.spawn());
     assert!(running.wait_for("READY"));
-    let seen = nptl::headroom_of(nix::unistd::Pid::from_raw(running.pid())).expect("its files");
+    let seen = nptl::headroom_of(running.pid() as u32).expect("its files");
     let output = running.finish().success();
     assert_eq!(output.get("rows"), Some(&*rows(&seen)), "{output}");
     assert!(rows(&seen).matches("Some").count() >= 9, "{}", rows(&seen));
@@ -302,7 +302,7 @@ fn the_pid_namespace_of_another_users_process_is_known() {
         }
         Some(pid) => {
             or_skip!(become_unused_user());
-            let pid = nix::unistd::Pid::from_raw(pid.parse().expect("a number"));
+            let pid: u32 = pid.parse().expect("a number");
             let link = std::fs::read_link(format!("/proc/{pid}/ns/pid"));
             report("link", link.is_ok());
             let (own, other) = (

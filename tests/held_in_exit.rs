@@ -24,7 +24,7 @@ fn hold_one(warden: &Warden, builder: &Builder, detached: bool) -> Held {
         let _ = wait.recv();
     });
     let handle = handle.expect("a thread");
-    let tid = handle.tid().as_raw();
+    let tid = handle.tid();
     let (base, pidfd) = (handle.stack().base, handle.pidfd().expect("a pidfd"));
     warden.hold(tid);
     let handle = if detached {

@@ -264,7 +264,7 @@ fn examine(case: &Case, error: &SpawnError) -> bool {
     if !armed {
         report("not armed", case.name);
     }
-    let right = error.step() == case.step && error.errno() as i32 == case.errno;
+    let right = error.step() == case.step && error.errno() == case.errno;
     if !right {
         report("wrong", format_args!("{}: {error}", case.name));
     }

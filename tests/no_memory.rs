@@ -60,7 +60,7 @@ fn with_memory_for<T>(granted: usize, attempt: impl FnOnce() -> T) -> (T, bool) 
 
 fn check(error: &SpawnError, granted: usize) {
     assert_eq!(error.step(), Step::Allocate, "{granted} granted: {error}");
-    assert_eq!(error.errno(), nix::errno::Errno::ENOMEM, "{error}");
+    assert_eq!(error.errno(), libc::ENOMEM, "{error}");
     assert_eq!(error.stack().fate, StackFate::None, "{error}");
     assert!(error.to_string().contains("step=allocate errno=ENOMEM"));
 }

@@ -202,7 +202,7 @@ fn a_wild_access_is_not_called_an_overflow() {
         Some(_) => {
             let handle = nptl::spawn(std::thread::park).unwrap();
             // std's handler takes the first for a fault that will come again, and only restores the default.
-            while handle.kill(nix::sys::signal::Signal::SIGSEGV).is_ok() {}
+            while handle.kill(libc::SIGSEGV).is_ok() {}
             handle.join().unwrap();
         }
         None => {

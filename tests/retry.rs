@@ -58,7 +58,7 @@ fn run(case: &str) {
             let warden = or_skip!(Warden::new(&[libc::SYS_exit]));
             let (end, wait) = std::sync::mpsc::channel::<()>();
             let ending = nptl::spawn(move || wait.recv()).expect("a thread");
-            let (tid, pidfd) = (ending.tid().as_raw(), ending.pidfd().expect("a pidfd"));
+            let (tid, pidfd) = (ending.tid(), ending.pidfd().expect("a pidfd"));
             ending.detach();
             warden.hold(tid);
             drop(end);

@@ -423,7 +423,7 @@ fn joined_threads_are_awaited() {
         let tracer = unsafe { libc::fork() };
         assert_ne!(tracer, -1, "{}", std::io::Error::last_os_error());
         if tracer == 0 {
-            trace(thread.tid().as_raw(), &ready_end, (&go_end, &go));
+            trace(thread.tid(), &ready_end, (&go_end, &go));
         }
         let mut answer = [0];
         ready.read_exact(&mut answer).expect("an answer");

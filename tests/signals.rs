@@ -107,8 +107,8 @@ fn signals_to_threads_that_start_and_end_lose_no_join() {
         handle(libc::SIGUSR1);
         handle(libc::SIGRTMIN() + 3);
         let sent = churn(4_000, |handle| {
-            let real_time = handle.kill_raw(libc::SIGRTMIN() + 3).is_ok();
-            handle.kill(Signal::SIGUSR1).is_ok() || real_time
+            let real_time = handle.kill(libc::SIGRTMIN() + 3).is_ok();
+            handle.kill(libc::SIGUSR1).is_ok() || real_time
         });
         report("sent", sent);
         report("handled", HANDLED.load(Ordering::Relaxed));
@@ -123,10 +123,10 @@ fn signals_to_threads_that_start_and_end_lose_no_join() {
 fn a_probe_never_hits_another_thread_of_the_same_number() {
     if case().is_some() {
         // Every thread that is not the target would die of it.
-        let probes = churn(4_000, |handle| match handle.kill(None) {
+        let probes = churn(4_000, |handle| match handle.kill(0) {
             Ok(()) => true,
-            Err(nix::errno::Errno::ESRCH) => false,
-            Err(errno) => panic!("{errno}"),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => false,
+            Err(error) => panic!("{error}"),
         });
         assert!(probes > 1000, "{probes}");
         return;
@@ -209,10 +209,10 @@ fn every_queued_signal_is_handled_in_the_thread_it_was_sent_to() {
             })
             .unwrap();
             for _ in 0..50 {
-                handle.kill_raw(signal).unwrap();
+                handle.kill(signal).unwrap();
             }
             drop(open);
-            let seen = handle.tid().as_raw();
+            let seen = handle.tid();
             assert_eq!(handle.join().unwrap(), seen);
             assert_eq!(HANDLED.load(Ordering::Relaxed), round * 50);
         }
@@ -244,11 +244,11 @@ fn a_join_survives_signals_to_the_joiner() {
         })
         .unwrap();
         while joined.try_recv().is_err() {
-            joiner.kill(Signal::SIGUSR1).unwrap();
+            joiner.kill(libc::SIGUSR1).unwrap();
         }
         let before = HANDLED.load(Ordering::Relaxed);
         while HANDLED.load(Ordering::Relaxed) < before + 1000 {
-            joiner.kill(Signal::SIGUSR1).unwrap();
+            joiner.kill(libc::SIGUSR1).unwrap();
         }
         drop(open);
         assert_eq!(joiner.join().unwrap(), 7);
@@ -286,7 +286,7 @@ fn a_thread_inherits_the_mask_of_its_creator() {
             (before, HANDLED.load(Ordering::Relaxed))
         })
         .unwrap();
-        thread.kill(Signal::SIGUSR1).unwrap();
+        thread.kill(libc::SIGUSR1).unwrap();
         gate.wait();
         assert_eq!(thread.join().unwrap(), (0, 1));
         return;

@@ -294,7 +294,7 @@ fn is_blind(cause: &Cause) -> Result<(), &'static str> {
 
 fn judge(truth: &Truth, error: &SpawnError) -> Result<(), &'static str> {
     let cause = error.cause();
-    if (error.step(), error.errno()) != (truth.step, truth.errno) {
+    if (error.step(), error.errno().raw()) != (truth.step, truth.errno as i32) {
         return Err("another step or errno");
     }
     if (cause.kind(), error.certainty()) != (truth.kind, truth.certainty) {

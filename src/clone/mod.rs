@@ -19,9 +19,9 @@ pub(crate) use arch::{
     unwind_buffer,
 };
 
+use crate::errno::Errno;
 use crate::step::CloneCall;
 use libc::{c_void, pid_t};
-use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Exactly nptl's flags: valgrind and qemu-user accept no other combination, and kernel-side
@@ -109,5 +109,5 @@ pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, CloneCal
 pub(crate) fn errno_of(answer: isize) -> Option<Errno> {
     (-4095..0)
         .contains(&answer)
-        .then(|| Errno::from_raw(-answer as i32))
+        .then(|| Errno::new(-answer as i32))
 }

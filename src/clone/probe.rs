@@ -13,10 +13,10 @@ use std::arch::asm;
 use std::cell::UnsafeCell;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::errno::Errno;
 use libc::{
     CLONE_FILES, CLONE_FS, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM,
 };
-use nix::errno::Errno;
 
 /// What a thread shares, except the `fs_struct`.
 const SHARED: u64 = (CLONE_VM | CLONE_FILES | CLONE_SYSVSEM | CLONE_SIGHAND | CLONE_THREAD) as u64;
@@ -82,7 +82,7 @@ unsafe fn refused(number: libc::c_long, arguments: [usize; 5]) -> Result<(), Err
         );
     }
     if (-4095..0).contains(&result) {
-        Err(Errno::from_raw(-result as i32))
+        Err(Errno::new(-result as i32))
     } else {
         Ok(())
     }
@@ -184,5 +184,5 @@ pub(crate) fn scheduling() -> Result<(u32, u64), Errno> {
 pub(crate) fn number_is_held(file: BorrowedFd<'_>, number: i32) -> Result<(), Errno> {
     // SAFETY: the call takes two plain numbers and no memory.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETOWN, number) };
-    Errno::result(result).map(drop)
+    Errno::result(result)
 }

@@ -2,7 +2,7 @@
 //! lies in TLS, and a thread has none that is its own before its first and after its last moment.
 
 use super::{errno_of, syscall};
-use nix::errno::Errno;
+use crate::errno::Errno;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -145,7 +145,7 @@ pub(crate) fn lll_unlock(word: &AtomicU32) {
 }
 
 /// tgkill(2).
-pub(crate) fn tgkill(pid: libc::pid_t, tid: libc::pid_t, signal: libc::c_int) -> nix::Result<()> {
+pub(crate) fn tgkill(pid: libc::pid_t, tid: libc::pid_t, signal: libc::c_int) -> Result<(), Errno> {
     // SAFETY: sending a signal touches no memory of ours.
     let answer = unsafe {
         syscall(
@@ -157,7 +157,7 @@ pub(crate) fn tgkill(pid: libc::pid_t, tid: libc::pid_t, signal: libc::c_int) ->
 }
 
 /// pidfd_open(2) with `PIDFD_THREAD` (Linux 6.9); close-on-exec, as every pidfd.
-pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> nix::Result<std::os::fd::OwnedFd> {
+pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> Result<std::os::fd::OwnedFd, Errno> {
     use std::os::fd::FromRawFd;
     const PIDFD_THREAD: usize = libc::O_EXCL as usize;
     // SAFETY: takes no pointer.
@@ -210,7 +210,7 @@ pub(crate) fn at_fork(
     // SAFETY: functions that anyone may call; the object that they are part of stays loaded (`keep_loaded`).
     match unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) } {
         0 => Ok(()),
-        errno => Err(Errno::from_raw(errno)),
+        errno => Err(Errno::new(errno)),
     }
 }
 

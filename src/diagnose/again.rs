@@ -1,6 +1,6 @@
 //! The refused call, made again: what the kernel says between two refusals is what refuses.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 use super::cause::{Answer, Unknown};
 

@@ -1,6 +1,6 @@
 //! A clone refused with ENOMEM: the kernel's own memory, or a namespace that takes no tasks.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 use super::again::{Granted, Repetition};
 use super::cause::{CauseKind, Causes, DyingPidNamespace, KernelMemory, Unknown};

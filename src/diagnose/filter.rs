@@ -1,6 +1,6 @@
 //! Whether a system-call filter answered, and not the kernel.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 use super::cause::{Causes, Seccomp, Unknown};
 use super::verdict::Verdict;

@@ -158,11 +158,10 @@ pub fn headroom() -> Headroom {
 /// The error of reading /proc/PID/status: `ENOENT` if there is no such process.
 ///
 /// ```
-/// let own = nix::unistd::Pid::this();
-/// assert!(!nptl::headroom_of(own)?.limits().is_empty());
+/// assert!(!nptl::headroom_of(std::process::id())?.limits().is_empty());
 /// # Ok::<(), std::io::Error>(())
 /// ```
-pub fn headroom_of(pid: nix::unistd::Pid) -> std::io::Result<Headroom> {
+pub fn headroom_of(pid: u32) -> std::io::Result<Headroom> {
     let directory = format!("/proc/{pid}");
     std::fs::metadata(format!("{directory}/status"))?;
     Ok(of(&directory, Some(pid)))
@@ -172,7 +171,7 @@ fn c_string(path: &str) -> CString {
     CString::new(path).unwrap_or_default()
 }
 
-fn of(directory: &str, pid: Option<nix::unistd::Pid>) -> Headroom {
+fn of(directory: &str, pid: Option<u32>) -> Headroom {
     let file = |name: &str| c_string(&format!("{directory}/{name}"));
     let status = Status::read_from(&file("status"));
     let calls = Status::read().calls();

@@ -4,7 +4,7 @@
 //! RLIMIT_AS, RLIMIT_DATA, commit limit. `stack::probe` asks each in turn; the first that refuses is named
 //! when the numbers read agree.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 use super::cause::{
     AddressSpace, AddressSpaceExhausted, Answer, CauseKind, Causes, Certainty, DataSegment, Fill,

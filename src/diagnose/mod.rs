@@ -33,7 +33,7 @@ mod verdict;
 
 use std::time::Instant;
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 use again::{Again, Granted, Repetition};
 pub use cause::{

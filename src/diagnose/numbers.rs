@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
@@ -57,8 +57,9 @@ impl Sample {
                 Some(Err(Errno::ESRCH)) => true,
                 Some(Err(_)) => continue,
                 None => {
-                    kill(Pid::from_raw(number), None) == Err(Errno::ESRCH)
-                        && kill(Pid::from_raw(-number), None) == Err(Errno::ESRCH)
+                    let unknown = Err(nix::errno::Errno::ESRCH);
+                    kill(Pid::from_raw(number), None) == unknown
+                        && kill(Pid::from_raw(-number), None) == unknown
                 }
             };
             sample.looked += 1;

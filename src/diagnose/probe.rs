@@ -11,7 +11,7 @@
 //!
 //! Each question briefly charges the process count, so they are asked in this order only as far as needed.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 use super::cause::Oracle;
 use crate::clone::{FLAGS, probe};

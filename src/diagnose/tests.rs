@@ -160,7 +160,7 @@ fn real_clone(call: CloneCall) -> Result<(), StepError> {
         );
     }
     if result < 0 {
-        let errno = Errno::from_raw(-result as i32);
+        let errno = Errno::new(-result as i32);
         return Err(StepError {
             call,
             ..StepError::new(Step::Clone, errno, 0)
@@ -244,7 +244,7 @@ fn sleeper() -> Result<libc::pid_t, Errno> {
             unsafe { libc::pause() };
         }
     }
-    let result = Errno::result(child);
+    let result = Errno::result(child).map(|()| child);
     // SAFETY: the descriptor was opened above and is closed once.
     unsafe { libc::close(parent) };
     result
@@ -646,7 +646,7 @@ fn a_stack_that_may_not_be_locked() {
         let start = map_stack(STACK_BYTES).unwrap();
         mappings(report, Step::PrepareStack, STACK_BYTES, || {
             // SAFETY: a range of this process's own.
-            Errno::result(unsafe { libc::mlock(start as *const _, STACK_BYTES) }).map(drop)
+            Errno::result(unsafe { libc::mlock(start as *const _, STACK_BYTES) })
         });
     });
     expect(report, CauseKind::LockedMemory, Certainty::Proven);
@@ -665,7 +665,6 @@ fn a_guard_that_needs_one_mapping_too_many() {
             let guard = || {
                 // SAFETY: a page that was mapped here and that nobody uses.
                 Errno::result(unsafe { libc::mprotect(start as *mut _, 4096, libc::PROT_NONE) })
-                    .map(drop)
             };
             if guard().is_err() {
                 mappings(report, Step::GuardStack, 4096, guard);
@@ -702,16 +701,15 @@ fn probes_create_nothing() {
                 calls_of_clone::until_thread_pointer(THREAD_FLAGS, false),
                 calls_of_clone::until_flags(THREAD_FLAGS),
             ];
-            use Errno::*;
             if results
                 != [
-                    Err(EINVAL),
-                    Err(EINVAL),
-                    Err(EINVAL),
-                    Err(EBADF),
-                    Err(EPERM),
-                    Err(EPERM),
-                    Err(EINVAL),
+                    Err(Errno::EINVAL),
+                    Err(Errno::EINVAL),
+                    Err(Errno::EINVAL),
+                    Err(Errno::EBADF),
+                    Err(Errno::EPERM),
+                    Err(Errno::EPERM),
+                    Err(Errno::EINVAL),
                 ]
             {
                 report.failed = Some("unexpected answers");

@@ -104,7 +104,7 @@ impl fmt::Display for Verdict {
 mod tests {
     use super::*;
     use crate::diagnose::cause::{Answer, SiblingExec, ThreadsMax};
-    use nix::errno::Errno;
+    use crate::errno::Errno;
 
     const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/diagnose/golden.txt");
 

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::ops::ControlFlow;
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 use super::file;
 use super::mounts::{Mount, lists, unescape};

@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
@@ -21,11 +21,11 @@ fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     uninterrupted(|| nix::unistd::read(file.as_fd(), buffer))
 }
 
-fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> Result<T, Errno> {
     for _ in 0..MOST_INTERRUPTIONS {
         match call() {
-            Err(Errno::EINTR) => {}
-            result => return result,
+            Err(nix::errno::Errno::EINTR) => {}
+            result => return result.map_err(Errno::of),
         }
     }
     Err(Errno::EINTR)

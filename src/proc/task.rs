@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::fmt::Write as _;
 use std::os::fd::AsRawFd;
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 use nix::sys::stat::stat;
 
 use super::file;
@@ -25,7 +25,7 @@ pub(crate) const PID_NAMESPACE_FOR_CHILDREN: &CStr = c"/proc/thread-self/ns/pid_
 /// The inode that identifies a namespace.
 pub(crate) fn namespace(path: &CStr, calls: Calls) -> Result<u64, Errno> {
     match calls {
-        Calls::Any => stat(path).map(|status| status.st_ino),
+        Calls::Any => stat(path).map(|status| status.st_ino).map_err(Errno::of),
         Calls::FilesOnly => {
             // The same number by reading alone; since Linux 5.14.
             let file = file::open(path)?;

@@ -2,8 +2,8 @@
 
 use super::layout::{Layout, page_size};
 use crate::clone::sys;
+use crate::errno::Errno;
 use crate::proc::machine::kernel_version;
-use nix::errno::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Linux 6.13: a guard that neither splits the mapping nor counts as one.
@@ -16,7 +16,7 @@ pub(crate) fn map(length: usize) -> Result<usize, Errno> {
         .len(length)
         .stack()
         .map_anon()
-        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+        .map_err(|error| Errno::of_mapping(&error))?;
     // Unmapping can fail (a split at vm.max_map_count), which memmap2's drop ignores and we
     // account for: from here on the address is ours, and `unmap` gives it back.
     let base = mapping.as_ptr() as usize;
@@ -78,7 +78,7 @@ pub(crate) unsafe fn guard(base: usize, layout: &Layout) -> Result<bool, (Errno,
 /// Nothing uses the range any more.
 pub(crate) unsafe fn unmap(base: usize, length: usize) -> Result<(), Errno> {
     // SAFETY: passed on.
-    Errno::result(unsafe { libc::munmap(base as *mut libc::c_void, length) }).map(drop)
+    Errno::result(unsafe { libc::munmap(base as *mut libc::c_void, length) })
 }
 
 /// Makes `length` bytes at `start` resident and keeps them so: mlock(2).
@@ -87,7 +87,7 @@ pub(crate) unsafe fn unmap(base: usize, length: usize) -> Result<(), Errno> {
 /// The range belongs to one idle stack and holds no guard (mlock over a guard fails with ENOMEM).
 pub(crate) unsafe fn lock(start: usize, length: usize) -> Result<(), Errno> {
     // SAFETY: passed on.
-    Errno::result(unsafe { libc::mlock(start as *const libc::c_void, length) }).map(drop)
+    Errno::result(unsafe { libc::mlock(start as *const libc::c_void, length) })
 }
 
 /// Undoes [`lock`].
@@ -96,7 +96,7 @@ pub(crate) unsafe fn lock(start: usize, length: usize) -> Result<(), Errno> {
 /// As [`lock`].
 pub(crate) unsafe fn unlock(start: usize, length: usize) -> Result<(), Errno> {
     // SAFETY: passed on.
-    Errno::result(unsafe { libc::munlock(start as *const libc::c_void, length) }).map(drop)
+    Errno::result(unsafe { libc::munlock(start as *const libc::c_void, length) })
 }
 
 /// Makes `length` bytes at `start` resident: `MADV_POPULATE_WRITE`, Linux 5.14. An older kernel

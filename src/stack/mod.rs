@@ -18,6 +18,7 @@ pub(crate) mod probe;
 pub(crate) use lock::Lock;
 
 use crate::clone::{self, sys};
+use crate::errno::Errno;
 use crate::mem::{Shared, try_box};
 use crate::step::{StackFate, StackOrigin, StackOutcome, Step, StepError};
 use crate::sync::{Latch, forked_bare, notice_fork};
@@ -26,7 +27,6 @@ use cache::StackCache;
 use class::Class;
 use layout::Layout;
 use ledger::{Entry, Links};
-use nix::errno::Errno;
 use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
@@ -467,18 +467,18 @@ impl Stack {
     }
 
     /// Sends `signal` (0 probes) to the thread `tid` that runs here, and to no other.
-    pub(crate) fn signal(&self, tid: libc::pid_t, signal: libc::c_int) -> nix::Result<()> {
+    pub(crate) fn signal(&self, tid: libc::pid_t, signal: libc::c_int) -> Result<(), Errno> {
         self.with_tid(|| sys::tgkill(sys::process_id(), tid, signal))
     }
 
     /// A pidfd of the thread `tid` that runs here, and of no other.
-    pub(crate) fn pidfd(&self, tid: libc::pid_t) -> nix::Result<std::os::fd::OwnedFd> {
+    pub(crate) fn pidfd(&self, tid: libc::pid_t) -> Result<std::os::fd::OwnedFd, Errno> {
         self.with_tid(|| sys::pidfd_open_thread(tid))
     }
 
     /// Calls `f` while the thread cannot end in the normal way, or says ESRCH if it has. Signals are
     /// blocked meanwhile: a handler that came here would wait for the thread that it interrupted.
-    fn with_tid<T>(&self, f: impl FnOnce() -> nix::Result<T>) -> nix::Result<T> {
+    fn with_tid<T>(&self, f: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
         let old = sys::set_signal_mask(sys::APPLICATION);
         // Behind the mask: no handler can fork between this and the lock.
         notice_fork();

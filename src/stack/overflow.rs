@@ -6,7 +6,7 @@
 
 use super::Stack;
 use crate::clone::{self, sys};
-use nix::errno::Errno;
+use crate::errno::Errno;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
@@ -98,7 +98,7 @@ pub(crate) fn use_signal_stack(stack: &Stack) -> Result<(), Errno> {
     };
     // SAFETY: the range lies in this thread's mapping, which outlives it (G23).
     let answer = unsafe { libc::sigaltstack(&raw const signal_stack, std::ptr::null_mut()) };
-    Errno::result(answer).map(drop)
+    Errno::result(answer)
 }
 
 /// What [`clone::fault_handler`] does next, in two registers.

@@ -6,11 +6,11 @@
 
 use std::ptr;
 
+use crate::errno::Errno;
 use libc::{
     MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MAP_STACK,
     PROT_NONE, PROT_READ, PROT_WRITE, c_int,
 };
-use nix::errno::Errno;
 
 /// What the pages of a probe may be used for.
 #[derive(Clone, Copy, Debug)]
@@ -84,7 +84,7 @@ pub(crate) fn guards() -> Option<Result<(), Errno>> {
     // SAFETY: exactly the mapping just made, which nobody else knows. It cannot fail for want of a mapping:
     // what merging with both neighbours saved is what the split needs.
     unsafe { libc::munmap(start, bytes) };
-    Some(result.map(drop))
+    Some(result)
 }
 
 /// Whether mappings made from now on are locked (mlockall(MCL_FUTURE)). `None` if not even a page was granted.

@@ -10,7 +10,7 @@
 //! ```
 
 use crate::clone::sys;
-use nix::errno::Errno;
+use crate::errno::Errno;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
 const WIPED: u32 = 0;
@@ -73,7 +73,7 @@ pub(crate) fn set_up_notice(repair: fn()) -> Result<(), Errno> {
     let page = memmap2::MmapOptions::new()
         .len(length)
         .map_anon()
-        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+        .map_err(|error| Errno::of_mapping(&error))?;
     let address = page.as_ptr().cast::<AtomicU32>().cast_mut();
     // SAFETY: a page of our own, which holds nothing yet.
     if unsafe { sys::madvise(address.addr(), length, libc::MADV_WIPEONFORK) }.is_err() {

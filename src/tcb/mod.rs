@@ -13,8 +13,8 @@ mod glibc;
 
 pub(crate) use glibc::{Block, BlockState, Enlisted, Runtime};
 
+use crate::errno::Errno;
 use crate::step::Step;
-use nix::errno::Errno;
 
 /// Why there is no runtime to stand on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

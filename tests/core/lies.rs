@@ -110,7 +110,7 @@ fn listen() {
                 (tid, format!("{round}"), std::fs::read("/dev/null").is_ok())
             });
             let handle = handle.expect("a thread");
-            let tid = handle.tid().as_raw();
+            let tid = handle.tid();
             assert_eq!(handle.join().unwrap(), (tid, round.to_string(), true));
         }
         assert!(

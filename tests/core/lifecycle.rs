@@ -2,8 +2,6 @@
 
 use crate::support::{kernel_at_least, skip};
 use crate::{private_cache, rounds, under_valgrind, wait_until, wait_until_unused};
-use nix::errno::Errno;
-use nix::sys::signal::Signal;
 use nptl::{Builder, JoinHandle};
 use std::any::Any;
 use std::backtrace::Backtrace;
@@ -304,13 +302,18 @@ fn a_detached_thread_runs_to_its_end() {
 fn a_probe_finds_a_living_thread_and_no_ended_one() {
     for _ in 0..rounds(200) {
         let (open, handle) = gated(());
-        assert_eq!(handle.kill(None), Ok(()));
-        assert_eq!(handle.kill_raw(0), Ok(()));
+        handle.kill(0).unwrap();
         drop(open);
         wait_until("the end", || handle.is_finished());
-        assert_eq!(handle.kill(None), Err(Errno::ESRCH));
-        assert_eq!(handle.kill(Signal::SIGKILL), Err(Errno::ESRCH));
-        assert_eq!(handle.kill_raw(libc::SIGRTMIN()), Err(Errno::ESRCH));
+        assert_eq!(crate::support::errno(handle.kill(0)), Some(libc::ESRCH));
+        assert_eq!(
+            crate::support::errno(handle.kill(libc::SIGKILL)),
+            Some(libc::ESRCH)
+        );
+        assert_eq!(
+            crate::support::errno(handle.kill(libc::SIGRTMIN())),
+            Some(libc::ESRCH)
+        );
         handle.join().unwrap();
     }
 }
@@ -319,7 +322,11 @@ fn a_probe_finds_a_living_thread_and_no_ended_one() {
 fn signals_that_belong_to_glibc_or_do_not_exist_are_refused() {
     let (open, handle) = gated(());
     for signal in [32, 33, -1, 65, libc::SIGRTMAX() + 1] {
-        assert_eq!(handle.kill_raw(signal), Err(Errno::EINVAL), "{signal}");
+        assert_eq!(
+            crate::support::errno(handle.kill(signal)),
+            Some(libc::EINVAL),
+            "{signal}"
+        );
     }
     drop(open);
     handle.join().unwrap();
@@ -339,10 +346,10 @@ fn every_real_time_signal_reaches_the_thread_it_was_sent_to() {
     for signal in libc::SIGRTMIN()..=last {
         // SAFETY: a handler that only stores.
         unsafe { libc::signal(signal, note as *const () as usize) };
-        handle.kill_raw(signal).unwrap();
+        handle.kill(signal).unwrap();
         let seen = &SEEN[signal as usize];
         wait_until("the handler ran", || seen.load(Ordering::Relaxed) != 0);
-        assert_eq!(seen.load(Ordering::Relaxed), handle.tid().as_raw());
+        assert_eq!(seen.load(Ordering::Relaxed), handle.tid());
         // SAFETY: as it was.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
@@ -374,7 +381,7 @@ fn a_pidfd_is_readable_when_the_thread_has_ended() {
     drop(open);
     assert!(is_readable(&pidfd, 60_000));
     wait_until("the end", || handle.is_finished());
-    assert_eq!(handle.pidfd().unwrap_err(), Errno::ESRCH);
+    assert_eq!(crate::support::errno(handle.pidfd()), Some(libc::ESRCH));
     assert_eq!(handle.join().unwrap(), 5);
     assert!(is_readable(&pidfd, 0), "and stays so after the join");
 }
@@ -383,7 +390,7 @@ fn a_pidfd_is_readable_when_the_thread_has_ended() {
 fn a_tid_is_that_of_the_thread_from_the_start() {
     // SAFETY: no preconditions.
     let handle = nptl::spawn(|| unsafe { libc::gettid() }).unwrap();
-    let tid = handle.tid().as_raw();
+    let tid = handle.tid();
     assert_eq!(handle.join().unwrap(), tid);
 }
 

@@ -455,7 +455,7 @@ fn a_thread_local_first_used_by_a_key_destructor_is_destroyed_in_its_thread() {
     assert_eq!(by, [first]);
 }
 
-fn comm(tid: nix::unistd::Pid) -> String {
+fn comm(tid: libc::pid_t) -> String {
     let comm = std::fs::read_to_string(format!("/proc/self/task/{tid}/comm")).unwrap();
     comm.trim_end_matches('\n').to_owned()
 }

@@ -3,7 +3,6 @@
 use super::process::{BARE, Fork, fork, forked, in_child, is_good, wait};
 use super::{spawn_and_join, wait_until};
 use crate::support::{alone, burst, deny, report};
-use nix::errno::Errno;
 use nptl::{Builder, CauseKind, JoinHandle, SpawnError, StackCache, StackCacheConfig, Step};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -20,9 +19,12 @@ pub fn assert_refused(error: &SpawnError) {
 fn answers_at_once(living: [JoinHandle<()>; 4], ended: [JoinHandle<u8>; 2]) {
     for handle in &living {
         assert!(handle.is_finished());
-        assert_eq!(handle.kill(None), Err(Errno::ESRCH));
-        assert_eq!(handle.kill_raw(libc::SIGTERM), Err(Errno::ESRCH));
-        assert_eq!(handle.pidfd().err(), Some(Errno::ESRCH));
+        assert_eq!(crate::support::errno(handle.kill(0)), Some(libc::ESRCH));
+        assert_eq!(
+            crate::support::errno(handle.kill(libc::SIGTERM)),
+            Some(libc::ESRCH)
+        );
+        assert_eq!(crate::support::errno(handle.pidfd()), Some(libc::ESRCH));
     }
     let [joined, tried, timed, dropped] = living;
     assert!(joined.join().is_err());

@@ -3,7 +3,6 @@
 use super::process::{fork, forked, is_good, wait};
 use super::{spawn_and_join, wait_until};
 use crate::support::{Warden, alone, listed_threads, or_skip};
-use nix::errno::Errno;
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -104,11 +103,10 @@ impl Crowd {
             .chain(&ending_alone)
             .map(JoinHandle::tid)
             .collect();
-        tids.iter().for_each(|tid| warden.hold(tid.as_raw()));
+        tids.iter().for_each(|tid| warden.hold(*tid));
         ending_alone.into_iter().for_each(JoinHandle::detach);
         GO.store(true, Ordering::SeqCst);
-        tids.iter()
-            .for_each(|tid| warden.wait_until_held(tid.as_raw()));
+        tids.iter().for_each(|tid| warden.wait_until_held(*tid));
         let ended = start(|| 9);
         let panicked = start(|| resume_unwind(Box::new(10_u8)));
         wait_until("their ends", || {
@@ -137,9 +135,12 @@ impl Crowd {
     fn check_copies(self) {
         for handle in self.running {
             assert!(handle.is_finished());
-            assert_eq!(handle.kill(None), Err(Errno::ESRCH));
-            assert_eq!(handle.kill_raw(libc::SIGTERM), Err(Errno::ESRCH));
-            assert_eq!(handle.pidfd().err(), Some(Errno::ESRCH));
+            assert_eq!(crate::support::errno(handle.kill(0)), Some(libc::ESRCH));
+            assert_eq!(
+                crate::support::errno(handle.kill(libc::SIGTERM)),
+                Some(libc::ESRCH)
+            );
+            assert_eq!(crate::support::errno(handle.pidfd()), Some(libc::ESRCH));
             assert!(handle.join().is_err());
         }
         for handle in self.ending {

@@ -184,7 +184,7 @@ fn a_set_id_mark_is_taken_from_an_ending_thread() {
         });
         let handle = handle.unwrap();
         let word = told.recv().unwrap();
-        let tid = handle.tid().as_raw();
+        let tid = handle.tid();
         wait_until("it waits", || sleeps(tid));
         assert!(!handle.is_finished(), "it may not go before the broadcast");
         // SAFETY: the thread is not joined.

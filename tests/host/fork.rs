@@ -277,7 +277,7 @@ fn while_a_sender_is_held(work: impl FnOnce(&Arc<JoinHandle<()>>, &'static Atomi
             while !GO.load(Ordering::SeqCst) {
                 std::thread::yield_now();
             }
-            target.kill(None).unwrap();
+            target.kill(0).unwrap();
         })
     };
     wait_until("a sender", || SENDER.load(Ordering::SeqCst) != 0);
@@ -310,8 +310,8 @@ fn kill_and_pidfd_of_a_copied_handle_do_not_wait() {
             while_a_sender_is_held(|target, _| {
                 for how in [fork as Fork].into_iter().chain(BARE) {
                     assert!(is_good(how, || {
-                        assert_eq!(target.kill(None), Err(nix::errno::Errno::ESRCH));
-                        assert_eq!(target.pidfd().err(), Some(nix::errno::Errno::ESRCH));
+                        assert_eq!(crate::support::errno(target.kill(0)), Some(libc::ESRCH));
+                        assert_eq!(crate::support::errno(target.pidfd()), Some(libc::ESRCH));
                         assert!(target.is_finished());
                     }));
                 }
@@ -620,7 +620,7 @@ fn a_handler_forks_while_a_stack_is_prepared() {
                 let (end, wait) = std::sync::mpsc::channel::<()>();
                 let next = nptl::spawn(move || wait.recv().is_err()).unwrap();
                 assert!(handle.is_finished(), "it takes the next thread for its own");
-                let tid = handle.tid().as_raw();
+                let tid = handle.tid();
                 assert_eq!(handle.join().unwrap(), tid);
                 drop(end);
                 assert!(next.join().unwrap());

@@ -13,7 +13,7 @@ pub extern "C" fn plugin_start() -> i32 {
         }
     });
     // Dropping the handle detaches the thread: whoever closes this object cannot wait for it.
-    thread.map_or(0, |thread| thread.tid().as_raw())
+    thread.map_or(0, |thread| thread.tid())
 }
 
 /// Lets the threads of [`plugin_start`] end.

@@ -50,6 +50,11 @@ pub use snapshot::{Difference, Snapshot, malloc_in_use};
 pub use threads::{await_reaping, burst, is_mapped, listed_threads, private, resident_pages, tid};
 pub use warden::{Warden, wait_for_end};
 
+/// The errno of a refused call.
+pub fn errno<T>(result: std::io::Result<T>) -> Option<i32> {
+    result.err()?.raw_os_error()
+}
+
 /// Prints `skipped: why` and returns from the test.
 ///
 /// Written to the descriptor itself: the test harness swallows what a passing test prints, and a skipped

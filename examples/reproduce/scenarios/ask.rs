@@ -421,7 +421,7 @@ impl Expected {
             false => Err(format!("expected {what} {expected:?}: {error}")),
         };
         expect("step", error.step() == self.step, &self.step)?;
-        expect("errno", error.errno() == self.errno, &self.errno)?;
+        expect("errno", error.errno() == self.errno as i32, &self.errno)?;
         let kind = error.cause().kind();
         expect("cause", kind == self.kind, &self.kind)?;
         let certain = self.certainty.contains(&error.certainty());

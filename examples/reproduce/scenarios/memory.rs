@@ -470,9 +470,9 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
             Cause::KernelMemory(diagnose::KernelMemory {
                 unread: Some(errno),
                 ..
-            }) => match errno {
-                Errno::ENOENT => Ok(()),
-                errno => same("why the files were not read", errno, Errno::ENOMEM),
+            }) => match errno.raw() {
+                libc::ENOENT => Ok(()),
+                errno => same("why the files were not read", errno, libc::ENOMEM),
             },
             Cause::KernelMemory(diagnose::KernelMemory { directory, .. })
                 if directory.to_str().is_none() =>

@@ -146,7 +146,7 @@ fn judge(error: &SpawnError, limited: &Path, allowed: u64) -> Result<bool, Strin
         Cause::KernelMemory(diagnose::KernelMemory {
             unread: Some(errno),
             ..
-        }) => same("why the files were not read", errno, Errno::ENOMEM),
+        }) => same("why the files were not read", errno.raw(), libc::ENOMEM),
         Cause::KernelMemory(diagnose::KernelMemory { directory, .. })
             if directory.to_str().is_none() =>
         {

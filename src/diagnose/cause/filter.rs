@@ -56,7 +56,7 @@ impl Evidence for Seccomp {
             .into_iter()
             .map(|call| Seccomp {
                 call,
-                answer: Answer::Refused(nix::errno::Errno::EPERM),
+                answer: Answer::Refused(crate::errno::Errno::EPERM),
                 mode: Some(2),
                 filters: Some(1),
             })

@@ -2,7 +2,7 @@
 
 use std::fmt::{Formatter, Result};
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 use super::show::{Evidence, Size, UnitOf, Value, line, set};
 use crate::mem::text::InlinePath;
@@ -47,7 +47,7 @@ impl Evidence for KernelMemory {
 
     fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
         if let Some(errno) = self.unread {
-            let why = errno.desc();
+            let why = errno.meaning();
             return writeln!(
                 f,
                 "  The files that could name a memory cgroup cannot be read: {errno:?} ({why}).",
@@ -103,7 +103,7 @@ impl Evidence for KernelMemory {
             of(2, super::show::cut_path()),
             KernelMemory::NO_CGROUP,
             KernelMemory {
-                unread: Some(Errno::EMFILE),
+                unread: Some(Errno::new(libc::EMFILE)),
                 ..KernelMemory::NO_CGROUP
             },
         ]

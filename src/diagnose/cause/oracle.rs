@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 /// The answer of one system call made to find out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

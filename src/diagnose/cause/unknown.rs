@@ -93,7 +93,7 @@ impl Evidence for Unknown {
 
     #[cfg(test)]
     fn samples() -> Vec<Self> {
-        use nix::errno::Errno;
+        use crate::errno::Errno;
         let mut everything = Unknown {
             tasks: Some(300),
             threads_max: Some(30000),

@@ -22,9 +22,9 @@ use super::super::RuntimeError;
 use super::symbols::{self, Rseq, Symbols};
 use super::{KEY_BLOCKS, KeyValues, Runtime, list::ThreadList};
 use crate::clone::{self, sys};
+use crate::errno::Errno;
 use crate::step::Step;
 use libc::c_void;
-use nix::errno::Errno;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -416,10 +416,8 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<Runtime, RuntimeError> {
     const ROOM: usize = 128 * 1024;
     let length = (symbols.tls_size + symbols.tls_align + ROOM).next_multiple_of(4096);
     let mapped = memmap2::MmapOptions::new().len(length).stack().map_anon();
-    let stack = mapped.map_err(|error| {
-        let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::ENOMEM));
-        refused(Step::MapStack, errno, length)
-    })?;
+    let stack =
+        mapped.map_err(|error| refused(Step::MapStack, Errno::of_mapping(&error), length))?;
     let base = stack.as_ptr() as usize;
     let this = Descriptor {
         start: symbols.thread_pointer_in(base + length),
@@ -447,13 +445,13 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<Runtime, RuntimeError> {
         check(set == 0, "pthread_attr_setstack")?;
         // pthread_join is a cancellation point, and what it would unwind through holds the stack.
         let cancellation = sys::NoCancellation::new();
-        Errno::set_raw(0);
+        Errno::clear();
         let attributes = &raw mut attributes;
         let created = libc::pthread_create(&raw mut thread, attributes, routine, place.cast());
         // glibc folds the errno of a refusal, and leaves it in `errno`.
-        let errno = match Errno::last_raw() {
-            raw if created == libc::EAGAIN && raw != 0 => raw,
-            _ => created,
+        let errno = match Errno::last() {
+            errno if created == libc::EAGAIN && errno != 0 => errno,
+            _ => Errno::new(created),
         };
         let joined = if created == 0 {
             while (*place).done.load(Ordering::Acquire) == 0 {
@@ -461,7 +459,7 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<Runtime, RuntimeError> {
             }
             Ok(libc::pthread_join(thread, &raw mut result) == 0)
         } else {
-            Err(refused(Step::Clone, Errno::from_raw(errno), 0))
+            Err(refused(Step::Clone, errno, 0))
         };
         drop(cancellation);
         libc::pthread_attr_destroy(attributes);
