@@ -211,9 +211,7 @@ impl Builder {
         let name = self.name;
         let wanted = Wanted {
             size: self.stack_size.unwrap_or_else(default_stack_size),
-            guard: self
-                .guard_size
-                .unwrap_or_else(crate::stack::layout::page_size),
+            guard: self.guard_size.unwrap_or_else(crate::sys::page_size),
             lock: self.lock,
             prefault: self.prefault,
         };

@@ -56,6 +56,14 @@ impl Errno {
         }
     }
 
+    /// The errno in the answer of a raw system call.
+    #[inline(always)]
+    pub(crate) fn in_answer(answer: isize) -> Option<Errno> {
+        (-4095..0)
+            .contains(&answer)
+            .then(|| Errno::new(-answer as i32))
+    }
+
     /// Of a refused mapping.
     pub(crate) fn of_mapping(error: &io::Error) -> Errno {
         error.raw_os_error().map_or(Errno::ENOMEM, Errno)

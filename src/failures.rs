@@ -5,8 +5,7 @@
 
 use crate::error::{Refusal, Reserve, SpawnError};
 use crate::mem::text::{CUT, Text, character_boundary};
-use crate::stack::Lock;
-use crate::sync::notice_fork;
+use crate::sync::{Lock, notice_fork};
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 

@@ -12,11 +12,11 @@
 //! A child of `_Fork(3)`, or of a bare clone, has no handlers, and glibc does not repair itself there: no thread can be
 //! made in it. It differs from a child of fork(3) in that its thread was not between "prepare" and "parent".
 
-use crate::clone::{self, sys};
 use crate::failures;
 use crate::stack::cache;
 use crate::step::{Step, StepError};
 use crate::sync::{forked_bare, note_bare_fork, notice_fork, set_up_notice};
+use crate::sys;
 use crate::tcb::Runtime;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -50,7 +50,7 @@ fn register() -> Result<(), StepError> {
             .map_err(|errno| StepError::new(Step::Allocate, errno, 0))?;
         REGISTERED.store(true, Ordering::Release);
     }
-    let page = crate::stack::layout::page_size();
+    let page = crate::sys::page_size();
     set_up_notice(repair).map_err(|errno| StepError::new(Step::MapStack, errno, page))?;
     GUARDED.store(true, Ordering::Release);
     Ok(())
@@ -67,17 +67,17 @@ fn change(from: usize, to: usize) {
 }
 
 extern "C" fn prepare() {
-    change(0, clone::thread_pointer());
+    change(0, sys::thread_pointer());
 }
 
 extern "C" fn in_parent() {
-    change(clone::thread_pointer(), 0);
+    change(sys::thread_pointer(), 0);
 }
 
 extern "C" fn in_child() {
     notice_fork();
     // Where the kernel does not wipe pages nothing else tells.
-    if is_forking(clone::thread_pointer()) {
+    if is_forking(sys::thread_pointer()) {
         repair();
     }
 }
@@ -90,7 +90,7 @@ fn is_forking(thread: usize) -> bool {
 
 /// Whether this child's first thread was inside fork(3).
 fn has_handlers() -> bool {
-    if is_forking(clone::thread_pointer()) {
+    if is_forking(sys::thread_pointer()) {
         return true;
     }
     // A thread that an earlier child handler of the program has started: the one that forked cannot be looked up by

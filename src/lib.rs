@@ -46,8 +46,6 @@
 compile_error!("nptl reimplements glibc's thread creation and supports Linux only");
 
 mod builder;
-#[expect(unsafe_code, reason = "A9")]
-mod clone;
 mod debug;
 pub mod diagnose;
 mod errno;
@@ -69,6 +67,8 @@ mod start;
 mod step;
 #[expect(unsafe_code, reason = "A9")]
 mod sync;
+#[expect(unsafe_code, reason = "A9")]
+mod sys;
 #[expect(unsafe_code, reason = "A9")]
 mod tcb;
 

@@ -9,7 +9,6 @@
 )]
 
 use crate::builder::Request;
-use crate::clone::sys::NoCancellation;
 use crate::diagnose::{self, InvalidAttribute, UnsupportedRuntime, Verdict};
 use crate::errno::Errno;
 use crate::error::{FORKED_BARE, Refusal, Reserve, SpawnError};
@@ -22,6 +21,7 @@ use crate::stack::{self, Idle, Signals, overflow};
 use crate::start::{Settings, Start};
 use crate::step::{Step, StepError};
 use crate::sync::{Latch, forked_bare, notice_fork};
+use crate::sys::NoCancellation;
 use crate::tcb::{Runtime, RuntimeError};
 use std::time::Instant;
 

@@ -20,13 +20,13 @@
 //! Hypervisor. The allocator is not used, be it to free: what is to be freed stays with the stack for its next owner.
 
 use crate::builder::Request;
-use crate::clone::sys;
 use crate::errno::Errno;
 use crate::error::{SpawnError, Step};
 use crate::handle::Running;
 use crate::mem::{Body, Memory, Shared};
 use crate::stack::{self, Stack};
 use crate::sync::{Entered, Latch, notice_fork};
+use crate::sys;
 use crate::tcb::Runtime;
 use std::cell::Cell;
 use std::sync::atomic::{Ordering, fence};

@@ -7,7 +7,7 @@
 )]
 #[path = "../src/stack/class.rs"]
 mod class;
-#[path = "../src/stack/futex.rs"]
+#[path = "../src/sys/futex.rs"]
 mod futex;
 #[expect(
     dead_code,
@@ -15,8 +15,16 @@ mod futex;
 )]
 #[path = "../src/stack/ledger.rs"]
 mod ledger;
-#[path = "../src/stack/lock.rs"]
+#[path = "../src/sync/lock.rs"]
 mod lock;
+
+// The names by which the files above know each other.
+mod sync {
+    pub(crate) use crate::lock;
+}
+mod sys {
+    pub(crate) use crate::futex;
+}
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};

@@ -17,7 +17,11 @@ mod class;
 #[path = "../src/stack/ledger.rs"]
 mod ledger;
 
-/// Stands in for `src/stack/lock.rs` (which `loom_lock.rs` checks).
+mod sync {
+    pub(crate) use crate::lock;
+}
+
+/// Stands in for `src/sync/lock.rs` (which `loom_lock.rs` checks).
 mod lock {
     use std::cell::UnsafeCell;
     use std::ops::{Deref, DerefMut};

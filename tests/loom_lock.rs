@@ -1,4 +1,4 @@
-//! `src/stack/lock.rs` as it is, over a model of the kernel's futex, in every interleaving that
+//! `src/sync/lock.rs` as it is, over a model of the kernel's futex, in every interleaving that
 //! loom finds.
 
 use std::sync::OnceLock;
@@ -11,10 +11,14 @@ use loom::thread;
     dead_code,
     reason = "the crate's own file, of which a part is used here"
 )]
-#[path = "../src/stack/lock.rs"]
+#[path = "../src/sync/lock.rs"]
 mod lock;
 
-/// Stands in for `src/stack/futex.rs`.
+mod sys {
+    pub(crate) use crate::futex;
+}
+
+/// Stands in for `src/sys/futex.rs`.
 mod futex {
     use std::sync::atomic::Ordering;
 

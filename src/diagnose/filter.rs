@@ -4,9 +4,9 @@ use crate::errno::Errno;
 
 use super::cause::{Causes, Seccomp, Unknown};
 use super::verdict::Verdict;
-use crate::clone::{FLAGS, probe};
 use crate::proc::status::Status;
 use crate::step::{CloneCall, StepError};
+use crate::sys::{clone::FLAGS, clone_probe as probe};
 
 /// A filter gives an errno that the kernel never gives to that probe.
 pub(super) fn diagnose(error: &StepError, status: &Status, seen: &mut Unknown) -> Option<Verdict> {

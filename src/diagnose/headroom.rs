@@ -14,7 +14,7 @@ use crate::proc::parse::UNLIMITED;
 use crate::proc::processes::{numbers_in_turn, tasks_of_user};
 use crate::proc::status::{CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Calls, Status};
 use crate::proc::task;
-use crate::stack::probe::future_is_locked;
+use crate::sys::map_probe::future_is_locked;
 
 /// What a limit counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -5,11 +5,11 @@ use super::cause::{
 };
 use super::judge::MARGIN;
 use super::verdict::Verdict;
-use crate::clone::probe;
 use crate::proc::limits::{Limit, Limited};
 use crate::proc::parse::UNLIMITED;
 use crate::proc::status::{CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Calls, Status};
 use crate::proc::{machine, task};
+use crate::sys::clone_probe as probe;
 
 /// Limits of the process and the machine, read once per diagnosis.
 pub(super) struct ProcessLimits {

@@ -1,7 +1,7 @@
 //! From a refused mapping to the limit that refused it.
 //!
 //! The kernel looks at a mapping in a fixed order: number of mappings, free addresses, locked memory,
-//! RLIMIT_AS, RLIMIT_DATA, commit limit. `stack::probe` asks each in turn; the first that refuses is named
+//! RLIMIT_AS, RLIMIT_DATA, commit limit. `sys::map_probe` asks each in turn; the first that refuses is named
 //! when the numbers read agree.
 
 use crate::errno::Errno;
@@ -15,8 +15,8 @@ use crate::proc::limits::{Limit, Limited};
 use crate::proc::machine::{self, MemInfo};
 use crate::proc::status::{CAP_IPC_LOCK, Calls, Status};
 use crate::proc::task;
-use crate::stack::probe::{self, Kind};
 use crate::step::{Step, StepError};
+use crate::sys::map_probe::{self, Kind};
 
 /// Everything a mapping can be refused for.
 const CAUSES: [CauseKind; 7] = [
@@ -98,8 +98,8 @@ fn locked(requested: u64, status: &Status, calls: Calls) -> Verdict {
 
 fn future_locked(error: &StepError, status: &Status, calls: Calls, seen: &mut Unknown) -> Verdict {
     let memory = &mut seen.memory;
-    memory.number_of_mappings = probe::number_of_mappings().into();
-    memory.free_addresses = probe::free_addresses(error.bytes).into();
+    memory.number_of_mappings = map_probe::number_of_mappings().into();
+    memory.free_addresses = map_probe::free_addresses(error.bytes).into();
     if !memory.free_addresses.is(Errno::EAGAIN) {
         return Verdict::UNKNOWN.transient();
     }
@@ -116,9 +116,9 @@ fn future_locked(error: &StepError, status: &Status, calls: Calls, seen: &mut Un
 
 fn guard(seen: &mut Unknown) -> Verdict {
     let memory = &mut seen.memory;
-    memory.number_of_mappings = probe::number_of_mappings().into();
+    memory.number_of_mappings = map_probe::number_of_mappings().into();
     if memory.number_of_mappings.is(Errno::EEXIST) {
-        memory.guard = probe::guards().map_or(Answer::NotAsked, Answer::from);
+        memory.guard = map_probe::guards().map_or(Answer::NotAsked, Answer::from);
     }
     let split = memory.guard.is(Errno::ENOMEM);
     // Making pages inaccessible charges nothing, so that ENOMEM means the split: the number of mappings, or
@@ -141,21 +141,21 @@ fn guard(seen: &mut Unknown) -> Verdict {
 fn mapping(bytes: usize, status: &Status, calls: Calls, seen: &mut Unknown) -> Verdict {
     let requested = bytes as u64;
     let memory = &mut seen.memory;
-    memory.number_of_mappings = probe::number_of_mappings().into();
+    memory.number_of_mappings = map_probe::number_of_mappings().into();
     if memory.number_of_mappings.is(Errno::ENOMEM) {
         return Verdict::proven(MapCount {
             maximum: machine::max_map_count(),
             split: false,
         });
     }
-    memory.free_addresses = probe::free_addresses(bytes).into();
+    memory.free_addresses = map_probe::free_addresses(bytes).into();
     if memory.free_addresses.is(Errno::ENOMEM) {
         return Verdict::proven(AddressSpaceExhausted {
             requested,
             in_use: status.mapped,
         });
     }
-    memory.inaccessible = probe::map(bytes, Kind::Inaccessible).into();
+    memory.inaccessible = map_probe::map(bytes, Kind::Inaccessible).into();
     if memory.inaccessible.is(Errno::ENOMEM) {
         let fill = fill(requested, status.mapped, Limited::AddressSpace, calls);
         let cause = AddressSpace::from(fill);
@@ -167,11 +167,11 @@ fn mapping(bytes: usize, status: &Status, calls: Calls, seen: &mut Unknown) -> V
             None => Verdict::UNKNOWN.transient(),
         };
     }
-    memory.unreserved = probe::map(bytes, Kind::Unreserved).into();
+    memory.unreserved = map_probe::map(bytes, Kind::Unreserved).into();
     if memory.unreserved.is(Errno::ENOMEM) {
         return data_or_commit(bytes, status, calls, memory);
     }
-    memory.stack = probe::map(bytes, Kind::Stack).into();
+    memory.stack = map_probe::map(bytes, Kind::Stack).into();
     if memory.stack.is(Errno::ENOMEM) {
         return commit(requested, false);
     }
@@ -193,7 +193,7 @@ fn data_or_commit(
         Some(Certainty::Proven) => Verdict::proven(cause),
         Some(_) => {
             // Without the numbers: of the two only the commit limit counts a shared mapping.
-            memory.shared = probe::map(bytes, Kind::Shared).into();
+            memory.shared = map_probe::map(bytes, Kind::Shared).into();
             match memory.shared.is(Errno::ENOMEM) {
                 true => commit(requested, true),
                 false => Verdict::inferred(cause, Causes::NONE.with(CauseKind::Overcommit)),

@@ -46,7 +46,6 @@ pub use cause::{
 pub use headroom::{Headroom, HeadroomLimit, Unit, headroom, headroom_of};
 pub(crate) use verdict::Verdict;
 
-use crate::clone::probe as calls_of_clone;
 pub use crate::mem::text::InlinePath;
 use crate::proc::cgroup::Hierarchy;
 use crate::proc::limits::{Limit, Limited};
@@ -54,6 +53,7 @@ use crate::proc::status::{CAP_SYS_NICE, Calls, Status};
 use crate::proc::task::{self, OWN_PID_NAMESPACE, PID_NAMESPACE_FOR_CHILDREN};
 pub use crate::step::CloneCall;
 use crate::step::{Step, StepError};
+use crate::sys::clone_probe as calls_of_clone;
 
 /// Names the cause of a refusal.
 ///

@@ -9,10 +9,10 @@ use nix::unistd::Pid;
 use super::cause::{CauseKind, Causes, PidLevel, PidNumbers, Unknown};
 use super::limits::ProcessLimits;
 use super::verdict::Verdict;
-use crate::clone::probe::number_is_held;
 use crate::proc::machine::{self, RESERVED_PIDS};
 use crate::proc::status::Calls;
 use crate::proc::{file, task};
+use crate::sys::clone_probe::number_is_held;
 
 /// What probing some numbers of the own pid namespace showed.
 #[derive(Clone, Copy, Debug, Default)]

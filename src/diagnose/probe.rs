@@ -1,6 +1,6 @@
 //! The oracle: how far a clone gets at this moment.
 //!
-//! The kernel's `copy_process` checks in a fixed order, and `clone::probe` asks it with clones that always fail
+//! The kernel's `copy_process` checks in a fixed order, and `sys::clone_probe` asks it with clones that always fail
 //! at known places. This file only interprets the answers.
 //!
 //! | question | refused with EAGAIN means | passes with |
@@ -14,8 +14,8 @@
 use crate::errno::Errno;
 
 use super::cause::Oracle;
-use crate::clone::{FLAGS, probe};
 use crate::proc::status::Calls;
+use crate::sys::{clone::FLAGS, clone_probe as probe};
 
 /// The first check that refuses, or the last one that is known to pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,11 +3,11 @@
 //! The accounts are kept by the ledger, which makes no system call; here is everything around it: the
 //! kernel's side of eviction, the instances, and fork.
 
+use super::Stack;
 use super::caps::Caps;
 use super::ledger::{Budget, Entry, Ledger, State, Stats, Victims};
-use super::{Lock, Stack};
 use crate::mem::Shared;
-use crate::sync::{Latch, forked_bare, notice_fork};
+use crate::sync::{Latch, Lock, forked_bare, notice_fork};
 use crate::tcb::Runtime;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
@@ -571,7 +571,7 @@ impl std::fmt::Debug for StackCache {
 /// Whole pages, and never none: an ending thread discards what is below them while it still runs
 /// in the topmost.
 fn remainder(bytes: usize) -> usize {
-    let page = super::layout::page_size();
+    let page = crate::sys::page_size();
     bytes
         .max(1)
         .checked_next_multiple_of(page)
@@ -652,8 +652,8 @@ pub(crate) fn thread_ended_within(milliseconds: u64) -> bool {
 /// # Safety
 /// The process is a forked child, and no other thread of it uses the crate.
 pub(crate) unsafe fn repair_after_fork(bare: bool) {
-    let own = crate::clone::thread_pointer();
-    let process = crate::clone::sys::process_id();
+    let own = crate::sys::thread_pointer();
+    let process = crate::sys::process_id();
     // A caller that a child handler of the program has started is not the thread that forked. That one's tid is the
     // process's: glibc's fork has written it into the descriptor.
     let forked = nix::unistd::gettid().as_raw() == process;

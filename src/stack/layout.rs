@@ -4,6 +4,7 @@
 //!  base ──► guard │ stack ◄── top │ guard │ signal stack │ block ◄── end
 //! ```
 
+use crate::sys::page_size;
 use crate::tcb::Runtime;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -42,20 +43,6 @@ impl Layout {
 
     pub(crate) fn total(&self) -> usize {
         self.guard + self.stack + self.signal_stack + self.block
-    }
-}
-
-/// The page size, in bytes. Asked once: every spawn needs it several times.
-pub(crate) fn page_size() -> usize {
-    static SIZE: AtomicUsize = AtomicUsize::new(0);
-    match SIZE.load(Ordering::Relaxed) {
-        0 => {
-            let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
-            let size = size.ok().flatten().map_or(4096, |size| size as usize);
-            SIZE.store(size, Ordering::Relaxed);
-            size
-        }
-        size => size,
     }
 }
 

@@ -42,7 +42,7 @@ use std::mem;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use super::class::{CLASSES, Class};
-use super::lock::{Guard, Guarded, Lock};
+use crate::sync::lock::{Guard, Guarded, Lock};
 
 /// Pending stacks that each call looks at. More than one, so that a burst of detached threads
 /// drains faster than it fills.

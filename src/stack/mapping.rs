@@ -1,9 +1,9 @@
 //! The memory itself: map, guard, prepare, give back.
 
-use super::layout::{Layout, page_size};
-use crate::clone::sys;
+use super::layout::Layout;
 use crate::errno::Errno;
 use crate::proc::machine::kernel_version;
+use crate::sys::{self, page_size};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Linux 6.13: a guard that neither splits the mapping nor counts as one.

@@ -7,21 +7,16 @@
 pub(crate) mod cache;
 mod caps;
 mod class;
-mod futex;
 pub(crate) mod layout;
 mod ledger;
-mod lock;
 mod mapping;
 pub(crate) mod overflow;
-pub(crate) mod probe;
 
-pub(crate) use lock::Lock;
-
-use crate::clone::{self, sys};
 use crate::errno::Errno;
 use crate::mem::{Shared, try_box};
 use crate::step::{StackFate, StackOrigin, StackOutcome, Step, StepError};
-use crate::sync::{Latch, forked_bare, notice_fork};
+use crate::sync::{Latch, Lock, forked_bare, notice_fork};
+use crate::sys;
 use crate::tcb::{Block, BlockState, Enlisted, Runtime};
 use cache::StackCache;
 use class::Class;
@@ -627,7 +622,7 @@ impl Stack {
 
     /// Where signals are handled that say SA_ONSTACK: lowest address and length.
     pub(crate) fn signal_stack(&self) -> (usize, usize) {
-        let guard = layout::page_size();
+        let guard = sys::page_size();
         let length = self.signal_stack.load(Ordering::Relaxed) - guard;
         (self.top() + guard, length)
     }
@@ -786,7 +781,7 @@ impl Idle {
         let fit = class::fit(
             wanted.size.max(layout::SMALLEST),
             wanted.guard,
-            layout::page_size(),
+            sys::page_size(),
         );
         let (size, guard) = fit.map_or((wanted.size, wanted.guard), |fit| (fit.usable, fit.guard));
         let class = fit.map(|fit| fit.class);
@@ -845,10 +840,7 @@ impl Idle {
             // SAFETY: as above.
             let _ = unsafe { mapping::unlock(bottom, size) };
         }
-        let prefault = wanted
-            .prefault
-            .min(size)
-            .next_multiple_of(layout::page_size());
+        let prefault = wanted.prefault.min(size).next_multiple_of(sys::page_size());
         if prefault > 0 {
             // SAFETY: as above.
             unsafe { mapping::populate(stack.top() - prefault, prefault) }
@@ -897,7 +889,7 @@ impl Idle {
         // SAFETY: no thread runs on this stack, so the slot is the creator's.
         unsafe { *stack.start.get() = Some(start) };
         let bottom = stack.bottom();
-        let request = clone::Request {
+        let request = sys::clone::Request {
             stack: bottom,
             // A debugger or valgrind that unwinds the first instruction reads the word at the initial stack pointer,
             // which must not be the guard page above.
@@ -908,7 +900,7 @@ impl Idle {
         };
         // SAFETY: stack and block are idle, owned, enlisted and complete; start::main takes a
         // `&'static Stack` with a message in it.
-        let answer = unsafe { clone::thread(&request) };
+        let answer = unsafe { sys::clone::thread(&request) };
         if answer.is_err() {
             stack.discarded.store(true, Ordering::Relaxed);
             // SAFETY: no thread was made; dropping the message here gives the closure back.
@@ -1046,7 +1038,7 @@ impl Stack {
     /// deepest is looked for.
     fn high_water_mark(&self) -> usize {
         const PIECE: usize = 1024;
-        let page = layout::page_size();
+        let page = sys::page_size();
         let mut resident = [0_u8; PIECE];
         let (mut at, top) = (self.bottom(), self.top());
         while at < top {

@@ -5,8 +5,8 @@
 //! that it asked for, and on the stack on which it would have run without this one.
 
 use super::Stack;
-use crate::clone::{self, sys};
 use crate::errno::Errno;
+use crate::sys;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
@@ -77,7 +77,7 @@ fn install() -> bool {
                     if matches!(action.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) {
                         action = std::mem::zeroed();
                     }
-                    action.sa_sigaction = clone::fault_handler as *const () as usize;
+                    action.sa_sigaction = sys::fault_handler as *const () as usize;
                     action.sa_flags |= libc::SA_SIGINFO | libc::SA_ONSTACK;
                     libc::sigaction(*signal, &raw const action, std::ptr::null_mut());
                 }
@@ -101,7 +101,7 @@ pub(crate) fn use_signal_stack(stack: &Stack) -> Result<(), Errno> {
     Errno::result(answer)
 }
 
-/// What [`clone::fault_handler`] does next, in two registers.
+/// What [`sys::fault_handler`] does next, in two registers.
 #[repr(C)]
 pub(crate) struct Next {
     /// The handler that it jumps to; 0: it returns to the interrupted code.
@@ -123,7 +123,7 @@ impl Next {
 /// calls malloc, and the fault may have interrupted malloc.
 ///
 /// # Safety
-/// Called by [`clone::fault_handler`] with that function's arguments, and its stack pointer at the entry.
+/// Called by [`sys::fault_handler`] with that function's arguments, and its stack pointer at the entry.
 pub(crate) unsafe extern "C" fn decide(
     signal: libc::c_int,
     info: *const libc::siginfo_t,
@@ -156,7 +156,7 @@ pub(crate) unsafe extern "C" fn decide(
             handler,
             distance: match flags & libc::SA_ONSTACK {
                 // SAFETY: the caller's arguments.
-                0 => unsafe { clone::leave_signal_stack(info, context, frame) },
+                0 => unsafe { sys::leave_signal_stack(info, context, frame) },
                 _ => 0,
             },
         },
@@ -165,7 +165,7 @@ pub(crate) unsafe extern "C" fn decide(
 
 /// The record of the stack that the calling thread runs on, found by the thread pointer.
 fn running_here() -> Option<&'static Stack> {
-    let thread = clone::thread_pointer();
+    let thread = sys::thread_pointer();
     // A record without a tid word has lost its mapping, and another record may describe the same addresses.
     crate::debug::records()
         .find(|stack| stack.block.thread_pointer() == thread && stack.tid_word().is_some())

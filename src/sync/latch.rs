@@ -1,7 +1,7 @@
 //! [`Latch`]: how a scope waits for its threads.
 
-use crate::clone::sys;
 use crate::mem::Shared;
+use crate::sys;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 

@@ -9,8 +9,8 @@
 //!  WIPED ──► UNDER_WAY ──► WHOLE ──(fork, in the child)──► WIPED
 //! ```
 
-use crate::clone::sys;
 use crate::errno::Errno;
+use crate::sys;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
 const WIPED: u32 = 0;
@@ -69,7 +69,7 @@ fn repair(word: &AtomicU32) {
 /// The errno of mmap(2), for a page.
 pub(crate) fn set_up_notice(repair: fn()) -> Result<(), Errno> {
     REPAIR.store(repair as *mut (), Ordering::Release);
-    let length = crate::stack::layout::page_size();
+    let length = crate::sys::page_size();
     let page = memmap2::MmapOptions::new()
         .len(length)
         .map_anon()

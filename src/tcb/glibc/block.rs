@@ -1,7 +1,7 @@
 //! One thread's TLS block: preparing it, listing it, handing its heap cache on, retiring it.
 
 use super::{KEY_BLOCKS, KeyValues, Runtime, calibrate::JoinMark};
-use crate::clone::{self, sys};
+use crate::sys;
 use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
@@ -218,7 +218,7 @@ impl Runtime {
                     std::ptr::write_bytes(lowest as *mut u8, 0, self.symbols.tls_size);
                 }
             }
-            clone::fill_header(tp);
+            sys::fill_header(tp);
             self.fill_descriptor(tp, stack);
             BlockState::Fresh
         }

@@ -21,9 +21,9 @@
 use super::super::RuntimeError;
 use super::symbols::{self, Rseq, Symbols};
 use super::{KEY_BLOCKS, KeyValues, Runtime, list::ThreadList};
-use crate::clone::{self, sys};
 use crate::errno::Errno;
 use crate::step::Step;
+use crate::sys;
 use libc::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -172,7 +172,7 @@ unsafe extern "C" fn run(argument: *mut c_void) -> *mut c_void {
 /// hold any of the loader's locks, so that nothing in here may take one.
 unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
     let (symbols, this) = (subject.symbols, subject.descriptor);
-    let tp = clone::thread_pointer();
+    let tp = sys::thread_pointer();
     // Past the end of a descriptor of another size there need not be anything.
     check(tp == this.start, "_thread_db_sizeof_pthread")?;
     // SAFETY: a block that nobody else knows is freed again. The locale is a constant, so that it takes no lock, and

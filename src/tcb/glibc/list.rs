@@ -3,7 +3,7 @@
 //! A set-id broadcast, dlopen's initialisation of static TLS, dlclose, fork and debuggers walk this
 //! list; a thread that is not on it keeps its old uid after another thread's `setuid`.
 
-use crate::clone::sys;
+use crate::sys;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 
 /// `list_t`, the intrusive links of glibc's lists.

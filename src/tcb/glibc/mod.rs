@@ -16,9 +16,9 @@ mod symbols;
 pub(crate) use block::{Block, BlockState, Enlisted};
 
 use super::RuntimeError;
-use crate::clone::{self, sys};
 use crate::mem::try_box;
-use crate::stack::Lock;
+use crate::sync::Lock;
+use crate::sys;
 use calibrate::Offsets;
 use list::ThreadList;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -165,7 +165,7 @@ impl Runtime {
     /// # Safety
     /// Called once by a new thread on its own block, before any other code of libc.
     pub(crate) unsafe fn enter(&self, with_rseq: bool) {
-        let tp = clone::thread_pointer();
+        let tp = sys::thread_pointer();
         let robust = tp + self.offsets.robust_head;
         // SAFETY: all addresses lie in this thread's own descriptor, which was prepared with
         // exactly these offsets; the libc functions are called on a complete TLS block. G10
@@ -175,7 +175,7 @@ impl Runtime {
             // have died with a mutex in it.
             (robust as *mut [usize; 3]).write([robust, self.offsets.robust_futex_offset, 0]);
             ((robust - size_of::<usize>()) as *mut usize).write(robust);
-            clone::syscall(
+            sys::syscall(
                 libc::SYS_set_robust_list,
                 [robust, calibrate::ROBUST_HEAD_SIZE, 0, 0, 0, 0],
             );
@@ -200,7 +200,7 @@ impl Runtime {
     /// # Safety
     /// `top` is the initial stack pointer of the calling thread, one of this crate.
     pub(crate) unsafe fn with_unwind_buffer(&self, top: usize, work: impl FnOnce()) {
-        let mut buffer = clone::unwind_buffer(top);
+        let mut buffer = sys::unwind_buffer(top);
         // SAFETY: glibc keeps a pointer to the buffer between the two calls, and it lives that long.
         unsafe {
             symbols::__pthread_register_cancel(&raw mut buffer);
@@ -214,8 +214,7 @@ impl Runtime {
         let Some(rseq) = self.symbols.rseq else {
             return false;
         };
-        let cpu_id =
-            (clone::thread_pointer() as isize + rseq.offset) as usize + symbols::RSEQ_CPU_ID;
+        let cpu_id = (sys::thread_pointer() as isize + rseq.offset) as usize + symbols::RSEQ_CPU_ID;
         // SAFETY: the calling thread's own rseq area; the kernel writes it, hence volatile.
         unsafe { (cpu_id as *const i32).read_volatile() >= 0 }
     }
@@ -238,7 +237,7 @@ impl Runtime {
             std::ptr::write_bytes(area as *mut u8, 0, rseq.registered_size());
             cpu_id.write_volatile(symbols::RSEQ_UNINITIALIZED);
             let refused = !wanted
-                || clone::syscall(
+                || sys::syscall(
                     libc::SYS_rseq,
                     [area, rseq.registered_size(), 0, RSEQ_SIGNATURE, 0, 0],
                 ) != 0;
@@ -282,7 +281,7 @@ impl Runtime {
                 libc::dlerror();
             }
             // G19: a state that was never opened would close file descriptor 0.
-            let resolver = clone::thread_pointer() + self.offsets.resolver;
+            let resolver = sys::thread_pointer() + self.offsets.resolver;
             let nscount = (resolver + symbols::RES_STATE_NSCOUNT) as *const i32;
             if nscount.read() != 0 {
                 (self.symbols.res_nclose)(resolver as *mut libc::c_void);
@@ -314,7 +313,7 @@ impl Runtime {
     /// # Safety
     /// Called by a thread of this crate, whose keys are looked at.
     unsafe fn clear_keys(&self, run: bool) -> bool {
-        let tp = clone::thread_pointer();
+        let tp = sys::thread_pointer();
         let used = (tp + self.offsets.specific_used) as *mut bool;
         // SAFETY: a byte of this thread's descriptor, which `pthread_setspecific` sets to 1. Most
         // threads have no value at all, and this is on the path of every thread's end.
@@ -383,7 +382,7 @@ impl Runtime {
     /// Called by an ending thread of this crate with application signals blocked and SIGSETXID unblocked (G3).
     pub(crate) unsafe fn mark_exiting(&self) {
         const EXITING: u32 = 0x10;
-        let tp = clone::thread_pointer();
+        let tp = sys::thread_pointer();
         if let Some(exiting) = self.offsets.exiting {
             // SAFETY: both words lie in this thread's descriptor; glibc reads `exiting` only under
             // `exit_lock`, as it is written here.

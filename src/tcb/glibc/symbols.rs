@@ -7,8 +7,8 @@
 
 use super::super::RuntimeError;
 use super::KEY_BLOCKS;
-use crate::clone;
-use crate::stack::layout::page_size;
+use crate::sys;
+use crate::sys::page_size;
 use libc::{c_int, c_void};
 use nix::errno::Errno;
 use std::ffi::{CStr, c_char};
@@ -72,8 +72,8 @@ pub(super) const PTHREAD_CANCEL_DEFERRED: c_int = 0;
 unsafe extern "C" {
     pub(super) fn __h_errno_location() -> *mut c_int;
     pub(super) fn __res_state() -> *mut c_void;
-    pub(super) fn __pthread_register_cancel(buffer: *mut crate::clone::UnwindBuffer);
-    pub(super) fn __pthread_unregister_cancel(buffer: *mut crate::clone::UnwindBuffer);
+    pub(super) fn __pthread_register_cancel(buffer: *mut crate::sys::UnwindBuffer);
+    pub(super) fn __pthread_unregister_cancel(buffer: *mut crate::sys::UnwindBuffer);
     pub(super) fn pthread_attr_getdetachstate(
         attributes: *const libc::pthread_attr_t,
         state: *mut c_int,
@@ -275,7 +275,7 @@ impl Symbols {
         };
         const EVENT_BUFFER: u32 = 3 * usize::BITS;
         let (segment, module, object) = loaded(tls_size - descriptor_size)?;
-        let resp = address(c"__resp")?.wrapping_sub(clone::thread_pointer()) as isize;
+        let resp = address(c"__resp")?.wrapping_sub(sys::thread_pointer()) as isize;
         if !segment.contains(&resp) {
             return Err(RuntimeError::Unsupported(
                 "__resp outside libc's TLS segment",
@@ -483,7 +483,7 @@ fn loaded(below: usize) -> Result<(Range<isize>, usize, *const c_char), RuntimeE
             "libc's own TLS segment was not found",
         ));
     };
-    let tp = clone::thread_pointer();
+    let tp = sys::thread_pointer();
     let start = tls.start.wrapping_sub(tp) as isize;
     let segment = start..start + tls.len() as isize;
     if start < -(below as isize) || segment.end > 0 {

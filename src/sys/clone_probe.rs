@@ -81,11 +81,7 @@ unsafe fn refused(number: libc::c_long, arguments: [usize; 5]) -> Result<(), Err
             options(nostack),
         );
     }
-    if (-4095..0).contains(&result) {
-        Err(Errno::new(-result as i32))
-    } else {
-        Ok(())
-    }
+    Errno::in_answer(result).map_or(Ok(()), Err)
 }
 
 fn clone3(flags: u64, bad_number: bool) -> Result<(), Errno> {

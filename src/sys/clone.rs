@@ -1,24 +1,6 @@
-//! Raw clones and the few raw system calls a thread needs outside libc.
-//!
-//! One file per architecture exports the same handful of functions; a new architecture is one more
-//! file and one more line here.
+//! Making a thread: clone3(2), or clone(2) where that is not available.
 
-#[cfg(target_arch = "x86_64")]
-mod x86_64;
-#[cfg(target_arch = "x86_64")]
-use x86_64 as arch;
-
-#[cfg(not(target_arch = "x86_64"))]
-compile_error!("nptl supports x86-64 only: another architecture is one more file in src/clone/");
-
-pub(crate) mod probe;
-pub(crate) mod sys;
-
-pub(crate) use arch::{
-    UnwindBuffer, fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer,
-    unwind_buffer,
-};
-
+use super::arch;
 use crate::errno::Errno;
 use crate::step::CloneCall;
 use libc::{c_void, pid_t};
@@ -80,7 +62,7 @@ pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, CloneCal
                 request.start,
             )
         };
-        match errno_of(answer) {
+        match Errno::in_answer(answer) {
             None => return Ok(answer as pid_t),
             Some(Errno::ENOSYS) => NO_CLONE3.store(true, Ordering::Relaxed),
             Some(Errno::EPERM) => {}
@@ -98,16 +80,8 @@ pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, CloneCal
             request.start,
         )
     };
-    match errno_of(answer) {
+    match Errno::in_answer(answer) {
         None => Ok(answer as pid_t),
         Some(errno) => Err((errno, CloneCall::Clone)),
     }
-}
-
-/// The errno in a raw system call's answer.
-#[inline(always)]
-pub(crate) fn errno_of(answer: isize) -> Option<Errno> {
-    (-4095..0)
-        .contains(&answer)
-        .then(|| Errno::new(-answer as i32))
 }

@@ -13,7 +13,7 @@
 use std::cell::UnsafeCell;
 use std::ops::{Deref, DerefMut};
 
-use super::futex::Word;
+use crate::sys::futex::Word;
 
 const FREE: u32 = 0;
 const TAKEN: u32 = 1;

@@ -1,7 +1,7 @@
 //! Raw system calls for the places where libc's wrappers may not be used: they set `errno`, which
 //! lies in TLS, and a thread has none that is its own before its first and after its last moment.
 
-use super::{errno_of, syscall};
+use super::arch::syscall;
 use crate::errno::Errno;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -153,7 +153,7 @@ pub(crate) fn tgkill(pid: libc::pid_t, tid: libc::pid_t, signal: libc::c_int) ->
             [pid as usize, tid as usize, signal as usize, 0, 0, 0],
         )
     };
-    errno_of(answer).map_or(Ok(()), Err)
+    Errno::in_answer(answer).map_or(Ok(()), Err)
 }
 
 /// pidfd_open(2) with `PIDFD_THREAD` (Linux 6.9); close-on-exec, as every pidfd.
@@ -167,7 +167,7 @@ pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> Result<std::os::fd::OwnedFd
             [tid as usize, PIDFD_THREAD, 0, 0, 0, 0],
         )
     };
-    match errno_of(answer) {
+    match Errno::in_answer(answer) {
         Some(errno) => Err(errno),
         // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
         None => Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(answer as i32) }),
@@ -231,5 +231,5 @@ pub(crate) unsafe fn madvise(
 ) -> Result<(), Errno> {
     // SAFETY: the caller owns the range.
     let answer = unsafe { syscall(libc::SYS_madvise, [start, length, advice as usize, 0, 0, 0]) };
-    errno_of(answer).map_or(Ok(()), Err)
+    Errno::in_answer(answer).map_or(Ok(()), Err)
 }

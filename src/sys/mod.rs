@@ -1,0 +1,30 @@
+//! System calls, and what of them is peculiar to a processor.
+//!
+//! One file for each architecture exports the same handful of functions; a new architecture is one more file and one
+//! more line here.
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as arch;
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("nptl supports x86-64 only: another architecture is one more file in src/sys/");
+
+mod calls;
+pub(crate) mod clone;
+pub(crate) mod clone_probe;
+pub(crate) mod futex;
+pub(crate) mod map_probe;
+mod page;
+
+pub(crate) use arch::{
+    UnwindBuffer, fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer,
+    unwind_buffer,
+};
+pub(crate) use calls::{
+    ALL_BUT_SETXID, APPLICATION, KernelSigSet, NoCancellation, PTHREAD_CANCEL_DISABLE, at_fork,
+    exit_thread, futex_wait, futex_wake, lll_lock, lll_try_lock, lll_unlock, madvise,
+    pidfd_open_thread, process_id, pthread_setcancelstate, set_signal_mask, tgkill,
+};
+pub(crate) use page::page_size;
