@@ -17,11 +17,11 @@ use crate::fork;
 use crate::handle::Running;
 use crate::mem::{Body, Shared};
 use crate::stack::cache::StackCache;
-use crate::stack::{self, Idle, Signals, overflow};
+use crate::stack::{self, Idle, overflow};
 use crate::start::{Settings, Start};
 use crate::step::{Step, StepError};
 use crate::sync::{Latch, forked_bare, notice_fork};
-use crate::sys::NoCancellation;
+use crate::sys::{NoCancellation, Signals};
 use crate::tcb::{Runtime, RuntimeError};
 use std::time::Instant;
 

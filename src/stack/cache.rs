@@ -3,9 +3,9 @@
 //! The accounts are kept by the ledger, which makes no system call; here is everything around it: the
 //! kernel's side of eviction, the instances, and fork.
 
-use super::Stack;
 use super::caps::Caps;
 use super::ledger::{Budget, Entry, Ledger, State, Stats, Victims};
+use super::record::{self, Stack};
 use crate::mem::Shared;
 use crate::sync::{Latch, Lock, forked_bare, notice_fork};
 use crate::tcb::Runtime;
@@ -674,7 +674,7 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
     }
     // SAFETY: passed on.
     unsafe {
-        super::SPARE.reset();
+        record::SPARE.reset();
         ADDING.reset();
     }
     if bare {

@@ -4,7 +4,7 @@
 //! other fault. Any other fault goes to the handler that was there before, which runs with the mask and the flags
 //! that it asked for, and on the stack on which it would have run without this one.
 
-use super::Stack;
+use super::record::Stack;
 use crate::errno::Errno;
 use crate::sys;
 use std::fmt::Write;

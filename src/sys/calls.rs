@@ -6,39 +6,6 @@ use crate::errno::Errno;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-/// The kernel's `sigset_t`: bit `n - 1` is signal `n`.
-pub(crate) type KernelSigSet = u64;
-
-/// Every signal but glibc's 33 (set-id): for the time from taking the list's lock to a clone's end. 32
-/// is blocked, because a new thread is not yet ready to be cancelled.
-pub(crate) const ALL_BUT_SETXID: KernelSigSet = !(1 << 32);
-
-/// Every signal but the two that belong to glibc: 32 (cancel) and 33 (set-id). They must stay
-/// deliverable wherever a thread waits for the list lock, or a set-id broadcast, which holds that
-/// lock, waits for this thread for ever (G3).
-pub(crate) const APPLICATION: KernelSigSet = !((1 << 31) | (1 << 32));
-
-/// rt_sigprocmask(2) with `SIG_SETMASK`; the mask that was there before.
-#[inline(always)]
-pub(crate) fn set_signal_mask(mask: KernelSigSet) -> KernelSigSet {
-    let mut old: KernelSigSet = 0;
-    // SAFETY: both sets are eight bytes on this stack; changing one's own mask is memory-safe.
-    unsafe {
-        syscall(
-            libc::SYS_rt_sigprocmask,
-            [
-                libc::SIG_SETMASK as usize,
-                (&raw const mask) as usize,
-                (&raw mut old) as usize,
-                size_of::<KernelSigSet>(),
-                0,
-                0,
-            ],
-        )
-    };
-    old
-}
-
 /// Ends the calling thread, and only it: exit(2).
 #[inline(always)]
 pub(crate) fn exit_thread() -> ! {

@@ -17,14 +17,16 @@ pub(crate) mod clone_probe;
 pub(crate) mod futex;
 pub(crate) mod map_probe;
 mod page;
+mod signals;
 
 pub(crate) use arch::{
     UnwindBuffer, fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer,
     unwind_buffer,
 };
 pub(crate) use calls::{
-    ALL_BUT_SETXID, APPLICATION, KernelSigSet, NoCancellation, PTHREAD_CANCEL_DISABLE, at_fork,
-    exit_thread, futex_wait, futex_wake, lll_lock, lll_try_lock, lll_unlock, madvise,
-    pidfd_open_thread, process_id, pthread_setcancelstate, set_signal_mask, tgkill,
+    NoCancellation, PTHREAD_CANCEL_DISABLE, at_fork, exit_thread, futex_wait, futex_wake, lll_lock,
+    lll_try_lock, lll_unlock, madvise, pidfd_open_thread, process_id, pthread_setcancelstate,
+    tgkill,
 };
 pub(crate) use page::page_size;
+pub(crate) use signals::{APPLICATION, KernelSigSet, Signals, set_signal_mask};

@@ -209,7 +209,7 @@ pub(crate) unsafe fn leave_signal_stack(
     let end = base + stack.ss_size;
     let distance = interrupted.wrapping_sub(RED_ZONE).wrapping_sub(end) as isize & !63;
     let copy = frame.wrapping_add_signed(distance);
-    let mask = super::calls::set_signal_mask(!0);
+    let mask = super::signals::set_signal_mask(!0);
     // SAFETY: the interrupted code uses nothing below its red zone. Whether that is memory at all is the program's
     // responsibility, as it is when the kernel writes there.
     unsafe {
@@ -220,7 +220,7 @@ pub(crate) unsafe fn leave_signal_stack(
             (&raw mut (*context).uc_mcontext.fpregs).write(vectors as *mut _);
         }
     }
-    super::calls::set_signal_mask(mask);
+    super::signals::set_signal_mask(mask);
     distance
 }
 
