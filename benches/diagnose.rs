@@ -3,7 +3,8 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nptl::{Builder, CauseKind, RetryPolicy};
+use nptl::diagnose::CauseKind;
+use nptl::{Builder, RetryPolicy};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use std::hint::black_box;
 

@@ -117,7 +117,7 @@ fn obstacles(threads: usize, stack_bytes: usize) -> Vec<String> {
         .filter(|(left, _)| *left < threads as u64)
         .collect();
     short.sort_by_key(|(left, _)| *left);
-    let line = |(left, limit): (u64, &nptl::HeadroomLimit)| {
+    let line = |(left, limit): (u64, &nptl::diagnose::HeadroomLimit)| {
         format!(
             "{}: room for {left} more, {} of {} in use ({})",
             limit.cause,

@@ -5,7 +5,7 @@
 //! ```
 
 use clap::Parser;
-use nptl::{Headroom, HeadroomLimit};
+use nptl::diagnose::{Headroom, HeadroomLimit};
 use serde::Serialize;
 
 /// Show every limit that thread creation meets, how full it is, and which is reached first.
@@ -135,7 +135,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments = Arguments::parse();
     let headroom = match arguments.pid {
         None => nptl::headroom(),
-        Some(pid) => nptl::headroom_of(pid).map_err(|error| format!("process {pid}: {error}"))?,
+        Some(pid) => {
+            nptl::diagnose::headroom_of(pid).map_err(|error| format!("process {pid}: {error}"))?
+        }
     };
     let table = Table::new(&headroom, arguments.stack_size);
     if arguments.json {

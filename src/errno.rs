@@ -20,7 +20,6 @@ pub struct Errno(i32);
 /// Those that this crate compares with.
 impl Errno {
     pub(crate) const E2BIG: Errno = Errno(libc::E2BIG);
-    pub(crate) const EACCES: Errno = Errno(libc::EACCES);
     pub(crate) const EAGAIN: Errno = Errno(libc::EAGAIN);
     pub(crate) const EBADF: Errno = Errno(libc::EBADF);
     pub(crate) const EEXIST: Errno = Errno(libc::EEXIST);

@@ -158,7 +158,7 @@ mod tests {
     fn the_longest_report_fits() {
         // Quoted, so that the command with it is the longest; cut where a path is.
         for path in [
-            format!("/sys/fs/cgroup/{}", " ".repeat(InlinePath::CAPACITY - 15)),
+            format!("/sys/fs/cgroup/{}", " ".repeat(253 - 15)),
             format!("/sys/fs/cgroup/{}", "x".repeat(4096)),
         ] {
             let directory = InlinePath::new(path.as_bytes());

@@ -73,10 +73,7 @@ mod sys;
 mod tcb;
 
 pub use builder::{Builder, spawn};
-pub use diagnose::{
-    Answer, Cause, CauseKind, Causes, Certainty, CgroupPlace, CloneCall, Headroom, HeadroomLimit,
-    InlinePath, MemoryOracle, Oracle, PidLevel, Unit, headroom, headroom_of,
-};
+pub use diagnose::{Cause, Certainty, headroom};
 pub use errno::Errno;
 pub use error::{SpawnError, StackFate, StackOrigin, StackOutcome, Step};
 pub use failures::last_failure;

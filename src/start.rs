@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  all but SIGSETXID blocked       set_robust_list, rseq, locale, ctype, resolver, errno
-//!                                  signal stack, settings (reported to the creator, if it waits)
+//!                                  name, signal stack
 //!  the creator's mask              the closure; its result and itself are dropped or handed over
 //!                                  thread-local destructors, pthread keys, thread-locals again
 //!                                  glibc's count of threads; the last one exits the process
@@ -21,7 +21,7 @@
 
 use crate::builder::Request;
 use crate::errno::Errno;
-use crate::error::{SpawnError, Step};
+use crate::error::SpawnError;
 use crate::handle::Running;
 use crate::mem::{Body, Memory, Shared};
 use crate::stack::{self, Stack};
@@ -48,8 +48,8 @@ pub(crate) struct Start {
     pub settings: Settings,
 }
 
-/// What a thread sets for itself before the closure runs. New settings go here; those that can be
-/// refused return their step, and a creator that asked for them waits for [`Settings::apply`].
+/// What a thread sets for itself before the closure runs. Nobody waits for it: a thread without its name runs, and one
+/// without its signal stack dies of an overflow without a report.
 pub(crate) struct Settings {
     /// As many bytes of the name as `comm` holds, NUL-terminated.
     pub comm: Option<[u8; 16]>,
@@ -58,16 +58,15 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    fn apply(&self, stack: &Stack) -> Result<(), (Step, Errno)> {
+    fn apply(&self, stack: &Stack) {
         if let Some(comm) = &self.comm {
             // A name is a convenience: a filter that denies prctl must not cost the thread.
             // SAFETY: a NUL-terminated buffer of 16 bytes.
             unsafe { libc::prctl(libc::PR_SET_NAME, comm.as_ptr()) };
         }
         if self.signal_stack {
-            stack::overflow::use_signal_stack(stack).map_err(|errno| (Step::SignalStack, errno))?;
+            stack::overflow::use_signal_stack(stack);
         }
-        Ok(())
     }
 }
 
@@ -143,9 +142,7 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
         stack.set_name(start.name.as_ref().map(|name| name.as_str()));
     }
     CURRENT.set(Some(stack));
-    // Nobody waits for these settings: without its signal stack the thread runs, and an overflow
-    // dies without a report.
-    let _ = start.settings.apply(stack);
+    start.settings.apply(stack);
     // A refused setting has left its errno; the closure starts with 0 (G10).
     Errno::clear();
     sys::set_signal_mask(start.mask);

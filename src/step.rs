@@ -24,14 +24,6 @@ pub enum Step {
     AllocateTls,
     /// clone3(2), or clone(2).
     Clone,
-    /// sigaltstack(2) in the new thread.
-    SignalStack,
-    /// sched_setaffinity(2).
-    Affinity,
-    /// sched_setattr(2).
-    Scheduler,
-    /// The cgroup of the new thread.
-    Cgroup,
 }
 
 impl fmt::Display for Step {
@@ -46,10 +38,6 @@ impl fmt::Display for Step {
             Step::PrepareStack => "prepare stack",
             Step::AllocateTls => "allocate TLS",
             Step::Clone => "clone",
-            Step::SignalStack => "signal stack",
-            Step::Affinity => "affinity",
-            Step::Scheduler => "scheduler",
-            Step::Cgroup => "cgroup",
         })
     }
 }
@@ -97,6 +85,7 @@ impl StepError {
 }
 
 /// Where the stack of a refused thread came from.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StackOrigin {
     /// There was none yet.
@@ -108,6 +97,7 @@ pub enum StackOrigin {
 }
 
 /// What became of the stack of a refused thread.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StackFate {
     /// There was none.

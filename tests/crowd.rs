@@ -8,7 +8,8 @@ mod support;
 use std::time::{Duration, Instant};
 
 use gate::Gate;
-use nptl::{Builder, Unit, headroom};
+use nptl::diagnose::Unit;
+use nptl::{Builder, headroom};
 use support::{Snapshot, case, child, kernel_at_least, or_skip, report};
 
 const STACK: usize = 64 << 10;

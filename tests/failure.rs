@@ -385,7 +385,7 @@ fn check_error(case: &Case, cached: bool, error: &SpawnError) {
     let fate = match outcome.origin {
         StackOrigin::None => "no stack yet",
         StackOrigin::Cache => "stack from cache, back in cache",
-        StackOrigin::Fresh => "stack freshly mapped, unmapped",
+        _ => "stack freshly mapped, unmapped",
     };
     for part in [
         format!("step={}", case.step),

@@ -2,7 +2,8 @@
 
 mod support;
 
-use nptl::{Builder, CauseKind, JoinHandle, RetryPolicy};
+use nptl::diagnose::CauseKind;
+use nptl::{Builder, JoinHandle, RetryPolicy};
 use support::{Cgroup, Child, become_unused_user, case, child, inherited_cgroup, or_skip, report};
 
 const STACK: usize = 1 << 20;
@@ -258,7 +259,7 @@ fn another_process_has_the_rows_that_it_sees_itself() {
         CauseKind::DataSegment,
         CauseKind::LockedMemory,
     ];
-    let rows = |headroom: &nptl::Headroom| {
+    let rows = |headroom: &nptl::diagnose::Headroom| {
         let limits = headroom.limits().iter();
         let rows = limits.filter(|limit| ROWS.contains(&limit.cause));
         let texts = rows.map(|limit| {
@@ -280,7 +281,7 @@ fn another_process_has_the_rows_that_it_sees_itself() {
     let limited = child(test, "wait").rlimit(libc::RLIMIT_AS, 1 << 30);
     let mut running = or_skip!(limited.spawn());
     assert!(running.wait_for("READY"));
-    let seen = nptl::headroom_of(running.pid() as u32).expect("its files");
+    let seen = nptl::diagnose::headroom_of(running.pid() as u32).expect("its files");
     let output = running.finish().success();
     assert_eq!(output.get("rows"), Some(&*rows(&seen)), "{output}");
     assert!(rows(&seen).matches("Some").count() >= 9, "{}", rows(&seen));
@@ -289,7 +290,7 @@ fn another_process_has_the_rows_that_it_sees_itself() {
 /// The pid namespace of somebody else's process cannot be read from its link, but from its status.
 #[test]
 fn the_pid_namespace_of_another_users_process_is_known() {
-    let row = |headroom: &nptl::Headroom| {
+    let row = |headroom: &nptl::diagnose::Headroom| {
         let mut limits = headroom.limits().iter();
         let row = limits.find(|limit| limit.cause == CauseKind::PidNumbers);
         row.expect("a row").clone()
@@ -307,7 +308,7 @@ fn the_pid_namespace_of_another_users_process_is_known() {
             report("link", link.is_ok());
             let (own, other) = (
                 row(&nptl::headroom()),
-                row(&nptl::headroom_of(pid).expect("its files")),
+                row(&nptl::diagnose::headroom_of(pid).expect("its files")),
             );
             report("own maximum", format!("{:?}", own.maximum));
             report("maximum", format!("{:?}", other.maximum));

@@ -17,7 +17,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nptl::{Builder, Cause, CauseKind, Certainty, RetryPolicy, SpawnError, diagnose};
+use nptl::diagnose::CauseKind;
+use nptl::{Builder, Cause, Certainty, RetryPolicy, SpawnError, diagnose};
 use scenarios::Verdict;
 use scenarios::guardian::Guarded;
 use support::{

@@ -5,7 +5,8 @@ mod support;
 
 use std::time::Duration;
 
-use nptl::{Builder, CauseKind, RetryPolicy};
+use nptl::diagnose::CauseKind;
+use nptl::{Builder, RetryPolicy};
 use support::{
     Cgroup, CgroupDir, Warden, case, child, inherited_cgroup, or_skip, report, wait_for_end,
 };

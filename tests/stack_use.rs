@@ -9,7 +9,8 @@ mod support;
 use std::ffi::c_void;
 use std::hint::black_box;
 
-use nptl::{Builder, CauseKind, SpawnError};
+use nptl::diagnose::CauseKind;
+use nptl::{Builder, SpawnError};
 use support::{
     Cgroup, Child, Sleepers, become_unused_user, case, child, deny, inherited_cgroup, or_skip,
     report, set_rlimit,

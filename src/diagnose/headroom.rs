@@ -158,7 +158,7 @@ pub fn headroom() -> Headroom {
 /// The error of reading /proc/PID/status: `ENOENT` if there is no such process.
 ///
 /// ```
-/// assert!(!nptl::headroom_of(std::process::id())?.limits().is_empty());
+/// assert!(!nptl::diagnose::headroom_of(std::process::id())?.limits().is_empty());
 /// # Ok::<(), std::io::Error>(())
 /// ```
 pub fn headroom_of(pid: u32) -> std::io::Result<Headroom> {

@@ -39,17 +39,15 @@ use again::{Again, Granted, Repetition};
 pub use cause::{
     AddressSpace, AddressSpaceExhausted, Answer, Cause, CauseKind, Causes, Certainty, CgroupPlace,
     DataSegment, DeadlineScheduling, DyingPidNamespace, InvalidAttribute, KernelMemory,
-    LockedMemory, MapCount, MemoryOracle, NotPermitted, Oracle, OutsideCpuset, Overcommit,
-    PidLevel, PidNumbers, PidsCgroup, Seccomp, SiblingExec, ThreadsMax, Unknown,
-    UnsharedPidNamespace, UnsupportedRuntime, UserProcesses,
+    LockedMemory, MapCount, MemoryOracle, Oracle, Overcommit, PidLevel, PidNumbers, PidsCgroup,
+    Seccomp, SiblingExec, ThreadsMax, Unknown, UnsharedPidNamespace, UnsupportedRuntime,
+    UserProcesses,
 };
 pub use headroom::{Headroom, HeadroomLimit, Unit, headroom, headroom_of};
 pub(crate) use verdict::Verdict;
 
 pub use crate::mem::text::InlinePath;
-use crate::proc::cgroup::Hierarchy;
-use crate::proc::limits::{Limit, Limited};
-use crate::proc::status::{CAP_SYS_NICE, Calls, Status};
+use crate::proc::status::{Calls, Status};
 use crate::proc::task::{self, OWN_PID_NAMESPACE, PID_NAMESPACE_FOR_CHILDREN};
 pub use crate::step::CloneCall;
 use crate::step::{Step, StepError};
@@ -113,26 +111,7 @@ fn name(
         | Step::PrepareStack
         | Step::AllocateTls => Ok(memory::diagnose(error, &status, seen)),
         Step::Clone => clone(error, &status, seen, repetition),
-        Step::Affinity if error.errno == Errno::EINVAL => {
-            let cpuset = Hierarchy::of_thread(b"cpuset");
-            let directory = cpuset.map_or(InlinePath::EMPTY, |cpuset| cpuset.own_directory());
-            Ok(Verdict::proven(OutsideCpuset { directory }))
-        }
-        Step::Affinity | Step::Scheduler | Step::Cgroup
-            if matches!(error.errno, Errno::EPERM | Errno::EACCES) =>
-        {
-            let rtprio = Limit::read(Limited::RealTimePriority, status.calls());
-            Ok(Verdict::proven(NotPermitted {
-                what: match error.step {
-                    Step::Affinity => "setting the affinity",
-                    Step::Scheduler => "the scheduling policy or priority",
-                    _ => "entering the cgroup",
-                },
-                cap_sys_nice: status.capabilities.map(|_| status.has(CAP_SYS_NICE)),
-                rtprio: rtprio.map(|limit| limit.soft),
-            }))
-        }
-        _ => Ok(Verdict::UNKNOWN),
+        Step::Attributes | Step::Runtime => Ok(Verdict::UNKNOWN),
     }
 }
 

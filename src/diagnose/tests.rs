@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
 use super::judge::{Judgement, judge};
 use super::*;
+use crate::proc::cgroup::Hierarchy;
 use crate::proc::cgroup::PIDS;
 
 const ROUNDS: usize = 50;

@@ -1,7 +1,9 @@
 //! Text without the heap, and what is lost where it does not fit.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// Written where something was cut.
 pub(crate) const CUT: &str = "...";
@@ -10,23 +12,16 @@ pub(crate) const CUT: &str = "...";
 ///
 /// The layout is read by `gdb/nptl.py`.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Text<const N: usize> {
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Text<const N: usize> {
     length: u32,
     /// 0 from `length` on.
     bytes: [u8; N],
     truncated: bool,
 }
 
-/// A file name without heap: at most 253 bytes, and whether it was longer.
-pub type InlinePath = Text<253>;
-
 impl<const N: usize> Text<N> {
-    /// The most bytes kept.
-    pub const CAPACITY: usize = N;
-
-    /// No path: it is not known, or not visible from here.
-    pub const EMPTY: Text<N> = Text {
+    pub(crate) const EMPTY: Text<N> = Text {
         length: 0,
         bytes: [0; N],
         truncated: false,
@@ -71,8 +66,7 @@ impl<const N: usize> Text<N> {
         }
     }
 
-    /// The bytes, cut at [`Text::CAPACITY`].
-    pub fn as_bytes(&self) -> &[u8] {
+    pub(crate) fn as_bytes(&self) -> &[u8] {
         self.bytes.get(..self.length as usize).unwrap_or_default()
     }
 
@@ -81,9 +75,9 @@ impl<const N: usize> Text<N> {
         self.truncated = false;
     }
 
-    /// The text, or `None` if it is unknown, was cut, or is not UTF-8.
+    /// The text, or `None` if it is empty, was cut, or is not UTF-8.
     #[expect(clippy::wrong_self_convention, reason = "std's name, and no copy")]
-    pub fn to_str(&self) -> Option<&str> {
+    pub(crate) fn to_str(&self) -> Option<&str> {
         if self.truncated || self.is_empty() {
             return None;
         }
@@ -98,13 +92,12 @@ impl<const N: usize> Text<N> {
         CStr::from_bytes_until_nul(&self.bytes).ok()
     }
 
-    /// Whether nothing is known.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// Whether the real text is longer.
-    pub fn is_truncated(&self) -> bool {
+    /// Whether there was more.
+    pub(crate) fn is_truncated(&self) -> bool {
         self.truncated
     }
 }
@@ -116,7 +109,60 @@ impl<const N: usize> fmt::Write for Text<N> {
     }
 }
 
-impl<const N: usize> fmt::Display for Text<N> {
+/// The path of a file or directory, without the heap: at most 253 bytes. Of a longer path the beginning is kept, and
+/// `...` after it, so that it names nothing. Empty if the path is not known.
+///
+/// ```
+/// use nptl::diagnose::{Cause, InlinePath};
+/// fn directory(cause: &Cause) -> Option<&InlinePath> {
+///     match cause {
+///         Cause::PidsCgroup(cgroup) => Some(&cgroup.directory).filter(|path| !path.is_empty()),
+///         _ => None,
+///     }
+/// }
+/// let error = nptl::Builder::new().stack_size(usize::MAX).spawn(|| ()).unwrap_err();
+/// assert_eq!(directory(error.cause()), None);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct InlinePath(Text<253>);
+
+impl InlinePath {
+    pub(crate) const EMPTY: InlinePath = InlinePath(Text::EMPTY);
+
+    pub(crate) fn new(bytes: &[u8]) -> InlinePath {
+        let mut text = Text::new(bytes);
+        text.mark_cut();
+        InlinePath(text)
+    }
+
+    /// The bytes that are kept.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    /// The path, or `None` if it is not known, was cut, or is not UTF-8.
+    pub fn to_str(&self) -> Option<&str> {
+        self.0.to_str()
+    }
+
+    /// Whether the path is not known, or not visible to this process.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether the real path is longer.
+    pub fn is_truncated(&self) -> bool {
+        self.0.is_truncated()
+    }
+}
+
+impl AsRef<Path> for InlinePath {
+    fn as_ref(&self) -> &Path {
+        Path::new(OsStr::from_bytes(self.as_bytes()))
+    }
+}
+
+impl fmt::Display for InlinePath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for chunk in self.as_bytes().utf8_chunks() {
             f.write_str(chunk.valid())?;
@@ -124,11 +170,11 @@ impl<const N: usize> fmt::Display for Text<N> {
                 f.write_str("\u{fffd}")?;
             }
         }
-        f.write_str(if self.truncated { CUT } else { "" })
+        Ok(())
     }
 }
 
-impl<const N: usize> fmt::Debug for Text<N> {
+impl fmt::Debug for InlinePath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "\"{self}\"")
     }
@@ -154,34 +200,35 @@ mod tests {
         for part in parts {
             text.write_str(part).expect("never fails");
         }
-        text.to_string()
+        text.mark_cut();
+        String::from_utf8_lossy(text.as_bytes()).into_owned()
     }
 
     #[test]
     fn what_does_not_fit_is_cut_between_characters_and_marked() {
         assert_eq!(written::<7>(&["four", "ly"]), "fourly");
         assert_eq!(written::<7>(&["seven b", ""]), "seven b");
-        assert_eq!(written::<7>(&["eight by"]), "eight b...");
-        assert_eq!(written::<7>(&["eight b", "y", "more"]), "eight b...");
+        assert_eq!(written::<7>(&["eight by"]), "eigh...");
+        assert_eq!(written::<7>(&["eight b", "y", "more"]), "eigh...");
         // Three bytes each.
-        assert_eq!(written::<7>(&["€€€"]), "€€...");
-        assert_eq!(written::<8>(&["€€€", "!"]), "€€...");
+        assert_eq!(written::<8>(&["€€€"]), "€...");
+        assert_eq!(written::<9>(&["€€€", "!"]), "€€...");
         assert_eq!(written::<9>(&["€€€"]), "€€€");
-        assert_eq!(written::<0>(&["a"]), "...");
     }
 
     #[test]
     fn a_path_that_was_cut_is_not_handed_out() {
         let whole = "/".to_owned() + &"€".repeat(84);
-        assert_eq!(whole.len(), InlinePath::CAPACITY);
+        assert_eq!(whole.len(), InlinePath::EMPTY.0.bytes.len());
         for (path, shown) in [
             (whole.clone(), whole.clone()),
-            (format!("{whole}/"), format!("{whole}...")),
-            (format!("/{whole}"), format!("/{}...", &whole[..250])),
-            (format!("//{whole}"), format!("//{}...", &whole[..250])),
+            (format!("{whole}/"), format!("{}...", &whole[..250])),
+            (format!("/{whole}"), format!("/{}...", &whole[..247])),
+            (format!("//{whole}"), format!("//{}...", &whole[..247])),
         ] {
             let inline = InlinePath::new(path.as_bytes());
             assert_eq!(inline.to_string(), shown);
+            assert_eq!(inline.as_ref(), Path::new(&shown));
             assert_eq!(inline.to_str().is_none(), shown.ends_with("..."));
             assert_eq!(inline.is_truncated(), shown.ends_with("..."));
         }

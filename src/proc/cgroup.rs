@@ -224,11 +224,6 @@ impl Hierarchy {
         }
     }
 
-    /// The directory of the thread's own cgroup.
-    pub(crate) fn own_directory(&self) -> InlinePath {
-        InlinePath::new(self.path.as_bytes())
-    }
-
     pub(crate) fn directory(&self, level: &Level) -> InlinePath {
         let bytes = self.path.as_bytes();
         InlinePath::new(bytes.get(..level.length).unwrap_or(bytes))

@@ -22,7 +22,6 @@ pub(crate) enum Limited {
     AddressSpace,
     Data,
     LockedMemory,
-    RealTimePriority,
 }
 
 impl Limited {
@@ -33,7 +32,6 @@ impl Limited {
             Limited::AddressSpace => (b"Max address space", Resource::RLIMIT_AS),
             Limited::Data => (b"Max data size", Resource::RLIMIT_DATA),
             Limited::LockedMemory => (b"Max locked memory", Resource::RLIMIT_MEMLOCK),
-            Limited::RealTimePriority => (b"Max realtime priority", Resource::RLIMIT_RTPRIO),
         }
     }
 }
@@ -76,8 +74,9 @@ mod tests {
         let line =
             b"Max address space         8589934592           unlimited            bytes     ";
         assert_eq!(of(line, Limited::AddressSpace), Some((8 << 30, UNLIMITED)));
-        let line = b"Max realtime priority     0                    0                    ";
-        assert_eq!(of(line, Limited::RealTimePriority), Some((0, 0)));
+        let line =
+            b"Max locked memory         0                    0                    bytes     ";
+        assert_eq!(of(line, Limited::LockedMemory), Some((0, 0)));
         let line = b"Max data size             ";
         assert_eq!(of(line, Limited::Data), None);
     }
@@ -89,7 +88,6 @@ mod tests {
             Limited::AddressSpace,
             Limited::Data,
             Limited::LockedMemory,
-            Limited::RealTimePriority,
         ] {
             let called = Limit::read(limited, Calls::Any);
             assert!(called.is_some());

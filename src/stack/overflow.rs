@@ -5,7 +5,6 @@
 //! that it asked for, and on the stack on which it would have run without this one.
 
 use super::record::Stack;
-use crate::errno::Errno;
 use crate::sys;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -88,8 +87,8 @@ fn install() -> bool {
     }
 }
 
-/// Makes the calling thread handle signals with SA_ONSTACK in its mapping.
-pub(crate) fn use_signal_stack(stack: &Stack) -> Result<(), Errno> {
+/// Makes the calling thread handle signals with SA_ONSTACK in its mapping, unless a filter denies that.
+pub(crate) fn use_signal_stack(stack: &Stack) {
     let (base, size) = stack.signal_stack();
     let signal_stack = libc::stack_t {
         ss_sp: base as *mut libc::c_void,
@@ -97,8 +96,7 @@ pub(crate) fn use_signal_stack(stack: &Stack) -> Result<(), Errno> {
         ss_size: size,
     };
     // SAFETY: the range lies in this thread's mapping, which outlives it (G23).
-    let answer = unsafe { libc::sigaltstack(&raw const signal_stack, std::ptr::null_mut()) };
-    Errno::result(answer)
+    unsafe { libc::sigaltstack(&raw const signal_stack, std::ptr::null_mut()) };
 }
 
 /// What [`sys::fault_handler`] does next, in two registers.

@@ -3,7 +3,8 @@
 use super::process::{BARE, Fork, fork, forked, in_child, is_good, wait};
 use super::{spawn_and_join, wait_until};
 use crate::support::{alone, burst, deny, report};
-use nptl::{Builder, CauseKind, JoinHandle, SpawnError, StackCache, StackCacheConfig, Step};
+use nptl::diagnose::CauseKind;
+use nptl::{Builder, JoinHandle, SpawnError, StackCache, StackCacheConfig, Step};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;

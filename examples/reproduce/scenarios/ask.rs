@@ -9,7 +9,8 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nptl::{Builder, Cause, CauseKind, Certainty, RetryPolicy, SpawnError, StackCache, Step};
+use nptl::diagnose::CauseKind;
+use nptl::{Builder, Cause, Certainty, RetryPolicy, SpawnError, StackCache, Step};
 use serde::{Deserialize, Serialize};
 
 use super::Start;

@@ -13,10 +13,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use nptl::{
-    Builder, Cause, CauseKind, Certainty, CgroupPlace, CloneCall, PidLevel, RetryPolicy,
-    SpawnError, Step, diagnose,
-};
+use nptl::diagnose::{CauseKind, CgroupPlace, CloneCall, PidLevel};
+use nptl::{Builder, Cause, Certainty, RetryPolicy, SpawnError, Step, diagnose};
 
 use super::ask::{
     Asker, Expected, Right, ask_nptl, ask_pthread, ask_std, await_reaping, other_cause, reports,

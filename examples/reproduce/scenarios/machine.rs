@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nptl::{Cause, CauseKind, Certainty, Step, diagnose};
+use nptl::diagnose::CauseKind;
+use nptl::{Cause, Certainty, Step, diagnose};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::guardian::Guarded;

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
-use nptl::{Cause, CauseKind, Certainty, SpawnError, Step, diagnose};
+use nptl::diagnose::CauseKind;
+use nptl::{Cause, Certainty, SpawnError, Step, diagnose};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::clone::become_limited_user;

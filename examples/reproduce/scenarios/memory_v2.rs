@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nptl::{Cause, CauseKind, Certainty, SpawnError, Step, diagnose};
+use nptl::diagnose::CauseKind;
+use nptl::{Cause, Certainty, SpawnError, Step, diagnose};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::{number_in, write};

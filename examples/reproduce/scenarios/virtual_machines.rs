@@ -9,9 +9,8 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use memmap2::MmapMut;
 use nix::errno::Errno;
-use nptl::{
-    Builder, Cause, CauseKind, Certainty, JoinHandle, PidLevel, SpawnError, Step, diagnose,
-};
+use nptl::diagnose::{CauseKind, PidLevel};
+use nptl::{Builder, Cause, Certainty, JoinHandle, SpawnError, Step, diagnose};
 
 use super::ask::{
     Asker, Expected, Right, other_cause, reports, same, tell_answer, tell_failure, tell_granted,

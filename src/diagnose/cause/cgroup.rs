@@ -21,7 +21,7 @@ pub enum CgroupPlace {
 
 /// pids.max of a cgroup.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PidsCgroup {
     /// Directory of the cgroup whose limit was hit; empty if it is not visible.
     pub directory: InlinePath,

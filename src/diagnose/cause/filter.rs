@@ -8,7 +8,7 @@ use crate::step::CloneCall;
 
 /// A system-call filter answered, not the kernel (seccomp(2)).
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Seccomp {
     /// The call the filter answers for.
     pub call: CloneCall,

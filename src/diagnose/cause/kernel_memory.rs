@@ -9,7 +9,7 @@ use crate::mem::text::InlinePath;
 
 /// The kernel had no memory for the new task: mostly the memory cgroup.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelMemory {
     /// Directory of the memory cgroup whose failure counter rose; empty if none did.
     pub directory: InlinePath,

@@ -33,7 +33,7 @@ macro_rules! limit_of_bytes {
     ($(#[$doc:meta])* $name:ident: $limit:literal, $field:literal, $used:literal, $remedy:expr) => {
         $(#[$doc])*
         #[non_exhaustive]
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub struct $name {
             /// Bytes asked for.
             pub requested: u64,
@@ -102,7 +102,7 @@ limit_of_bytes!(
 
 /// vm.max_map_count: the process has as many mappings as it may.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MapCount {
     /// /proc/sys/vm/max_map_count.
     pub maximum: Option<u64>,
@@ -150,7 +150,7 @@ impl Evidence for MapCount {
 
 /// The machine's overcommit policy (vm.overcommit_memory).
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Overcommit {
     /// 0: one mapping may not exceed memory and swap. 2: a strict limit for all processes together.
     pub mode: Option<u64>,
@@ -235,7 +235,7 @@ impl Evidence for Overcommit {
 
 /// No range of free addresses is long enough.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AddressSpaceExhausted {
     /// Bytes asked for.
     pub requested: u64,

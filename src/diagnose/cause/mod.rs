@@ -11,7 +11,6 @@ mod mapping;
 mod oracle;
 mod pid;
 mod request;
-mod settings;
 mod show;
 mod tasks;
 mod thread;
@@ -29,7 +28,6 @@ pub use mapping::{
 pub use oracle::{Answer, MemoryOracle, Oracle};
 pub use pid::{DyingPidNamespace, PidLevel, PidNumbers, UnsharedPidNamespace};
 pub use request::{InvalidAttribute, UnsupportedRuntime};
-pub use settings::{NotPermitted, OutsideCpuset};
 use show::Evidence;
 pub use tasks::{ThreadsMax, UserProcesses};
 pub use thread::{DeadlineScheduling, SiblingExec};
@@ -53,7 +51,7 @@ macro_rules! causes {
         /// let error = nptl::Builder::new().stack_size(usize::MAX).spawn(|| ()).unwrap_err();
         /// assert_eq!(remedy(error.cause()), "see the report");
         /// ```
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum Cause {
             $(
@@ -136,8 +134,6 @@ causes! {
     Overcommit: "the overcommit policy (vm.overcommit_memory)",
     LockedMemory: "RLIMIT_MEMLOCK",
     AddressSpaceExhausted: "no free range of addresses",
-    NotPermitted: "a missing privilege",
-    OutsideCpuset: "CPUs outside the cpuset",
     Unknown: "unknown",
 }
 
@@ -165,6 +161,7 @@ impl fmt::Display for CauseKind {
 }
 
 /// How sure a cause is.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Certainty {
     /// The kernel's own answers and what was read leave no other cause.
@@ -188,7 +185,7 @@ impl fmt::Display for Certainty {
 /// A set of causes: what else an inferred refusal could be.
 ///
 /// ```
-/// use nptl::{CauseKind, Causes};
+/// use nptl::diagnose::{CauseKind, Causes};
 /// let set: Causes = [CauseKind::SiblingExec, CauseKind::PidNumbers].into_iter().collect();
 /// assert!(set.contains(CauseKind::PidNumbers));
 /// assert!(!set.contains(CauseKind::Seccomp));

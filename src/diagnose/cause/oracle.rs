@@ -5,7 +5,8 @@ use std::fmt;
 use crate::errno::Errno;
 
 /// The answer of one system call made to find out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Answer {
     /// The question was not asked.
     #[default]
@@ -43,7 +44,7 @@ impl fmt::Display for Answer {
 
 /// The kernel's order of checks, probed with clones that always fail.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Oracle {
     /// `clone3(NULL, 0)`. EINVAL: the kernel itself answers. ENOSYS: no clone3, or a filter.
     pub clone3_empty: Answer,
@@ -94,7 +95,7 @@ impl Oracle {
 
 /// How far mmap gets, probed in the kernel's order of checks.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct MemoryOracle {
     /// A page that is in use. EEXIST: the number of mappings is not above its maximum.
     pub number_of_mappings: Answer,

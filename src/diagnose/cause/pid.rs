@@ -18,7 +18,7 @@ pub enum PidLevel {
 
 /// No pid number is left at some level of pid namespaces.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PidNumbers {
     /// Which level.
     pub level: PidLevel,
@@ -105,7 +105,7 @@ impl Evidence for PidNumbers {
 
 /// The pid namespace has lost its init process and takes no new task.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DyingPidNamespace {
     /// Inode of the namespace.
     pub namespace: Option<u64>,
@@ -136,7 +136,7 @@ impl Evidence for DyingPidNamespace {
 
 /// The process has unshared its pid namespace: only a new process can enter that, no thread.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct UnsharedPidNamespace {
     /// Inode of /proc/thread-self/ns/pid.
     pub own: Option<u64>,

@@ -6,7 +6,7 @@ use super::show::{Evidence, line};
 
 /// The caller asked for something impossible.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct InvalidAttribute {
     /// Which attribute.
     pub what: &'static str,
@@ -38,7 +38,7 @@ impl Evidence for InvalidAttribute {
 
 /// The C library did not pass the checks made before its structures are trusted.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct UnsupportedRuntime {
     /// Which check failed.
     pub what: &'static str,

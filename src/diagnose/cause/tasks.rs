@@ -6,7 +6,7 @@ use super::show::{Evidence, KEEP, Value, line};
 
 /// RLIMIT_NPROC: the real user has too many tasks (getrlimit(2)). The kernel exports no count of them.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct UserProcesses {
     /// Real user id of the calling thread.
     pub uid: Option<u32>,
@@ -83,7 +83,7 @@ impl Evidence for UserProcesses {
 
 /// kernel.threads-max: too many tasks in the whole machine.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ThreadsMax {
     /// Tasks in the machine, from /proc/loadavg.
     pub tasks: Option<u64>,

@@ -6,7 +6,7 @@ use super::show::{Evidence, Value, line};
 
 /// The caller runs under SCHED_DEADLINE and may not hand that on (sched(7), SCHED_FLAG_RESET_ON_FORK).
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DeadlineScheduling {
     /// The policy, from sched_getattr(2) or /proc/thread-self/stat.
     pub policy: u32,
@@ -41,7 +41,7 @@ impl Evidence for DeadlineScheduling {
 
 /// Another thread of the process is inside execve(2): gone within milliseconds, one way or the other.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SiblingExec {
     /// Threads of the process.
     pub threads: Option<u64>,

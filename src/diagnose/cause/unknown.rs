@@ -7,7 +7,7 @@ use super::show::{Evidence, Value, line};
 
 /// Not found out. All that was read.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Unknown {
     /// The kernel's answers about clone.
     pub oracle: Oracle,
