@@ -1,19 +1,13 @@
 //! The stack ledger alone: random steps against a model made of plain vectors, and what a forked
 //! child finds.
 
-#[expect(
-    dead_code,
-    reason = "the crate's own file, of which a part is used here"
-)]
-#[path = "../src/stack/class.rs"]
-mod class;
 #[path = "../src/sys/futex.rs"]
 mod futex;
 #[expect(
     dead_code,
     reason = "the crate's own file, of which a part is used here"
 )]
-#[path = "../src/stack/ledger.rs"]
+#[path = "../src/stack/ledger/mod.rs"]
 mod ledger;
 #[path = "../src/sync/lock.rs"]
 mod lock;
@@ -29,10 +23,9 @@ mod sys {
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
-use class::{Class, fit};
-use ledger::{
-    Budget, EVICT, Entry, LOOK, LOOK_ON_MISS, Ledger, Links, State, Stats, Tally, Victims,
-};
+use ledger::accounts::Tally;
+use ledger::class::{Class, fit};
+use ledger::{Budget, EVICT, Entry, LOOK, LOOK_ON_MISS, Ledger, Links, State, Stats, Victims};
 use proptest::prelude::*;
 
 struct Stack {

@@ -1,4 +1,4 @@
-//! `src/stack/ledger.rs` as it is, in every interleaving that loom finds: the threads that give and
+//! `src/stack/ledger/` as it is, in every interleaving that loom finds: the threads that give and
 //! take, and the kernel as one more thread that clears tid words whenever it likes.
 //!
 //! What each run must show: no stack is in two hands at once, none is handed out or unmapped before
@@ -8,13 +8,7 @@
     dead_code,
     reason = "the crate's own file, of which a part is used here"
 )]
-#[path = "../src/stack/class.rs"]
-mod class;
-#[expect(
-    dead_code,
-    reason = "the crate's own file, of which a part is used here"
-)]
-#[path = "../src/stack/ledger.rs"]
+#[path = "../src/stack/ledger/mod.rs"]
 mod ledger;
 
 mod sync {
@@ -114,8 +108,9 @@ mod lock {
 
 use std::sync::atomic::{AtomicBool as StdBool, AtomicUsize as StdUsize, Ordering::SeqCst};
 
-use class::{Class, fit};
-use ledger::{Budget, Entry, Ledger, Links, State, Tally, Victims};
+use ledger::accounts::Tally;
+use ledger::class::{Class, fit};
+use ledger::{Budget, Entry, Ledger, Links, State, Victims};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, Ordering};

@@ -1,8 +1,8 @@
 //! [`Idle`]: a stack without a thread, in the hands of a spawn.
 
 use super::cache::{self, StackCache};
-use super::class::{self, Class};
 use super::layout::{self, Layout};
+use super::ledger::class::{self, Class};
 use super::record::{Life, Stack};
 use super::{caps, mapping};
 use crate::errno::Errno;

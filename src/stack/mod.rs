@@ -2,7 +2,6 @@
 
 pub(crate) mod cache;
 mod caps;
-mod class;
 mod idle;
 mod info;
 mod layout;

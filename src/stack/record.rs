@@ -3,8 +3,8 @@
 //! Records are leaked and recycled, never freed, so a `&'static Stack` is always good to look at, in a signal handler,
 //! in a forked child and in a core file; their number is the largest number of stacks that ever existed at once.
 
-use super::class::Class;
 use super::layout::Layout;
+use super::ledger::class::Class;
 use super::ledger::{Entry, Links};
 use super::mapping;
 use crate::mem::{Shared, try_box};

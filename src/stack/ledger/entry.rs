@@ -1,0 +1,234 @@
+//! An entry of the ledger, and the lists that run through it.
+
+use super::class::Class;
+use crate::sync::lock::Guarded;
+use std::mem;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+
+/// What the ledger keeps accounts of: the record of one stack, never freed.
+///
+/// The methods are called with the ledger's lock held: plain reads, no call back into the ledger.
+///
+/// # Safety
+/// `links` returns the same object on every call, and no other entry returns it.
+pub(crate) unsafe trait Entry: Sync + Sized + 'static {
+    fn links(&self) -> &Links<Self>;
+
+    /// Which requests the stack serves; `None`: it is never cached. Read when the stack is adopted.
+    fn class(&self) -> Option<Class>;
+
+    /// Bytes of address space, guard and TLS block included. Read when the stack is adopted.
+    fn bytes(&self) -> usize;
+
+    /// Upper bound of the bytes that stay resident while nobody uses the stack. Read when it is
+    /// given back, and again when a failed munmap puts it back.
+    fn resident(&self) -> usize;
+
+    /// The kernel has cleared the tid word (Acquire), or no thread has run on the stack since it
+    /// was taken.
+    fn released(&self) -> bool;
+
+    /// Whether no more than [`Entry::resident`] stays resident. Otherwise the stack is not kept before a call that unmaps
+    /// has given its memory back.
+    fn is_discarded(&self) -> bool;
+}
+
+/// Where a stack is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum State {
+    /// Not in the ledger.
+    Gone,
+    Live,
+    Pending,
+    Cached,
+    Doomed,
+    Unmapping,
+}
+
+impl State {
+    pub(super) const fn from_byte(byte: u8) -> State {
+        match byte {
+            1 => State::Live,
+            2 => State::Pending,
+            3 => State::Cached,
+            4 => State::Doomed,
+            5 => State::Unmapping,
+            _ => State::Gone,
+        }
+    }
+}
+
+/// Owner of an entry in no ledger.
+pub(super) const NOBODY: usize = 0;
+
+/// The ledger's part of an entry.
+pub(crate) struct Links<E: 'static> {
+    /// Address of the ledger that the entry is in: says whose lock guards the cells below.
+    pub(super) owner: AtomicUsize,
+    /// A [`State`], written under that lock, after everything that it says is true of the entry: a forked child
+    /// believes it.
+    pub(super) state: AtomicU8,
+    facts: Guarded<Facts>,
+    /// Neighbours in the list of the entry's state; for a cached entry, in the list of its class.
+    home: Pair<E>,
+    /// Neighbours by age, for cached entries only.
+    age: Pair<E>,
+}
+
+impl<E> Links<E> {
+    /// Where a debugger reads the entry's [`State`], one byte.
+    pub(crate) const STATE_OFFSET: usize = mem::offset_of!(Self, state);
+
+    /// Where it reads the address of the ledger that the entry is in, one word.
+    pub(crate) const OWNER_OFFSET: usize = mem::offset_of!(Self, owner);
+
+    pub(crate) const fn new() -> Self {
+        Links {
+            owner: AtomicUsize::new(NOBODY),
+            state: AtomicU8::new(State::Gone as u8),
+            facts: Guarded::new(Facts {
+                evicted: false,
+                class: None,
+                bytes: 0,
+                resident: 0,
+            }),
+            home: Pair::new(),
+            age: Pair::new(),
+        }
+    }
+}
+
+/// What the ledger knows of an entry. Sizes are kept, not asked for again, so that what is
+/// subtracted is what was added.
+#[derive(Clone, Copy)]
+pub(super) struct Facts {
+    /// Was cached before it became `Unmapping`.
+    pub(super) evicted: bool,
+    pub(super) class: Option<Class>,
+    pub(super) bytes: usize,
+    pub(super) resident: usize,
+}
+
+/// Neighbours in a list; stale while the entry is in none. Two cells, because each is mostly set alone.
+pub(super) struct Pair<E: 'static> {
+    prev: Guarded<Option<&'static E>>,
+    next: Guarded<Option<&'static E>>,
+}
+
+impl<E> Pair<E> {
+    const fn new() -> Self {
+        Pair {
+            prev: Guarded::new(None),
+            next: Guarded::new(None),
+        }
+    }
+}
+
+/// Proof that the ledger's lock is held: the only one lies inside.
+pub(super) struct Key(());
+
+impl Key {
+    /// # Safety
+    /// The key is reached with the ledger's lock held only.
+    pub(super) const unsafe fn new() -> Key {
+        Key(())
+    }
+}
+
+impl<E: Entry> Links<E> {
+    pub(super) fn facts(&self, _key: &Key) -> Facts {
+        // SAFETY: the key's lock is held, and it guards this cell: entries are reached through the
+        // lists behind that lock, or by `Ledger::enter`, which has compared `owner`.
+        unsafe { self.facts.get() }
+    }
+
+    pub(super) fn set_facts(&self, _key: &mut Key, facts: Facts) {
+        // SAFETY: as in `facts`.
+        unsafe { self.facts.set(facts) }
+    }
+
+    pub(super) fn state(&self) -> State {
+        State::from_byte(self.state.load(Ordering::Relaxed))
+    }
+
+    fn pair<const BY_AGE: bool>(&self) -> &Pair<E> {
+        if BY_AGE { &self.age } else { &self.home }
+    }
+
+    fn prev<const BY_AGE: bool>(&self, _key: &Key) -> Option<&'static E> {
+        // SAFETY: as in `facts`.
+        unsafe { self.pair::<BY_AGE>().prev.get() }
+    }
+
+    fn next<const BY_AGE: bool>(&self, _key: &Key) -> Option<&'static E> {
+        // SAFETY: as in `facts`.
+        unsafe { self.pair::<BY_AGE>().next.get() }
+    }
+
+    fn set_prev<const BY_AGE: bool>(&self, _key: &mut Key, prev: Option<&'static E>) {
+        // SAFETY: as in `facts`.
+        unsafe { self.pair::<BY_AGE>().prev.set(prev) }
+    }
+
+    fn set_next<const BY_AGE: bool>(&self, _key: &mut Key, next: Option<&'static E>) {
+        // SAFETY: as in `facts`.
+        unsafe { self.pair::<BY_AGE>().next.set(next) }
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum End {
+    Front,
+    Back,
+}
+
+/// A doubly linked list through `age` or `home` of its entries.
+pub(super) struct List<E: 'static, const BY_AGE: bool> {
+    pub(super) head: Option<&'static E>,
+    pub(super) tail: Option<&'static E>,
+}
+
+impl<E: Entry, const BY_AGE: bool> List<E, BY_AGE> {
+    pub(super) const EMPTY: Self = List {
+        head: None,
+        tail: None,
+    };
+
+    pub(super) fn push(&mut self, key: &mut Key, e: &'static E, end: End) {
+        let (prev, next) = match end {
+            End::Front => (None, self.head),
+            End::Back => (self.tail, None),
+        };
+        e.links().set_prev::<BY_AGE>(key, prev);
+        e.links().set_next::<BY_AGE>(key, next);
+        self.join(key, prev, Some(e));
+        self.join(key, Some(e), next);
+    }
+
+    pub(super) fn remove(&mut self, key: &mut Key, e: &'static E) {
+        let prev = e.links().prev::<BY_AGE>(key);
+        let next = e.links().next::<BY_AGE>(key);
+        self.join(key, prev, next);
+    }
+
+    /// Makes `next` follow `prev`; `None` stands for the list's ends.
+    fn join(&mut self, key: &mut Key, prev: Option<&'static E>, next: Option<&'static E>) {
+        match prev {
+            Some(e) => e.links().set_next::<BY_AGE>(key, next),
+            None => self.head = next,
+        }
+        match next {
+            Some(e) => e.links().set_prev::<BY_AGE>(key, prev),
+            None => self.tail = prev,
+        }
+    }
+
+    pub(super) fn for_each(&self, key: &Key, mut f: impl FnMut(&'static E)) {
+        let mut at = self.head;
+        while let Some(e) = at {
+            at = e.links().next::<BY_AGE>(key);
+            f(e);
+        }
+    }
+}

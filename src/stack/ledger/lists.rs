@@ -1,0 +1,222 @@
+//! All lists and accounts of a ledger, behind its lock.
+
+use super::accounts::{Budget, Stats, Tally};
+use super::class::{CLASSES, Class};
+use super::entry::{End, Entry, Facts, Key, List, State};
+use crate::sync::lock::{Guard, Lock};
+use std::sync::atomic::Ordering;
+
+#[derive(Clone, Copy)]
+pub(super) enum Limit {
+    Budget,
+    Resident(usize),
+    Nothing,
+}
+
+/// What the lock guards.
+pub(super) struct Lists<E: 'static> {
+    pub(super) key: Key,
+    pub(super) budget: Budget,
+    pub(super) live: List<E, false>,
+    pub(super) pending: List<E, false>,
+    pub(super) doomed: List<E, false>,
+    pub(super) unmapping: List<E, false>,
+    /// Cached stacks by class, warmest first.
+    pub(super) classes: [List<E, false>; CLASSES],
+    /// All cached stacks, warmest first.
+    pub(super) age: List<E, true>,
+    /// `refused` and the rest of the accounts, kept as they are reported.
+    pub(super) stats: Stats,
+}
+
+impl<E: Entry> Lists<E> {
+    pub(super) const fn new(budget: Budget) -> Self {
+        Lists {
+            // SAFETY: behind the lock from here on.
+            key: unsafe { Key::new() },
+            budget,
+            live: List::EMPTY,
+            pending: List::EMPTY,
+            doomed: List::EMPTY,
+            unmapping: List::EMPTY,
+            classes: [const { List::EMPTY }; CLASSES],
+            age: List::EMPTY,
+            stats: Stats::ZERO,
+        }
+    }
+
+    pub(super) fn facts(&self, e: &E) -> Facts {
+        e.links().facts(&self.key)
+    }
+
+    /// Moves `e` to the list of `state`. A cached entry goes to the given end of its class; by age
+    /// it is the youngest.
+    #[inline(always)]
+    pub(super) fn put(&mut self, e: &'static E, state: State, resident: usize, end: End) {
+        let old = self.facts(e);
+        let old_state = e.links().state();
+        let new = Facts {
+            evicted: old_state == State::Cached,
+            resident,
+            ..old
+        };
+        self.count(e, old_state, old, false, end);
+        self.count(e, state, new, true, end);
+        e.links().set_facts(&mut self.key, new);
+        e.links().state.store(state as u8, Ordering::Release);
+    }
+
+    /// `e` joins or leaves the list and the account of its state.
+    #[inline(always)]
+    pub(super) fn count(
+        &mut self,
+        e: &'static E,
+        state: State,
+        facts: Facts,
+        entering: bool,
+        end: End,
+    ) {
+        let (list, tally) = match state {
+            State::Gone => (None, None),
+            State::Live => (Some(&mut self.live), Some(&mut self.stats.live)),
+            State::Pending => (Some(&mut self.pending), Some(&mut self.stats.pending)),
+            State::Doomed => (Some(&mut self.doomed), Some(&mut self.stats.doomed)),
+            State::Unmapping => (Some(&mut self.unmapping), Some(&mut self.stats.unmapping)),
+            State::Cached => {
+                if entering {
+                    self.age.push(&mut self.key, e, End::Front);
+                } else {
+                    self.age.remove(&mut self.key, e);
+                }
+                let class = facts
+                    .class
+                    .and_then(|class| self.classes.get_mut(class.index()));
+                (class, Some(&mut self.stats.cached))
+            }
+        };
+        if let Some(list) = list {
+            if entering {
+                list.push(&mut self.key, e, end);
+            } else {
+                list.remove(&mut self.key, e);
+            }
+        }
+        if let Some(tally) = tally {
+            let one = Tally::of(facts);
+            *tally = if entering {
+                tally.plus(one)
+            } else {
+                tally.minus(one)
+            };
+        }
+    }
+
+    /// Enters a stack that the ledger does not know, or no longer.
+    pub(super) fn admit(&mut self, e: &'static E, class: Option<Class>, bytes: usize) {
+        let facts = Facts {
+            evicted: false,
+            class,
+            bytes,
+            resident: 0,
+        };
+        e.links().set_facts(&mut self.key, facts);
+        e.links().state.store(State::Gone as u8, Ordering::Relaxed);
+        self.put(e, State::Live, 0, End::Front);
+    }
+
+    pub(super) fn forget(&mut self, e: &'static E) {
+        self.put(e, State::Gone, 0, End::Front);
+    }
+
+    /// Keeps a released stack, or dooms it if the budget could never hold it.
+    ///
+    /// Dooming it at once, rather than caching it as the youngest, spares the older ones: they
+    /// would all have to go before it does.
+    pub(super) fn shelve(&mut self, e: &'static E, end: End) {
+        let facts = Facts {
+            resident: e.resident(),
+            ..self.facts(e)
+        };
+        if facts.class.is_some() && e.is_discarded() && self.budget.holds(Tally::of(facts)) {
+            self.put(e, State::Cached, facts.resident, end);
+        } else {
+            self.put(e, State::Doomed, facts.resident, End::Back);
+        }
+    }
+
+    /// Looks at up to `n` pending stacks, oldest first. One that is still held goes to the back of
+    /// the queue, so that a thread that was preempted in its exit does not block the others.
+    pub(super) fn settle(&mut self, n: usize) {
+        for _ in 0..n.min(self.stats.pending.stacks) {
+            let Some(e) = self.pending.head else { return };
+            if e.released() {
+                self.shelve(e, End::Front);
+            } else {
+                self.pending.remove(&mut self.key, e);
+                self.pending.push(&mut self.key, e, End::Back);
+            }
+        }
+    }
+
+    /// The stack that a request of this class gets. One of which nothing was given back yet serves as well; of those
+    /// only the first is looked at.
+    pub(super) fn warmest(&self, class: Class) -> Option<&'static E> {
+        let doomed = || {
+            let e = self.doomed.head?;
+            (self.facts(e).class == Some(class) && !e.is_discarded()).then_some(e)
+        };
+        self.classes.get(class.index())?.head.or_else(doomed)
+    }
+
+    /// The next stack to unmap, now on its way. The budget comes first: a doomed stack that cannot
+    /// be unmapped must not keep the cache over it.
+    pub(super) fn evict(&mut self, limit: Limit) -> Option<&'static E> {
+        let limit = match limit {
+            Limit::Budget => self.budget,
+            Limit::Resident(bytes) => Budget {
+                resident: self.budget.resident.min(bytes),
+                ..self.budget
+            },
+            Limit::Nothing => Budget::NOTHING,
+        };
+        let e = if limit.holds(self.stats.cached) {
+            self.doomed.head
+        } else {
+            self.age.tail
+        }?;
+        self.put(e, State::Unmapping, self.facts(e).resident, End::Front);
+        Some(e)
+    }
+}
+
+/// The stacks of one cache. See the top of this file.
+pub(crate) struct Ledger<E: 'static> {
+    pub(super) lists: Lock<Lists<E>>,
+}
+
+impl<E: Entry> Ledger<E> {
+    pub(crate) const fn new(budget: Budget) -> Self {
+        Ledger {
+            lists: Lock::new(Lists::new(budget)),
+        }
+    }
+
+    pub(crate) fn id(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
+    /// Locks, if `e` is this ledger's and in `state`.
+    pub(super) fn enter(&self, e: &'static E, state: State) -> Option<Guard<'_, Lists<E>>> {
+        let mut lists = self.lists.lock();
+        if self.owns(e) && e.links().state() == state {
+            return Some(lists);
+        }
+        lists.stats.refused += 1;
+        None
+    }
+
+    /// Relaxed: only a holder of this lock makes the ledger an entry's owner, or ends that.
+    pub(super) fn owns(&self, e: &E) -> bool {
+        e.links().owner.load(Ordering::Relaxed) == self.id()
+    }
+}
