@@ -62,8 +62,21 @@ impl<T> Handle<'_, T> {
     }
 
     fn join(self) -> Outcome<T> {
+        if self.running.stack.is_current() {
+            // What std's join says where pthread_join(3) refuses.
+            panic!(
+                "failed to join thread: {}",
+                io::Error::from_raw_os_error(libc::EDEADLK)
+            );
+        }
         self.running.stack.wait_released(None);
         self.finish()
+    }
+
+    /// The calling thread cannot see its own end, however long it waits.
+    fn wait_timeout(&self, timeout: Duration) -> bool {
+        let stack = self.running.stack;
+        !stack.is_current() && stack.wait_released(Some(timeout))
     }
 
     fn try_join(self) -> Result<Outcome<T>, Self> {
@@ -75,7 +88,7 @@ impl<T> Handle<'_, T> {
     }
 
     fn join_timeout(self, timeout: Duration) -> Result<Outcome<T>, Self> {
-        if self.running.stack.wait_released(Some(timeout)) {
+        if self.wait_timeout(timeout) {
             Ok(self.finish())
         } else {
             Err(self)
@@ -85,19 +98,65 @@ impl<T> Handle<'_, T> {
 
 macro_rules! shared_methods {
     () => {
-        /// Whether the thread has ended and the kernel has let go of it: then `join` does not wait.
+        /// Returns `true` if the thread has ended, so that `join` does not wait. The kernel has cleared its tid word
+        /// then (`mm_release`), and runs no instruction of it any more.
+        ///
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let handle = nptl::spawn(move || wait.recv())?;
+        /// assert!(!handle.is_finished());
+        /// drop(end);
+        /// while !handle.is_finished() {
+        ///     std::thread::yield_now();
+        /// }
+        /// # Ok::<(), nptl::SpawnError>(())
+        /// ```
         pub fn is_finished(&self) -> bool {
             self.0.running.stack.has_ended()
         }
 
-        /// The kernel's thread id, as clone(2) returned it: valid as soon as spawn returns. After
-        /// the thread's end the kernel may give it to another; `kill` and `pidfd` know the
-        /// difference.
+        /// Waits for the thread's end, for at most `d`, and keeps the handle. Returns `true` if the thread has ended,
+        /// so that `join` does not wait. In the thread itself it returns `false` at once, because that wait would be in
+        /// vain.
+        ///
+        /// Waits as `join` does, with FUTEX_WAIT and a relative time, in which the time of a system suspend does not
+        /// count.
+        ///
+        /// ```
+        /// use std::{sync::mpsc::channel, time::Duration};
+        /// let (end, wait) = channel::<()>();
+        /// let handle = nptl::spawn(move || wait.recv())?;
+        /// assert!(!handle.wait_timeout(Duration::from_millis(10)));
+        /// drop(end);
+        /// assert!(handle.wait_timeout(Duration::from_secs(10)));
+        /// # Ok::<(), nptl::SpawnError>(())
+        /// ```
+        pub fn wait_timeout(&self, d: Duration) -> bool {
+            self.0.wait_timeout(d)
+        }
+
+        /// The kernel's thread id (gettid(2)), as clone(2) returned it: valid as soon as spawn returns. After the
+        /// thread's end the kernel may give it to another thread; `kill`, `pidfd` and `cpu_time` know the difference.
+        ///
+        /// ```
+        /// // SAFETY: gettid only returns a number.
+        /// let handle = nptl::spawn(|| unsafe { libc::gettid() })?;
+        /// let tid = handle.tid();
+        /// assert_eq!(handle.join().unwrap(), tid);
+        /// # Ok::<(), nptl::SpawnError>(())
+        /// ```
         pub fn tid(&self) -> libc::pid_t {
             self.0.running.tid
         }
 
-        /// The whole name, however long; the kernel's `comm` holds 15 bytes of it.
+        /// The whole name, however long; the kernel's `comm` has at most 15 bytes of it. Returns `None` if the builder
+        /// was given none.
+        ///
+        /// ```
+        /// let handle = nptl::Builder::new().name("network interface 0").spawn(|| ())?;
+        /// assert_eq!(handle.name(), Some("network interface 0"));
+        /// # Ok::<(), nptl::SpawnError>(())
+        /// ```
         pub fn name(&self) -> Option<&str> {
             self.0.running.name.as_ref().map(|name| name.as_str())
         }
@@ -109,6 +168,18 @@ macro_rules! shared_methods {
         /// `pthread_getcpuclockid` too, take for the caller. `pthread_join` and `pthread_detach` refuse it with
         /// EINVAL; a cancellation request stays pending (cancellation is disabled in threads of
         /// this crate, because it cannot unwind through Rust closures).
+        ///
+        /// ```
+        /// let handle = nptl::Builder::new().name("vcpu0").spawn(std::thread::park)?;
+        /// let mut name = [0_u8; 16];
+        /// // SAFETY: the handle exists, and the buffer has 16 bytes.
+        /// unsafe {
+        ///     libc::pthread_setname_np(handle.as_pthread_t(), c"vcpu1".as_ptr());
+        ///     libc::pthread_getname_np(handle.as_pthread_t(), name.as_mut_ptr().cast(), 16);
+        /// }
+        /// assert!(name.starts_with(b"vcpu1\0"));
+        /// # Ok::<(), nptl::SpawnError>(())
+        /// ```
         pub fn as_pthread_t(&self) -> libc::pthread_t {
             self.0.running.stack.pthread()
         }
@@ -127,7 +198,7 @@ macro_rules! shared_methods {
         /// let handle = nptl::spawn(move || wait.recv())?;
         /// handle.kill(0)?;
         /// drop(end);
-        /// while !handle.is_finished() {}
+        /// handle.wait_timeout(std::time::Duration::MAX);
         /// assert_eq!(handle.kill(libc::SIGUSR1).unwrap_err().raw_os_error(), Some(libc::ESRCH));
         /// # Ok::<(), std::io::Error>(())
         /// ```
@@ -143,13 +214,61 @@ macro_rules! shared_methods {
         ///
         /// # Errors
         /// ESRCH if the thread has ended, EINVAL before Linux 6.9 (`PIDFD_THREAD`); else those of pidfd_open(2).
+        ///
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let handle = nptl::spawn(move || wait.recv())?;
+        /// match handle.pidfd() {
+        ///     Ok(pidfd) => println!("poll {pidfd:?}"),
+        ///     Err(error) => println!("no pidfd: {error}"),
+        /// }
+        /// drop(end);
+        /// # Ok::<(), nptl::SpawnError>(())
+        /// ```
         pub fn pidfd(&self) -> io::Result<OwnedFd> {
             Ok(self.0.running.stack.pidfd(self.0.running.tid)?)
         }
 
-        /// Where its stack lies, how large it is, and how much of it was used.
+        /// Where its stack lies, and how large it is. Makes no system call.
         pub fn stack(&self) -> StackInfo {
             self.0.running.stack.info()
+        }
+
+        /// The most bytes of stack that can have been in use so far, counted from the top: down to the lowest
+        /// resident page (mincore(2), one call for each 4 MiB). Pages that an earlier thread on this stack left
+        /// resident count as used (at most [`keep_resident`](crate::StackCacheConfig::keep_resident)), prefaulted and
+        /// locked ones too. What the kernel has swapped out does not.
+        ///
+        /// # Errors
+        /// Those of mincore(2), which a filter may deny.
+        ///
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let handle = nptl::spawn(move || wait.recv())?;
+        /// let used = handle.stack_high_water_mark()?;
+        /// assert!(used <= handle.stack().size);
+        /// drop(end);
+        /// # Ok::<(), std::io::Error>(())
+        /// ```
+        pub fn stack_high_water_mark(&self) -> io::Result<usize> {
+            Ok(self.0.running.stack.high_water_mark()?)
+        }
+
+        /// The processor time that the thread has used so far, in user space and in the kernel: clock_gettime(2) of
+        /// the clock that `pthread_getcpuclockid(3)` names.
+        ///
+        /// # Errors
+        /// ESRCH if the thread has ended; else those of clock_gettime(2).
+        ///
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let handle = nptl::spawn(move || wait.recv())?;
+        /// println!("{:?}", handle.cpu_time()?);
+        /// drop(end);
+        /// # Ok::<(), std::io::Error>(())
+        /// ```
+        pub fn cpu_time(&self) -> io::Result<Duration> {
+            Ok(self.0.running.stack.cpu_time(self.0.running.tid)?)
         }
     };
 }
@@ -173,23 +292,53 @@ impl<T> JoinHandle<T> {
         JoinHandle(Handle { running, packet })
     }
 
-    /// Waits for the thread's end and returns what its closure returned; `Err` is the payload of
-    /// its panic. A thread that died without returning (a bare exit(2), a seccomp filter, or it
+    /// Waits for the thread's end and returns what its closure returned.
+    ///
+    /// # Errors
+    /// The payload of the closure's panic. A thread that died without returning (a bare exit(2), a seccomp filter, or it
     /// stayed behind in the parent of a fork) gives an `Err` with a `&str`.
     ///
     /// Waits with FUTEX_WAIT until the kernel has cleared the thread's tid word. Its stack then goes back to the
     /// cache: madvise with `MADV_DONTNEED` (see [`keep_resident`](crate::StackCacheConfig::keep_resident)), and munmap
     /// for what the budget does not hold.
+    ///
+    /// # Panics
+    /// Like std's, if the thread joins itself ("failed to join thread: Resource deadlock avoided"). It is detached then.
+    ///
+    /// ```
+    /// assert_eq!(nptl::spawn(|| "done")?.join().unwrap(), "done");
+    /// assert!(nptl::spawn(|| panic!("on purpose"))?.join().is_err());
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn join(self) -> Outcome<T> {
         self.0.join()
     }
 
-    /// As [`join`](Self::join) if that need not wait; else the handle comes back.
+    /// Like [`join`](Self::join) if that need not wait.
+    ///
+    /// # Errors
+    /// The handle, if the thread has not ended; so in the thread itself.
+    ///
+    /// ```
+    /// let mut handle = nptl::spawn(|| 7)?;
+    /// let seven = loop {
+    ///     match handle.try_join() {
+    ///         Ok(outcome) => break outcome.unwrap(),
+    ///         Err(running) => handle = running,
+    ///     }
+    /// };
+    /// assert_eq!(seven, 7);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn try_join(self) -> Result<Outcome<T>, Self> {
         self.0.try_join().map_err(JoinHandle)
     }
 
-    /// As [`join`](Self::join), for at most `d`; then the handle comes back.
+    /// Like [`join`](Self::join), except that it waits for at most `d`.
+    ///
+    /// # Errors
+    /// The handle, if the thread has not ended by then. In the thread itself at once, because that wait would be in
+    /// vain.
     ///
     /// ```
     /// use std::{sync::mpsc::channel, time::Duration};
@@ -206,6 +355,13 @@ impl<T> JoinHandle<T> {
 
     /// Lets the thread run on without a handle, as dropping this does. What its closure returns is dropped in the
     /// thread; the memory that held both is freed when the thread's stack is used again or unmapped.
+    ///
+    /// ```
+    /// let (tell, told) = std::sync::mpsc::channel();
+    /// nptl::spawn(move || tell.send("alive"))?.detach();
+    /// assert_eq!(told.recv(), Ok("alive"));
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn detach(self) {}
 
     shared_methods!();
@@ -242,17 +398,29 @@ impl<'scope, T> ScopedJoinHandle<'scope, T> {
         ScopedJoinHandle(Handle { running, packet })
     }
 
-    /// As [`JoinHandle::join`].
+    /// See [`JoinHandle::join`].
+    ///
+    /// # Errors
+    /// The payload of the closure's panic, which the scope does not report then.
+    ///
+    /// # Panics
+    /// Like std's, if the thread joins itself.
     pub fn join(self) -> Outcome<T> {
         self.0.join()
     }
 
-    /// As [`JoinHandle::try_join`].
+    /// See [`JoinHandle::try_join`].
+    ///
+    /// # Errors
+    /// The handle, if the thread has not ended.
     pub fn try_join(self) -> Result<Outcome<T>, Self> {
         self.0.try_join().map_err(ScopedJoinHandle)
     }
 
-    /// As [`JoinHandle::join_timeout`].
+    /// See [`JoinHandle::join_timeout`].
+    ///
+    /// # Errors
+    /// The handle, if the thread has not ended after `d`.
     pub fn join_timeout(self, d: Duration) -> Result<Outcome<T>, Self> {
         self.0.join_timeout(d).map_err(ScopedJoinHandle)
     }

@@ -1,6 +1,7 @@
 //! [`StackInfo`]: what a handle says of its thread's stack.
 
 use super::record::Stack;
+use crate::errno::Errno;
 use crate::sys;
 
 /// Where a thread's stack lies.
@@ -12,7 +13,7 @@ use crate::sys;
 /// handle.join().unwrap();
 /// ```
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StackInfo {
     /// Lowest usable address.
     pub base: usize,
@@ -21,10 +22,6 @@ pub struct StackInfo {
     pub size: usize,
     /// Bytes of guard below `base`.
     pub guard_size: usize,
-    /// The most bytes of stack that can have been in use so far, counted from the top, as
-    /// mincore(2) tells from resident pages. Pages that an earlier thread on this stack left
-    /// resident count as used, prefaulted and locked ones too; 0 if it could not be asked.
-    pub high_water_mark: usize,
 }
 
 impl Stack {
@@ -33,13 +30,12 @@ impl Stack {
             base: self.bottom(),
             size: self.size(),
             guard_size: self.guard_size(),
-            high_water_mark: self.high_water_mark(),
         }
     }
 
     /// In pieces, so that a large stack needs no large buffer; from below, because what was touched
     /// deepest is looked for.
-    fn high_water_mark(&self) -> usize {
+    pub(crate) fn high_water_mark(&self) -> Result<usize, Errno> {
         const PIECE: usize = 1024;
         let page = sys::page_size();
         let mut resident = [0_u8; PIECE];
@@ -47,17 +43,15 @@ impl Stack {
         while at < top {
             let length = (top - at).min(PIECE * page);
             // SAFETY: the vector holds a byte for each page of the range, which is mapped.
-            let answer =
-                unsafe { libc::mincore(at as *mut libc::c_void, length, resident.as_mut_ptr()) };
-            if answer != 0 {
-                return 0;
-            }
+            Errno::result(unsafe {
+                libc::mincore(at as *mut libc::c_void, length, resident.as_mut_ptr())
+            })?;
             let pages = resident.iter().take(length / page);
             if let Some(first) = pages.into_iter().position(|byte| byte & 1 != 0) {
-                return top - (at + first * page);
+                return Ok(top - (at + first * page));
             }
             at += length;
         }
-        0
+        Ok(0)
     }
 }

@@ -83,6 +83,17 @@ impl Stack {
         self.with_tid(|| sys::pidfd_open_thread(tid))
     }
 
+    /// The processor time of the thread `tid` that runs here, and of no other.
+    pub(crate) fn cpu_time(&self, tid: libc::pid_t) -> Result<std::time::Duration, Errno> {
+        self.with_tid(|| sys::cpu_time(tid))
+    }
+
+    /// Whether the calling thread runs on this stack. Said by the thread pointer, which nobody else has while there is a
+    /// handle, and which a forked child's thread keeps.
+    pub(crate) fn is_current(&self) -> bool {
+        self.block.thread_pointer() == sys::thread_pointer()
+    }
+
     /// Calls `f` while the thread cannot end in the normal way, or says ESRCH if it has. Signals are
     /// blocked meanwhile: a handler that came here would wait for the thread that it interrupted.
     pub(super) fn with_tid<T>(&self, f: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {

@@ -123,6 +123,14 @@ pub(crate) fn tgkill(pid: libc::pid_t, tid: libc::pid_t, signal: libc::c_int) ->
     Errno::in_answer(answer).map_or(Ok(()), Err)
 }
 
+/// The processor time that a thread of this process has used: clock_gettime(2).
+pub(crate) fn cpu_time(tid: libc::pid_t) -> Result<Duration, Errno> {
+    // The kernel's number for a thread's clock of user and system time (`CPUCLOCK_PERTHREAD_MASK`, `CPUCLOCK_SCHED`).
+    let clock = nix::time::ClockId::from_raw((!tid << 3) | 4 | 2);
+    let time = nix::time::clock_gettime(clock).map_err(Errno::of)?;
+    Ok(Duration::from(time))
+}
+
 /// pidfd_open(2) with `PIDFD_THREAD` (Linux 6.9); close-on-exec, as every pidfd.
 pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> Result<std::os::fd::OwnedFd, Errno> {
     use std::os::fd::FromRawFd;

@@ -24,9 +24,9 @@ pub(crate) use arch::{
     unwind_buffer,
 };
 pub(crate) use calls::{
-    NoCancellation, PTHREAD_CANCEL_DISABLE, at_fork, exit_thread, futex_wait, futex_wake, lll_lock,
-    lll_try_lock, lll_unlock, madvise, pidfd_open_thread, process_id, pthread_setcancelstate,
-    tgkill,
+    NoCancellation, PTHREAD_CANCEL_DISABLE, at_fork, cpu_time, exit_thread, futex_wait, futex_wake,
+    lll_lock, lll_try_lock, lll_unlock, madvise, pidfd_open_thread, process_id,
+    pthread_setcancelstate, tgkill,
 };
 pub(crate) use page::page_size;
 pub(crate) use signals::{APPLICATION, KernelSigSet, Signals, set_signal_mask};

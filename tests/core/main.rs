@@ -8,6 +8,7 @@ mod support;
 
 mod churn;
 mod clone3;
+mod face;
 mod lies;
 mod lifecycle;
 mod own_state;
