@@ -1,7 +1,7 @@
 //! [`Builder`]: what the caller wants of a thread.
 
-use crate::error::SpawnError;
-use crate::handle::{JoinHandle, ScopedJoinHandle};
+use crate::error::{Refused, SpawnError};
+use crate::handle::{JoinHandle, Running, ScopedJoinHandle};
 use crate::mem::text::character_boundary;
 use crate::mem::{Packet, Shared};
 use crate::retry::RetryPolicy;
@@ -48,6 +48,9 @@ pub(crate) struct Request {
     /// What is wrong with it, and the value.
     pub invalid: Option<(&'static str, u64)>,
 }
+
+/// A thread, and what it shares with its creator.
+type Launched<F, T> = (Running, Shared<Packet<F, T>>);
 
 impl Builder {
     /// Default attributes: no name, 2 MiB of stack or RUST_MIN_STACK, one guard page, the global
@@ -128,52 +131,82 @@ impl Builder {
         F: FnOnce() -> T + Send + 'static,
         T: Send + 'static,
     {
-        self.spawn_or_return(f).map_err(|(error, _)| error)
+        Ok(self.spawn_or_return(f)?)
     }
 
-    /// As [`spawn`](Self::spawn), but a refusal gives the closure back, with everything that was
-    /// moved into it.
+    /// Like [`spawn`](Self::spawn), except that a refusal gives the closure back, with everything that was moved into
+    /// it.
     ///
     /// # Errors
-    /// As [`spawn`](Self::spawn).
+    /// A [`Refused`] with the [`SpawnError`] and the closure.
     ///
     /// ```
     /// let vcpu = vec![1, 2, 3];
     /// let impossible = nptl::Builder::new().stack_size(usize::MAX);
-    /// let (error, vcpu) = impossible.spawn_or_return(move || vcpu).unwrap_err();
+    /// let refused = impossible.spawn_or_return(move || vcpu).unwrap_err();
+    /// assert_eq!(refused.error().step(), nptl::Step::Attributes);
+    /// let vcpu = refused.into_inner();
     /// assert_eq!(vcpu(), [1, 2, 3]);
-    /// assert_eq!(error.step(), nptl::Step::Attributes);
     /// ```
-    pub fn spawn_or_return<F, T>(self, f: F) -> Result<JoinHandle<T>, (SpawnError, F)>
+    pub fn spawn_or_return<F, T>(self, f: F) -> Result<JoinHandle<T>, Refused<F>>
     where
         F: FnOnce() -> T + Send + 'static,
         T: Send + 'static,
     {
-        let request = self.request();
-        let (error, f) = match crate::spawn::share(Packet::new(f, None)) {
-            Ok(packet) => {
-                let body = packet.clone().into_body();
-                match crate::spawn::spawn(&request, &body, None) {
-                    Ok(running) => return Ok(JoinHandle::new(running, packet)),
-                    Err(error) => (error, packet.take_work()),
-                }
-            }
-            Err(packet) => (
-                crate::spawn::refused_memory(&request, size_of::<Packet<F, T>>()),
-                packet.into_work(),
-            ),
+        let start = |request: &Request, packet: Shared<Packet<F, T>>| {
+            crate::spawn::spawn(request, &packet.into_body(), None)
         };
-        match f {
-            Some(f) => Err((error, f)),
-            // No thread was made, so nobody can have taken the closure.
-            None => unreachable!("a refused spawn ran the closure"),
-        }
+        let (running, packet) = self.launch(f, None, start)?;
+        Ok(JoinHandle::new(running, packet.into_delivery()))
+    }
+
+    /// Like [`spawn`](Self::spawn), except that closure and result may borrow, as std's `spawn_unchecked`.
+    ///
+    /// # Safety
+    /// What the closure and its result borrow must live until both are gone: until the thread is joined, and for ever
+    /// if it may be detached (dropping the handle detaches it).
+    ///
+    /// # Errors
+    /// Like [`spawn`](Self::spawn).
+    ///
+    /// ```
+    /// let words = ["one", "two"];
+    /// // SAFETY: the thread is joined before `words` goes.
+    /// let handle = unsafe { nptl::Builder::new().spawn_unchecked(|| words.len()) }?;
+    /// assert_eq!(handle.join().unwrap(), 2);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
+    #[expect(unsafe_code, reason = "the function is unsafe to call, as std's")]
+    pub unsafe fn spawn_unchecked<F, T>(self, f: F) -> Result<JoinHandle<T>, SpawnError>
+    where
+        F: FnOnce() -> T + Send,
+        T: Send,
+    {
+        let start = |request: &Request, packet: Shared<Packet<F, T>>| {
+            // SAFETY: the caller vouches for what the closure borrows, for as long as the thread can use it.
+            let body = unsafe { packet.into_body().outlive() };
+            crate::spawn::spawn(request, &body, None)
+        };
+        let (running, packet) = self.launch(f, None, start)?;
+        // SAFETY: the caller vouches for what the result borrows, for as long as the handle can deliver it.
+        let delivery = unsafe { packet.into_delivery().outlive() };
+        Ok(JoinHandle::new(running, delivery))
     }
 
     /// Creates a thread in a [`scope`](crate::scope), which may borrow what outlives the scope.
     ///
     /// # Errors
-    /// As [`spawn`](Self::spawn).
+    /// Like [`spawn`](Self::spawn).
+    ///
+    /// ```
+    /// let numbers = [1, 2, 3];
+    /// let sum = nptl::scope(|s| {
+    ///     let adder = nptl::Builder::new().name("adder").spawn_scoped(s, || numbers.iter().sum::<i32>())?;
+    ///     Ok::<_, nptl::SpawnError>(adder.join().unwrap())
+    /// })?;
+    /// assert_eq!(sum, 6);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn spawn_scoped<'scope, F, T>(
         self,
         scope: &'scope Scope<'scope, '_>,
@@ -183,27 +216,39 @@ impl Builder {
         F: FnOnce() -> T + Send + 'scope,
         T: Send + 'scope,
     {
-        let request = self.request();
-        let packet = Packet::new(f, scope.latch().cloned());
-        // A refused closure is dropped here, in its caller's hands: a panic of it goes on from here.
-        let refused = |packet: Packet<F, T>, bytes| {
-            let error = crate::spawn::refused_memory(&request, bytes);
-            drop(packet.into_work());
-            Err(error)
-        };
         let Some(latch) = scope.latch() else {
-            return refused(packet, size_of::<Latch>());
+            let bytes = size_of::<Latch>();
+            return Err(crate::spawn::refused_memory(&self.request(), bytes));
         };
-        let packet = match crate::spawn::share(packet) {
-            Ok(packet) => packet,
-            Err(packet) => return refused(packet, size_of::<Packet<F, T>>()),
+        let start = |request: &Request, packet: Shared<Packet<F, T>>| {
+            start::spawn_scoped(request, packet.into_body(), latch)
         };
-        match start::spawn_scoped(&request, packet.clone().into_body(), latch) {
-            Ok(running) => Ok(ScopedJoinHandle::new(running, packet)),
-            Err(error) => {
-                drop(packet.take_work());
-                Err(error)
-            }
+        let (running, packet) = self.launch(f, Some(latch), start)?;
+        Ok(ScopedJoinHandle::new(running, packet.into_delivery()))
+    }
+
+    /// Packs the closure and lets `start` make a thread of it.
+    fn launch<F, T>(
+        self,
+        f: F,
+        scope: Option<&Shared<Latch>>,
+        start: impl FnOnce(&Request, Shared<Packet<F, T>>) -> Result<Running, SpawnError>,
+    ) -> Result<Launched<F, T>, Refused<F>> {
+        let request = self.request();
+        let (error, f) = match crate::spawn::share(Packet::new(f, scope.cloned())) {
+            Ok(packet) => match start(&request, packet.clone()) {
+                Ok(running) => return Ok((running, packet)),
+                Err(error) => (error, packet.take_work()),
+            },
+            Err(packet) => (
+                crate::spawn::refused_memory(&request, size_of::<Packet<F, T>>()),
+                packet.into_work(),
+            ),
+        };
+        match f {
+            Some(f) => Err(Refused::new(error, f)),
+            // No thread was made, so nobody can have taken the closure.
+            None => unreachable!("a refused spawn ran the closure"),
         }
     }
 

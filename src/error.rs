@@ -286,3 +286,79 @@ impl From<SpawnError> for std::io::Error {
         )
     }
 }
+
+/// A thread could not be created, and what was to be given to it comes back. Made by
+/// [`Builder::spawn_or_return`](crate::Builder::spawn_or_return).
+///
+/// Prints as its [`SpawnError`], and becomes one where the value is not wanted (`?` does that).
+///
+/// ```
+/// fn boot(vcpu: Vec<u8>) -> Result<(), nptl::SpawnError> {
+///     let small = nptl::Builder::new().stack_size(64 * 1024);
+///     let thread = match small.clone().spawn_or_return(move || vcpu.len()) {
+///         Ok(thread) => thread,
+///         Err(refused) if refused.error().is_transient() => small.spawn_or_return(refused.into_inner())?,
+///         Err(refused) => return Err(refused.into()),
+///     };
+///     thread.join().unwrap();
+///     Ok(())
+/// }
+/// # boot(vec![1, 2, 3]).unwrap();
+/// ```
+pub struct Refused<W> {
+    error: SpawnError,
+    work: W,
+}
+
+impl<W> Refused<W> {
+    pub(crate) fn new(error: SpawnError, work: W) -> Refused<W> {
+        Refused { error, work }
+    }
+
+    /// Why no thread was created.
+    pub fn error(&self) -> &SpawnError {
+        &self.error
+    }
+
+    /// What was to be given to the thread.
+    pub fn into_inner(self) -> W {
+        self.work
+    }
+
+    /// Both.
+    pub fn into_parts(self) -> (SpawnError, W) {
+        (self.error, self.work)
+    }
+}
+
+impl<W> fmt::Display for Refused<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
+    }
+}
+
+/// The same line, whatever the value is: closures have no `Debug`.
+impl<W> fmt::Debug for Refused<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
+    }
+}
+
+/// Its source is that of the [`SpawnError`], whose line it prints.
+impl<W> std::error::Error for Refused<W> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+impl<W> From<Refused<W>> for SpawnError {
+    fn from(refused: Refused<W>) -> SpawnError {
+        refused.error
+    }
+}
+
+impl<W> From<Refused<W>> for std::io::Error {
+    fn from(refused: Refused<W>) -> std::io::Error {
+        refused.error.into()
+    }
+}

@@ -1,7 +1,7 @@
 //! [`JoinHandle`]: what the creator keeps of a thread.
 
 use crate::errno::Errno;
-use crate::mem::{Deliver, Packet, Shared};
+use crate::mem::{Deliver, Shared};
 use crate::stack::cache::StackCache;
 use crate::stack::{Stack, StackInfo};
 use crate::sync::notice_fork;
@@ -170,7 +170,7 @@ macro_rules! shared_methods {
         /// this crate, because it cannot unwind through Rust closures).
         ///
         /// ```
-        /// let handle = nptl::Builder::new().name("vcpu0").spawn(std::thread::park)?;
+        /// let handle = nptl::spawn(std::thread::park)?;
         /// let mut name = [0_u8; 16];
         /// // SAFETY: the handle exists, and the buffer has 16 bytes.
         /// unsafe {
@@ -283,12 +283,7 @@ macro_rules! shared_methods {
 pub struct JoinHandle<T>(Handle<'static, T>);
 
 impl<T> JoinHandle<T> {
-    pub(crate) fn new<F>(running: Running, packet: Shared<Packet<F, T>>) -> JoinHandle<T>
-    where
-        F: Send + 'static,
-        T: Send + 'static,
-    {
-        let packet = packet.into_delivery();
+    pub(crate) fn new(running: Running, packet: Shared<dyn Deliver<T>>) -> JoinHandle<T> {
         JoinHandle(Handle { running, packet })
     }
 
@@ -389,12 +384,7 @@ impl<T> std::fmt::Debug for JoinHandle<T> {
 pub struct ScopedJoinHandle<'scope, T>(Handle<'scope, T>);
 
 impl<'scope, T> ScopedJoinHandle<'scope, T> {
-    pub(crate) fn new<F>(running: Running, packet: Shared<Packet<F, T>>) -> Self
-    where
-        F: Send + 'scope,
-        T: Send + 'scope,
-    {
-        let packet = packet.into_delivery();
+    pub(crate) fn new(running: Running, packet: Shared<dyn Deliver<T> + 'scope>) -> Self {
         ScopedJoinHandle(Handle { running, packet })
     }
 

@@ -75,7 +75,7 @@ mod tcb;
 pub use builder::{Builder, spawn};
 pub use diagnose::{Cause, Certainty, headroom};
 pub use errno::Errno;
-pub use error::{SpawnError, StackFate, StackOrigin, StackOutcome, Step};
+pub use error::{Refused, SpawnError, StackFate, StackOrigin, StackOutcome, Step};
 pub use failures::last_failure;
 pub use handle::{JoinHandle, ScopedJoinHandle};
 pub use retry::RetryPolicy;

@@ -29,7 +29,10 @@ fn granted(builder: Builder) -> (usize, usize) {
 fn refused(builder: Builder, what: &str, value: u64) {
     let treasure = Box::new(7);
     let address = &raw const *treasure;
-    let (error, closure) = builder.spawn_or_return(move || treasure).unwrap_err();
+    let (error, closure) = builder
+        .spawn_or_return(move || treasure)
+        .unwrap_err()
+        .into_parts();
     assert_eq!(&raw const *closure(), address, "another closure");
     assert_eq!(error.step(), Step::Attributes, "{error}");
     assert_eq!(
@@ -106,11 +109,12 @@ fn sizes_that_cannot_exist_are_refused_and_leave_nothing() {
             all();
             before.diff(&Snapshot::take()).expect_nothing_left();
             // Possible, as far as the attributes go, but not to be had.
-            let (error, ()) = Builder::new()
+            let (error, closure) = Builder::new()
                 .stack_size(1 << 60)
                 .spawn_or_return(|| ())
-                .map_err(|(error, closure)| (error, closure()))
-                .unwrap_err();
+                .unwrap_err()
+                .into_parts();
+            closure();
             assert_eq!(
                 (error.step(), error.errno().raw()),
                 (Step::MapStack, libc::ENOMEM)

@@ -329,7 +329,7 @@ fn refuse_each_way(case: &Case, cached: bool, active: &AtomicBool) {
         let before = State::settled(&cache);
         let moved = Box::new(round);
         let refused = obstructed(case, active, || build().spawn_or_return(move || *moved));
-        let (error, work) = refused.expect_err(&what);
+        let (error, work) = refused.expect_err(&what).into_parts();
         assert_eq!(work(), round, "{what}: the closure");
         // A word or two: the error and the closure are alive here, as they are in a caller.
         let after = State::take(&cache);
@@ -772,7 +772,8 @@ fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
                     let (error, work) = Builder::new()
                         .retry(nptl::RetryPolicy::never())
                         .spawn_or_return(move || round)
-                        .expect_err("a refusal");
+                        .expect_err("a refusal")
+                        .into_parts();
                     active.store(false, Ordering::Release);
                     let after = State::settled(cache);
                     assert_eq!(

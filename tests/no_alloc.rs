@@ -11,7 +11,7 @@ mod support;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-use nptl::{Builder, SpawnError, StackCache, StackCacheConfig, Step};
+use nptl::{Builder, Refused, SpawnError, StackCache, StackCacheConfig, Step};
 use support::{
     Call, MADV_GUARD_INSTALL, case, child, or_skip, report, set_rlimit, supervised, tid,
 };
@@ -314,6 +314,7 @@ fn run(case: &Case) -> Result<usize, String> {
                         let result = builder.spawn_or_return(move || moved);
                         result
                             .err()
+                            .map(Refused::into_parts)
                             .and_then(|(error, work)| (work() == moved).then_some(error))
                     }
                     _ => nptl::scope(|scope| builder.spawn_scoped(scope, || ()).err()),

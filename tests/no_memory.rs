@@ -117,7 +117,8 @@ fn spawns() {
                 GRANTED.set(Some(1));
                 Ok(())
             }
-            Err((error, work)) => {
+            Err(refused) => {
+                let (error, work) = refused.into_parts();
                 assert_eq!(work(), granted, "the closure came back");
                 Err(error)
             }

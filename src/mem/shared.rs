@@ -94,6 +94,23 @@ impl<'a> Shared<dyn Body + 'a> {
     }
 }
 
+impl<'a, R> Shared<dyn Deliver<R> + 'a> {
+    /// Makes the view look `'static`.
+    ///
+    /// # Safety
+    /// Neither the value nor its drop is reached after `'a`.
+    pub(crate) unsafe fn outlive(self) -> Shared<dyn Deliver<R>> {
+        let place = ManuallyDrop::new(self).0;
+        // SAFETY: the types differ in a lifetime, and the caller vouches for what it stands for.
+        Shared(unsafe {
+            std::mem::transmute::<
+                NonNull<Counted<dyn Deliver<R> + 'a>>,
+                NonNull<Counted<dyn Deliver<R>>>,
+            >(place)
+        })
+    }
+}
+
 impl<T: ?Sized> Shared<T> {
     fn counted(&self) -> &Counted<T> {
         // SAFETY: alive while there is a reference to it.

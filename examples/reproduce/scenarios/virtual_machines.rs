@@ -192,7 +192,8 @@ impl Machine<'_> {
             let builder = Builder::new().name(&*name).stack_size(STACK);
             let error = match builder.spawn_or_return(work) {
                 Ok(thread) => return self.threads.push(thread),
-                Err((error, back)) => {
+                Err(refused) => {
+                    let (error, back) = refused.into_parts();
                     work = back;
                     error
                 }
