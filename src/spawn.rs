@@ -23,6 +23,7 @@ use crate::step::{Step, StepError};
 use crate::sync::{Latch, forked_bare, notice_fork};
 use crate::sys::{NoCancellation, Signals};
 use crate::tcb::{Runtime, RuntimeError};
+use std::cell::Cell;
 use std::time::Instant;
 
 /// Creates the thread that runs `body`.
@@ -68,7 +69,10 @@ pub(crate) fn share<T>(value: T) -> Result<Shared<T>, T> {
         return Err(value);
     }
     Shared::try_new(value).or_else(|value| {
-        if let Some(runtime) = Runtime::existing() {
+        let error = StepError::new(Step::Allocate, Errno::ENOMEM, size_of::<T>());
+        if let Some(runtime) = Runtime::existing()
+            && StackCache::could_mend(&error)
+        {
             StackCache::reclaim_all(runtime);
         }
         Shared::try_new(value)
@@ -158,16 +162,15 @@ fn attempt(
     let idle = obtain(request, runtime, attempts)?;
 
     // 5. Prepare: lock, prefault. A stack stays locked in the cache.
-    let lacks = |error: &StepError| is_short(error) && StackCache::any_locked();
     let prepare = || idle.prepare(&request.wanted);
-    if let Err((error, reclaimed)) = with_room(runtime, attempts, lacks, prepare) {
+    if let Err((error, reclaimed)) = with_room(runtime, attempts, StackCache::could_mend, prepare) {
         return Err(give_up(idle, reclaimed, explained(error)));
     }
 
     // 6. and 7. TLS and clone. Cached stacks have resident pages, which a memory cgroup counts together with the
     // kernel's memory for a task. Not for TLS: to ask for it again is to allocate after a refusal (A4).
     let lacks = |error: &StepError| {
-        error.step == Step::Clone && error.errno == Errno::ENOMEM && request.retry.repeats()
+        error.step == Step::Clone && request.retry.repeats() && StackCache::could_mend(error)
     };
     let enter = || enter(request, runtime, &idle, &message);
     let (error, reclaimed) = match with_room(runtime, attempts, lacks, enter) {
@@ -247,9 +250,9 @@ fn obtain(
     runtime: &'static Runtime,
     attempts: &mut u32,
 ) -> Result<Idle, Refusal> {
-    // EAGAIN: RLIMIT_MEMLOCK after mlockall(MCL_FUTURE), towards which cached stacks count as well.
-    let lacks = |refused: &stack::Refused| is_short(&refused.0);
-    let obtain = || Idle::obtain(&request.cache, runtime, &request.wanted);
+    let lacks = |refused: &stack::Refused| StackCache::could_mend(&refused.0);
+    let first = Cell::new(*attempts == 1);
+    let obtain = || Idle::obtain(&request.cache, runtime, &request.wanted, first.take());
     with_room(runtime, attempts, lacks, obtain).map_err(|((error, stack), reclaimed)| {
         let refusal = match error.step {
             Step::Attributes => invalid(request.wanted.too_large()),
@@ -261,10 +264,6 @@ fn obtain(
             ..refusal
         }
     })
-}
-
-fn is_short(error: &StepError) -> bool {
-    matches!(error.errno, Errno::ENOMEM | Errno::EAGAIN)
 }
 
 /// Takes a step, and once more after giving back what the caches hold, if it `lacks` that. The error has the

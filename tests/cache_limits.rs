@@ -382,11 +382,9 @@ fn stacks_are_given_back_before_locked_memory_is_refused() {
                 .spawn(|| ())
                 .expect_err("too large");
             let got = (error.step(), error.errno().raw(), error.attempts());
-            assert_eq!(got, (Step::MapStack, libc::EAGAIN, 2), "{error}");
-            assert!(
-                error.to_string().contains("after 4 cached stacks"),
-                "{error}"
-            );
+            // 4 MiB do not make room for 8.
+            assert_eq!(got, (Step::MapStack, libc::EAGAIN, 1), "{error}");
+            assert_eq!(cache.stats().cached_stacks, 4);
         },
     );
 }
@@ -419,6 +417,111 @@ fn locked_stacks_are_given_back_before_mlock_is_refused() {
             assert_eq!(cache.stats().cached_stacks, 2);
         },
     );
+}
+
+/// A request that no number of cached stacks makes room for leaves them where they are, whatever refuses it.
+#[test]
+fn an_impossible_request_leaves_the_cache_alone() {
+    alone("an_impossible_request_leaves_the_cache_alone", || {
+        let (cache, builder) = private(StackCacheConfig::default());
+        let builder = builder.stack_size(MIB);
+        burst(&builder, 4);
+        let refused = |limit: libc::__rlimit_resource_t, value: u64, builder: Builder| {
+            set_rlimit(limit, value);
+            let error = builder.spawn(|| ()).expect_err("impossible");
+            set_rlimit(limit, libc::RLIM_INFINITY);
+            assert_eq!(cache.stats().cached_stacks, 4, "{error}");
+            assert_eq!(error.attempts(), 1, "{error}");
+            assert!(!error.to_string().contains("unmapped"), "{error}");
+            (error.step(), error.errno().raw())
+        };
+        let wanted = |size: usize| Builder::new().stack_size(size);
+        let map = (Step::MapStack, libc::ENOMEM);
+        let space = status("VmSize:") + (16 << 20);
+        // Addresses; the caches' own share of the limit is more than they hold.
+        assert_eq!(
+            refused(libc::RLIMIT_AS, space.max(1 << 30), wanted(1 << 40)),
+            map
+        );
+        assert_eq!(
+            refused(libc::RLIMIT_DATA, status("VmData:"), wanted(64 * MIB)),
+            map
+        );
+        // More than there are: no limit of the process.
+        assert_eq!(refused(libc::RLIMIT_CORE, 0, wanted(1 << 46)), map);
+        // By a little: 4 MiB are cached, and 8 are missing.
+        let little = status("VmData:") + (4 << 20);
+        assert_eq!(refused(libc::RLIMIT_DATA, little, wanted(12 * MIB)), map);
+        // And what they do make room for is granted.
+        set_rlimit(libc::RLIMIT_DATA, status("VmData:") + (1 << 20));
+        let handle = wanted(3 * MIB).spawn(|| 7).expect("made room");
+        assert_eq!(handle.join().expect("its end"), 7);
+        assert_eq!(cache.stats().cached_stacks, 0);
+    });
+}
+
+/// Locked stacks are given back for a locked one only where the limit has room for it then.
+#[test]
+fn locked_stacks_stay_where_they_make_no_room() {
+    alone("locked_stacks_stay_where_they_make_no_room", || {
+        nptl::spawn(|| ()).unwrap().join().unwrap();
+        or_skip!(become_unused_user());
+        set_rlimit(libc::RLIMIT_MEMLOCK, 3 << 20);
+        let (cache, builder) = private(StackCacheConfig::default());
+        let builder = builder.lock_stack(true);
+        burst(&builder.clone().stack_size(MIB), 2);
+        let error = builder.stack_size(4 * MIB).spawn(|| ());
+        let error = error.expect_err("too large");
+        let got = (error.step(), error.errno().raw(), error.attempts());
+        assert_eq!(got, (Step::PrepareStack, libc::ENOMEM, 1), "{error}");
+        assert_eq!(cache.stats().cached_stacks, 2);
+    });
+}
+
+/// As by a pid namespace that ends: ENOMEM for a task, while the kernel's own probes find that there is memory.
+#[test]
+fn a_task_that_is_not_refused_for_memory_leaves_the_cache_alone() {
+    const NAME: &str = "a_task_that_is_not_refused_for_memory_leaves_the_cache_alone";
+    alone(NAME, || {
+        let refuse = &AtomicBool::new(false);
+        let result = supervised(
+            &[libc::SYS_clone3],
+            |_| refuse.swap(false, Ordering::AcqRel).then_some(libc::ENOMEM),
+            || {
+                let (cache, builder) = private(StackCacheConfig::default());
+                burst(&builder, 4);
+                refuse.store(true, Ordering::Release);
+                let handle = builder.stack_size(MIB).spawn(|| 7).expect("tried again");
+                assert_eq!(handle.join().expect("its end"), 7);
+                assert!(!refuse.load(Ordering::Acquire), "nothing was refused");
+                let stats = cache.stats();
+                assert_eq!((stats.cached_stacks, stats.evictions), (5, 0));
+            },
+        );
+        or_skip!(result);
+    });
+}
+
+/// Hits and misses are spawns, also where one is tried again and again before it is refused.
+#[test]
+fn a_spawn_is_counted_once() {
+    alone("a_spawn_is_counted_once", || {
+        let (cache, builder) = private(StackCacheConfig::default());
+        burst(&builder, 1);
+        or_skip!(become_unused_user());
+        set_rlimit(libc::RLIMIT_NPROC, 0);
+        let before = cache.stats();
+        let error = builder.clone().spawn(|| ()).expect_err("no task");
+        assert!(error.attempts() > 2, "{error}");
+        let after = cache.stats();
+        assert_eq!((after.hits, after.misses), (before.hits + 1, before.misses));
+        // And one that finds no stack.
+        let error = builder.stack_size(MIB + 1).spawn(|| ());
+        assert!(error.expect_err("no task").attempts() > 2);
+        let after = cache.stats();
+        let counts = (after.hits, after.misses);
+        assert_eq!(counts, (before.hits + 1, before.misses + 1));
+    });
 }
 
 /// The child of a fork has its own copy of every stack, and no thread has been started there yet.

@@ -481,6 +481,8 @@ fn cached_stacks_make_room_for_a_task() {
                 assert_eq!(handle.join().expect("its end"), 7);
                 let stats = cache.stats();
                 assert!(stats.cached_stacks <= 1, "{stats:?}");
+                // A spawn is counted once, however often it was tried.
+                assert_eq!(stats.hits + stats.misses, CACHED as u64 + 2, "{stats:?}");
             },
         );
         or_skip!(result);
@@ -540,7 +542,7 @@ fn a_stack_that_cannot_be_unmapped_is_kept() {
     or_skip!(output).success();
 }
 
-/// mmap's ENOMEM makes the caches give back what they hold; the error says so only if that did not help.
+/// mmap's ENOMEM makes the caches give back what they hold, if that can help.
 #[test]
 fn cached_stacks_are_given_back_before_a_mapping_is_refused() {
     if case().is_some() {
@@ -572,8 +574,9 @@ fn cached_stacks_are_given_back_before_a_mapping_is_refused() {
         StackCache::global().clear();
         set_rlimit(libc::RLIMIT_DATA, libc::RLIM_INFINITY);
 
+        // 20 MiB do not make room for 200: nothing is given back for that.
         fill(&other, 4 << 20);
-        let cached = other.stats().cached_stacks;
+        let before = other.stats();
         set_rlimit(libc::RLIMIT_DATA, data_segment());
         let error = Builder::new()
             .stack_size(200 << 20)
@@ -582,11 +585,10 @@ fn cached_stacks_are_given_back_before_a_mapping_is_refused() {
         set_rlimit(libc::RLIMIT_DATA, libc::RLIM_INFINITY);
         assert_eq!(
             (error.step(), error.errno().raw(), error.attempts()),
-            (Step::MapStack, libc::ENOMEM, 2)
+            (Step::MapStack, libc::ENOMEM, 1)
         );
-        let said = format!("after {cached} cached stacks were unmapped");
-        assert!(error.to_string().contains(&said), "{error}");
-        assert_eq!(other.stats().mapped_stacks, 0);
+        assert!(!error.to_string().contains("unmapped"), "{error}");
+        assert_eq!(other.stats(), before);
         return;
     }
     let name = "cached_stacks_are_given_back_before_a_mapping_is_refused";

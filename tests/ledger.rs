@@ -433,7 +433,7 @@ impl Pair {
                     model.settle(LOOK_ON_MISS.min(before.saturating_sub(LOOK)));
                 }
                 let expected = model.classes[class].front().copied();
-                let (got, victims) = ledger.take(nth_class(class));
+                let (got, victims) = ledger.take(nth_class(class), true);
                 assert_eq!(got.map(|stack| stack.id), expected);
                 match expected {
                     Some(id) => {
@@ -812,7 +812,7 @@ fn states(ledger: &Ledger<Stack>) -> [State; 4] {
 
 /// A cached stack of the first class, without unmapping any.
 fn take(ledger: &'static Ledger<Stack>) -> Option<&'static Stack> {
-    ledger.take(nth_class(0)).0
+    ledger.take(nth_class(0), true).0
 }
 
 use State::{Cached, Live, Pending};

@@ -250,7 +250,7 @@ fn fail_to_unmap(mut victims: Victims<'_, Stack>) {
 
 /// A thread starts on a cached stack, if there is one, ends, and is joined.
 fn spawn_and_join(ledger: Shared) {
-    let (found, victims) = ledger.take(class());
+    let (found, victims) = ledger.take(class(), true);
     unmap(victims);
     if let Some(stack) = found {
         stack.run();

@@ -304,7 +304,8 @@ fn run(case: &Case) -> Result<usize, String> {
                 if has && cached {
                     continue;
                 }
-                let size = if cached { 64 << 10 } else { 2 << 20 };
+                // No more than is cached, so that this is given back.
+                let size = if cached { 64 << 10 } else { 512 << 10 };
                 let builder = build().stack_size(size);
                 start(active);
                 let error = match round {

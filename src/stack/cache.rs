@@ -6,9 +6,15 @@
 use super::caps::Caps;
 use super::ledger::{Budget, Entry, Ledger, State, Stats, Victims};
 use super::record::{self, Stack};
+use crate::errno::Errno;
 use crate::mem::Shared;
+use crate::proc::status::Status;
+use crate::step::{Step, StepError};
 use crate::sync::{Latch, Lock, forked_bare, notice_fork};
+use crate::sys::map_probe::{self, Kind};
+use crate::sys::{NoCancellation, clone_probe};
 use crate::tcb::Runtime;
+use nix::sys::resource::{Resource, getrlimit};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// 64 MiB: a thousand default stacks at their upper bound of 56 to 64 KiB each (the signal stack grows with
@@ -122,9 +128,9 @@ impl StackCacheConfig {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StackCacheStats {
-    /// Spawns that found a stack here.
+    /// Spawns that found a stack here, each counted once: its first attempt decides.
     pub hits: u64,
-    /// Spawns that had to map one.
+    /// Spawns that found none, also those that were refused.
     pub misses: u64,
     /// Cached stacks that were unmapped to keep the budget, by `trim` or by `clear`.
     pub evictions: u64,
@@ -499,8 +505,8 @@ impl StackCache {
         }
     }
 
-    /// Gives back everything that can be unmapped, of every cache: before a refusal for want of
-    /// memory or mappings is reported. The number of stacks.
+    /// Gives back everything that can be unmapped, of every cache: before a refusal that this
+    /// [could mend](Self::could_mend) is reported. The number of stacks.
     pub(crate) fn reclaim_all(runtime: &Runtime) -> usize {
         let unmap = |victims| {
             let round = unmap_victims(victims, Some(runtime), std::ptr::null());
@@ -526,16 +532,54 @@ impl StackCache {
         RECLAIMED.load(Ordering::Relaxed)
     }
 
-    /// Whether a cached stack, of any cache, is locked in memory. O(n): for a refusal.
-    pub(crate) fn any_locked() -> bool {
-        let mut found = false;
+    /// Whether a step that was refused for want of memory or mappings could pass once [`StackCache::reclaim_all`] has
+    /// given back what the caches hold. O(n): for a refusal.
+    pub(crate) fn could_mend(error: &StepError) -> bool {
+        let (mut idle, mut locked) = (0, 0);
         for instance in instances() {
+            let stats = instance.ledger.stats();
+            idle += stats.mapped().bytes - stats.live.bytes;
             instance.ledger.for_each(|stack, state| {
-                found |= state == State::Cached && stack.is_locked();
+                if state == State::Cached && stack.is_locked() {
+                    locked += stack.size();
+                }
             });
         }
-        found
+        // What is missing even then. Every limit but that on the number of mappings is a sum of sizes.
+        let missing = error.bytes.saturating_sub(idle);
+        let passes = |kind| missing == 0 || map_probe::map(missing, kind).is_ok();
+        let full = || map_probe::number_of_mappings() == Err(Errno::ENOMEM);
+        match (error.step, error.errno) {
+            _ if idle == 0 => false,
+            // A cgroup counts the memory of cached stacks together with the kernel's for a task. EINVAL: there is
+            // enough of it, and what refuses comes later.
+            (Step::Clone, Errno::ENOMEM) => {
+                clone_probe::until_pid_number(true) != Err(Errno::EINVAL)
+            }
+            (Step::Clone, _) => false,
+            (Step::PrepareStack, Errno::ENOMEM | Errno::EAGAIN) => {
+                locked > 0 && fits_locked(error.bytes, locked)
+            }
+            // Locked with its creation (mlockall's MCL_FUTURE): without access, so that nothing is made resident.
+            (_, Errno::EAGAIN) => passes(Kind::Inaccessible),
+            (_, Errno::ENOMEM) => passes(Kind::Stack) || full(),
+            _ => false,
+        }
     }
+}
+
+/// Whether RLIMIT_MEMLOCK has room for `bytes` more if `less` were unlocked; `true` if that cannot be read.
+fn fits_locked(bytes: usize, less: usize) -> bool {
+    // Reading files is a cancellation point.
+    let _cancellation = NoCancellation::new();
+    let limit = getrlimit(Resource::RLIMIT_MEMLOCK).ok();
+    let in_use = Status::read().locked;
+    limit.zip(in_use).is_none_or(|((soft, _), in_use)| {
+        in_use
+            .saturating_sub(less as u64)
+            .saturating_add(bytes as u64)
+            <= soft
+    })
 }
 
 impl Clone for StackCache {

@@ -142,11 +142,13 @@ impl Wanted {
 pub(crate) type Refused = (StepError, StackOutcome);
 
 impl Idle {
-    /// A cached stack of the size's class, or a fresh one.
+    /// A cached stack of the size's class, or a fresh one. The cache counts a hit or a miss for the `first` attempt of
+    /// a spawn.
     pub(crate) fn obtain(
         cache: &StackCache,
         runtime: &'static Runtime,
         wanted: &Wanted,
+        first: bool,
     ) -> Result<Idle, Refused> {
         let fit = class::fit(
             wanted.size.max(layout::SMALLEST),
@@ -156,7 +158,7 @@ impl Idle {
         let (size, guard) = fit.map_or((wanted.size, wanted.guard), |fit| (fit.usable, fit.guard));
         let class = fit.map(|fit| fit.class);
         let hit = class.and_then(|class| {
-            let (hit, victims) = cache.ledger().take(class);
+            let (hit, victims) = cache.ledger().take(class, first);
             if !victims.is_empty() {
                 cache::unmap_victims(victims, Some(runtime), std::ptr::null());
             }
@@ -173,7 +175,7 @@ impl Idle {
                     StepError::new(Step::Attributes, Errno::EINVAL, 0),
                     StackOutcome::NONE,
                 ))?;
-                if class.is_none() {
+                if class.is_none() && first {
                     cache.ledger().miss();
                 }
                 if cache.is_enabled() {

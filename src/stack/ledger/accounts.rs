@@ -92,7 +92,7 @@ pub(crate) struct Stats {
     pub(crate) doomed: Tally,
     /// Being unmapped by some thread just now.
     pub(crate) unmapping: Tally,
-    /// Calls of `take` that found a stack.
+    /// Spawns whose first `take` found a stack.
     pub(crate) hits: u64,
     pub(crate) misses: u64,
     /// Cached stacks unmapped to keep a budget, by `trim` or by `clear`.

@@ -82,10 +82,10 @@ impl<E: Entry> Ledger<E> {
         }
     }
 
-    /// The warmest cached stack of the class, now live; counts a hit or a miss. O(1): one list head
-    /// and at most [`LOOK`] + [`LOOK_ON_MISS`] pending stacks. The caller unmaps at most [`EVICT`] stacks: those of
-    /// detached threads become cached here, and the threads have unmapped nothing.
-    pub(crate) fn take(&self, class: Class) -> (Option<&'static E>, Victims<'_, E>) {
+    /// The warmest cached stack of the class, now live; counts a hit or a miss if this is the `first` attempt of a
+    /// spawn. O(1): one list head and at most [`LOOK`] + [`LOOK_ON_MISS`] pending stacks. The caller unmaps at most
+    /// [`EVICT`] stacks: those of detached threads become cached here, and the threads have unmapped nothing.
+    pub(crate) fn take(&self, class: Class, first: bool) -> (Option<&'static E>, Victims<'_, E>) {
         let mut lists = self.lists.lock();
         let unseen = lists.stats.pending.stacks.saturating_sub(LOOK);
         lists.settle(LOOK);
@@ -97,9 +97,9 @@ impl<E: Entry> Ledger<E> {
         match found {
             Some(e) => {
                 lists.put(e, State::Live, 0, End::Front);
-                lists.stats.hits += 1;
+                lists.stats.hits += u64::from(first);
             }
-            None => lists.stats.misses += 1,
+            None => lists.stats.misses += u64::from(first),
         }
         (found, self.evict_some(lists))
     }
