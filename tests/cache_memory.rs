@@ -140,10 +140,73 @@ fn the_coldest_goes_first() {
             assert_eq!(mapped, expected, "after {gone}");
         }
         // The same by the budget, while stacks come back.
-        cache.set_config(StackCacheConfig::default().resident_budget(4 * each));
-        let stacks = burst(&builder.stack_size(64 * KIB), 10);
+        const BUDGET: usize = 100 * KIB;
+        cache.set_config(StackCacheConfig::default().resident_budget(BUDGET));
+        let stacks = burst(&builder.stack_size(64 * KIB), 20);
+        let gone = 20 - cache.stats().cached_stacks;
         let mapped: Vec<_> = stacks.iter().map(|stack| is_mapped(stack.base)).collect();
-        assert_eq!(mapped, [[false; 6].as_slice(), &[true; 4]].concat());
+        let expected = [vec![false; gone], vec![true; 20 - gone]].concat();
+        assert_eq!(mapped, expected);
+        assert!(gone > 0 && cache.stats().cached_resident_bytes <= BUDGET);
+    });
+}
+
+/// Resident bytes of the process's mappings that hold these stacks.
+fn resident_of(cache: &StackCache, stacks: &[StackInfo]) -> usize {
+    let each = cache.stats().cached_virtual_bytes / cache.stats().cached_stacks;
+    let cached = stacks.iter().filter(|stack| is_mapped(stack.base));
+    let pages = cached.map(|stack| {
+        let start = stack.base - stack.guard_size;
+        resident_pages(start, each).expect("all of it is mapped")
+    });
+    pages.sum::<usize>() * 4096
+}
+
+/// A stack whose thread did nothing has some 10 KiB, where 57 can be resident. What the budget really holds stays.
+#[test]
+fn the_budget_is_filled_with_what_is_resident() {
+    alone("the_budget_is_filled_with_what_is_resident", || {
+        for (budget, count, most_spare) in [(MIB, 300, 64 * KIB), (64 * MIB, 12_000, 2 * MIB)] {
+            let config = StackCacheConfig::default().resident_budget(budget);
+            let (cache, builder) = private(config);
+            let builder = builder.stack_size(64 * KIB);
+            let stacks = burst(&builder, count);
+            let stats = cache.stats();
+            let resident = resident_of(&cache, &stacks);
+            let figures = format!("{stats:?}, {resident} bytes are resident");
+            report("figures", &figures);
+            assert!(stats.cached_resident_bytes <= budget, "{figures}");
+            assert!(resident <= stats.cached_resident_bytes, "{figures}");
+            assert!(resident + most_spare >= budget, "{figures}");
+            // Most are there for the next burst.
+            let before = stats.hits;
+            burst(&builder, count);
+            let hits = (cache.stats().hits - before) as usize;
+            assert!(hits >= stats.cached_stacks, "{hits} hits, {figures}");
+            cache.clear();
+            assert_eq!(cache.stats().mapped_stacks, 0);
+        }
+    });
+}
+
+/// Of memory that is used, nothing is uncounted: a stack that was measured small and then used counts with its bound.
+#[test]
+fn a_measured_stack_that_is_used_again_counts_in_full() {
+    alone("a_measured_stack_that_is_used_again_counts_in_full", || {
+        const KEEP: usize = 256 * KIB;
+        const BUDGET: usize = 2 * MIB;
+        let config = StackCacheConfig::default().keep_resident(KEEP);
+        let (cache, builder) = private(config.resident_budget(BUDGET));
+        let builder = builder.stack_size(MIB);
+        burst(&builder, 40);
+        let small = cache.stats().cached_stacks;
+        assert_eq!(small, 40, "each has a few pages");
+        let stacks = deep_burst(&builder, 40, KEEP);
+        let stats = cache.stats();
+        let resident = resident_of(&cache, &stacks);
+        assert!(resident <= BUDGET, "{resident} of {BUDGET}");
+        assert!(resident <= stats.cached_resident_bytes);
+        assert!(stats.cached_stacks < 9, "{stats:?}");
     });
 }
 

@@ -94,6 +94,10 @@ struct Stack {
     keep: usize,
     /// When its last thread was started, in steps.
     started: usize,
+    /// Of a cached stack: its resident bytes, once the budget was reached and it was asked.
+    measured: Option<usize>,
+    /// Those that it would find, as of the end of its last thread.
+    truth: usize,
 }
 
 /// Bytes of signal stack, its guard, and TLS block; the same for all.
@@ -106,7 +110,20 @@ impl Overhead {
         size + guard + self.0
     }
 
+    /// What the cache counts.
     fn resident(self, stack: &Stack) -> usize {
+        stack.measured.unwrap_or_else(|| self.bound(stack))
+    }
+
+    /// As the kernel tells.
+    fn truth(self, stack: &Stack) -> Option<usize> {
+        let size = KINDS[stack.kind].0;
+        let keep = stack.keep.min(size);
+        let pages = resident_pages(stack.base + size - keep, keep + self.0)?;
+        Some(pages * PAGE)
+    }
+
+    fn bound(self, stack: &Stack) -> usize {
         let size = KINDS[stack.kind].0;
         // Of a thread that died as well: whoever buries it discards what it used.
         // The guard of the signal stack has no memory.
@@ -162,6 +179,10 @@ impl Model {
     }
 
     fn shelve(&mut self, stack: Stack) {
+        let stack = Stack {
+            measured: None,
+            ..stack
+        };
         let fits = self.enabled && self.overhead.resident(&stack) <= self.budget;
         if fits && stack.kind != CLASSLESS {
             self.cached.push_front(stack);
@@ -180,18 +201,28 @@ impl Model {
         }
     }
 
-    /// What a spawn or a join unmaps.
+    /// What a spawn or a join measures and unmaps.
     fn evict_some(&mut self) {
-        let _ = (0..EVICT).take_while(|_| self.evict(usize::MAX)).count();
+        let _ = (0..EVICT).take_while(|_| self.evict(None)).count();
     }
 
-    /// One stack less, if there is one too many.
-    fn evict(&mut self, resident: usize) -> bool {
+    /// One stack measured or less, if there is one too many.
+    fn evict(&mut self, trim: Option<usize>) -> bool {
         let limit = if self.enabled {
-            self.budget.min(resident)
+            self.budget.min(trim.unwrap_or(usize::MAX))
         } else {
             0
         };
+        let bounds = self.cached.iter().filter(|s| s.measured.is_none());
+        let unmeasured = bounds.count();
+        if self.enabled && self.resident() > limit && trim.is_none() && unmeasured > 0 {
+            // The measured ones are the colder ones.
+            let coldest = &mut self.cached[unmeasured - 1];
+            if unmeasured > 1 || self.overhead.resident(coldest) > limit / 64 {
+                coldest.measured = Some(coldest.truth);
+                return true;
+            }
+        }
         let over = self.resident() > limit || (!self.enabled && !self.cached.is_empty());
         let victim = if over {
             self.evictions += 1;
@@ -205,22 +236,22 @@ impl Model {
         true
     }
 
-    fn shrink(&mut self, resident: usize) {
+    fn shrink(&mut self, trim: Option<usize>) {
         let mut orphans = std::mem::take(&mut self.orphans);
         orphans.sort_by_key(|stack| stack.started);
         let found = orphans.len();
         // The thread that was started first is found first.
         orphans.into_iter().for_each(|stack| self.shelve(stack));
-        let _ = (0..found).take_while(|_| self.evict(usize::MAX)).count();
+        let _ = (0..found).take_while(|_| self.evict(None)).count();
         self.settle(usize::MAX);
-        while self.evict(resident) {}
+        while self.evict(trim) {}
     }
 
     fn clear(&mut self) {
         let enabled = self.enabled;
-        self.shrink(usize::MAX);
+        self.shrink(None);
         self.enabled = false;
-        while self.evict(0) {}
+        while self.evict(Some(0)) {}
         self.enabled = enabled;
     }
 
@@ -350,7 +381,7 @@ impl Both {
             }
             Step::Trim(bytes) => {
                 self.cache.trim(bytes);
-                self.model.shrink(bytes);
+                self.model.shrink(Some(bytes));
             }
             Step::Clear => {
                 self.cache.clear();
@@ -361,7 +392,7 @@ impl Both {
                 self.cache.set_config(config);
                 // Orphans are looked for by trim and clear only.
                 let orphans = std::mem::take(&mut self.model.orphans);
-                self.model.shrink(usize::MAX);
+                self.model.shrink(None);
                 self.model.orphans = orphans;
             }
         }
@@ -398,6 +429,8 @@ impl Both {
             kind,
             keep: self.model.keep,
             started: self.step,
+            measured: None,
+            truth: 0,
         };
         self.threads.push(Thread {
             stack: Stack {
@@ -425,6 +458,10 @@ impl Both {
             (End::Died, Some(handle)) => assert!(handle.join().is_err()),
             (_, handle) => drop(handle),
         }
+        let stack = Stack {
+            truth: self.model.overhead.truth(&stack).unwrap_or(0),
+            ..stack
+        };
         match end {
             End::Orphaned => self.model.orphans.push(stack),
             // The thread unmaps nothing.

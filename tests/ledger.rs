@@ -54,11 +54,21 @@ unsafe impl Entry for Stack {
     fn resident(&self) -> usize {
         self.resident.load(SeqCst)
     }
+    fn measure(&self) -> Option<usize> {
+        self.measured()
+    }
     fn released(&self) -> bool {
         !self.held.load(SeqCst)
     }
     fn is_discarded(&self) -> bool {
         true
+    }
+}
+
+impl Stack {
+    /// Less than the bound, and not known of every one.
+    fn measured(&self) -> Option<usize> {
+        (!self.id.is_multiple_of(7)).then(|| self.resident.load(SeqCst) / 3)
     }
 }
 
@@ -169,7 +179,8 @@ struct Model {
     pending: VecDeque<usize>,
     doomed: VecDeque<usize>,
     classes: [VecDeque<usize>; CLASSES],
-    age: VecDeque<usize>,
+    unmeasured: VecDeque<usize>,
+    measured: VecDeque<usize>,
     hits: u64,
     misses: u64,
     evictions: u64,
@@ -187,7 +198,8 @@ impl Model {
             pending: VecDeque::new(),
             doomed: VecDeque::new(),
             classes: Default::default(),
-            age: VecDeque::new(),
+            unmeasured: VecDeque::new(),
+            measured: VecDeque::new(),
             hits: 0,
             misses: 0,
             evictions: 0,
@@ -223,11 +235,13 @@ impl Model {
     }
 
     fn set(&mut self, id: usize, state: State) {
-        for list in
-            self.classes
-                .iter_mut()
-                .chain([&mut self.pending, &mut self.doomed, &mut self.age])
-        {
+        let others = [
+            &mut self.pending,
+            &mut self.doomed,
+            &mut self.unmeasured,
+            &mut self.measured,
+        ];
+        for list in self.classes.iter_mut().chain(others) {
             list.retain(|&other| other != id);
         }
         self.was_cached[id] = self.state[id] == State::Cached;
@@ -247,7 +261,7 @@ impl Model {
             && self.budget.stacks > 0;
         match self.class(id) {
             Some(n) if fits => {
-                self.age.push_front(id);
+                self.unmeasured.push_front(id);
                 if warm {
                     self.classes[n].push_front(id);
                 } else {
@@ -272,7 +286,7 @@ impl Model {
         }
     }
 
-    fn evict(&mut self, limit: Limit) -> Option<usize> {
+    fn next(&mut self, limit: Limit) -> Option<Next> {
         let most = match limit {
             Limit::Budget => self.budget,
             Limit::Resident(resident) => Budget {
@@ -282,11 +296,20 @@ impl Model {
             Limit::Nothing => Budget::NOTHING,
         };
         let cached = self.tally(State::Cached);
-        let over = cached.stacks > most.stacks
-            || cached.bytes > most.bytes
-            || cached.resident > most.resident;
-        let id = if over {
-            self.age.back()
+        let memory = cached.resident > most.resident;
+        let others = cached.stacks > most.stacks || cached.bytes > most.bytes;
+        if memory && !others && matches!(limit, Limit::Budget) {
+            let small = |id: usize| self.resident[id] <= most.resident / 64;
+            match self.unmeasured.back() {
+                Some(&id) if self.unmeasured.len() > 1 || !small(id) => {
+                    return Some(Next::Measure(id));
+                }
+                _ => {}
+            }
+        }
+        let coldest = || self.measured.back().or(self.unmeasured.back());
+        let id = if memory || others {
+            coldest()
         } else {
             self.doomed.front()
         }
@@ -294,14 +317,23 @@ impl Model {
         let resident = self.resident[id];
         self.set(id, State::Unmapping);
         self.resident[id] = resident;
-        Some(id)
+        Some(Next::Unmap(id))
+    }
+
+    fn measure(&mut self, id: usize) {
+        assert_eq!(self.unmeasured.pop_back(), Some(id));
+        self.measured.push_front(id);
+        if let Some(resident) = self.stacks[id].measured() {
+            self.resident[id] = resident;
+        }
     }
 
     /// Of all that is cached, or that a thread has left.
     fn round(&self, limit: Limit) -> Round {
         Round {
             limit,
-            left: self.pending.len() + self.age.len() + self.doomed.len(),
+            left: 2 * (self.pending.len() + self.unmeasured.len() + self.measured.len())
+                + self.doomed.len(),
             look: self.pending.len(),
             first: None,
         }
@@ -309,10 +341,14 @@ impl Model {
 
     /// What a `give` or a `take` makes its caller unmap.
     fn round_of_few(&mut self) -> Round {
-        let first = self.evict(Limit::Budget);
+        let (left, first) = match self.next(Limit::Budget) {
+            Some(Next::Unmap(id)) => (EVICT - 1, Some(id)),
+            Some(Next::Measure(_)) => (EVICT, None),
+            None => (0, None),
+        };
         Round {
             limit: Limit::Budget,
-            left: if first.is_some() { EVICT - 1 } else { 0 },
+            left,
             look: 0,
             first,
         }
@@ -322,6 +358,11 @@ impl Model {
         let ids: Vec<_> = (0..self.stacks.len()).filter(|&id| wanted(id)).collect();
         (!ids.is_empty()).then(|| ids[n % ids.len()])
     }
+}
+
+enum Next {
+    Unmap(usize),
+    Measure(usize),
 }
 
 /// What the model expects of a `Victims`.
@@ -355,12 +396,17 @@ impl Pair {
                 let n = (*look).min(32);
                 *look -= n;
                 model.settle(n);
-                if let Some(id) = model.evict(limit) {
-                    *left -= 1;
-                    return Some(id);
-                }
-                if *look == 0 {
-                    *left = 0;
+                match model.next(limit) {
+                    Some(Next::Unmap(id)) => {
+                        *left -= 1;
+                        return Some(id);
+                    }
+                    Some(Next::Measure(id)) => {
+                        *left -= 1;
+                        model.measure(id);
+                    }
+                    None if *look == 0 => *left = 0,
+                    None => {}
                 }
             }
             None
@@ -555,9 +601,9 @@ impl Pair {
             }
             Step::SetBudget(budget, fails) => {
                 let round = model.round(Limit::Budget);
-                let victims = ledger.set_budget(budget);
+                ledger.set_budget(budget);
                 model.budget = budget;
-                self.unmap(victims, round, fails, usize::MAX);
+                self.unmap(ledger.keep_budget(), round, fails, usize::MAX);
             }
             Step::Die(n) => {
                 let running =
@@ -606,7 +652,7 @@ impl Pair {
                 );
             }
             Step::HandOver(fails) => {
-                drop(self.spare.set_budget(model.budget));
+                self.spare.set_budget(model.budget);
                 let before = self.spare.stats();
                 let victims = ledger.hand_over(self.spare);
                 assert_eq!(
@@ -615,8 +661,9 @@ impl Pair {
                     "something was left behind"
                 );
                 let gone: Vec<_> = model
-                    .age
+                    .unmeasured
                     .iter()
+                    .chain(&model.measured)
                     .rev()
                     .chain(&model.doomed)
                     .copied()
@@ -669,7 +716,8 @@ impl Pair {
             }
         });
         assert_eq!(seen, model.state);
-        assert_eq!(age, model.age);
+        let expected = model.unmeasured.iter().chain(&model.measured);
+        assert!(age.iter().eq(expected), "{age:?}");
     }
 }
 

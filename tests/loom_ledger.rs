@@ -148,6 +148,9 @@ unsafe impl Entry for Stack {
     fn resident(&self) -> usize {
         10
     }
+    fn measure(&self) -> Option<usize> {
+        None
+    }
     fn released(&self) -> bool {
         !self.held.load(Ordering::Acquire)
     }
@@ -405,7 +408,10 @@ fn clear_twice_and_adopt_again() {
         let stacks = [free(ledger, 0), free(ledger, 1)];
         unmap(ledger.give(stacks[0]));
         unmap(ledger.give(stacks[1]));
-        let other = spawn(move || unmap(ledger.set_budget(Budget::NOTHING)));
+        let other = spawn(move || {
+            ledger.set_budget(Budget::NOTHING);
+            unmap(ledger.keep_budget())
+        });
         let mut victims = ledger.clear();
         while let Some(stack) = victims.pop() {
             stack.unmap();

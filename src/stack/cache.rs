@@ -18,7 +18,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// 64 MiB: a thousand default stacks at their upper bound of 56 to 64 KiB each (the signal stack grows with
-/// the processor's vector registers).
+/// the processor's vector registers), and seven thousand whose threads used two or three pages.
 const DEFAULT_BUDGET: usize = 64 << 20;
 
 /// What an empty closure, a formatted message or a small vector needs, with room to spare.
@@ -70,9 +70,11 @@ impl StackCacheConfig {
         }
     }
 
-    /// Bytes of memory that cached stacks may occupy; the coldest are unmapped beyond it. Each
-    /// counts with the bytes of [`keep_resident`](Self::keep_resident), its signal stack and the block
-    /// above them, used or not: 24 to 32 KiB more. The rest of its address space does not count.
+    /// Bytes of memory that cached stacks may occupy; the coldest are unmapped beyond it. Until that is reached, each
+    /// counts with the bytes of [`keep_resident`](Self::keep_resident), its signal stack and the block above them, used
+    /// or not: 24 to 32 KiB more. Then the coldest are measured with mincore(2) and count with what is resident, often
+    /// a fifth of that, before any is unmapped. The rest of its address space does not count. A stack that could
+    /// exceed the budget alone is not kept.
     pub fn resident_budget(self, bytes: usize) -> Self {
         StackCacheConfig {
             resident_budget: bytes,
@@ -138,7 +140,8 @@ pub struct StackCacheStats {
     pub cached_stacks: usize,
     /// Address space of those, in bytes.
     pub cached_virtual_bytes: usize,
-    /// Memory of those, in bytes, at most: what may be resident is counted as resident.
+    /// Memory of those, in bytes, at most: what may be resident is counted as resident, except for stacks that were
+    /// measured because the budget was reached.
     pub cached_resident_bytes: usize,
     /// Stacks of threads that run, that end, or that nobody has joined, and the few that are on
     /// their way back to the kernel.
@@ -220,7 +223,7 @@ impl Instance {
         } else {
             Budget::NOTHING
         };
-        drop(self.ledger.set_budget(budget));
+        self.ledger.set_budget(budget);
     }
 
     /// Always there, so its handles are not counted: no shared counter on every spawn.
@@ -279,7 +282,7 @@ fn tell(caps: Caps, runtime: &Runtime) {
     instances().for_each(|instance| instance.cap(caps));
     drop(adding);
     for instance in instances() {
-        let victims = instance.ledger.trim(usize::MAX);
+        let victims = instance.ledger.keep_budget();
         unmap_victims(victims, Some(runtime), std::ptr::null());
     }
 }
@@ -381,7 +384,7 @@ impl StackCache {
         let adding = ADDING.lock();
         self.0.configure(config);
         drop(adding);
-        self.unmap(self.0.ledger.trim(usize::MAX));
+        self.unmap(self.0.ledger.keep_budget());
     }
 
     /// The accounts. All zero in a child of `_Fork(3)`, where caches are out of use.

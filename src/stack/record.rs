@@ -423,6 +423,10 @@ unsafe impl Entry for Stack {
         keep + self.signal_stack().1 + self.block_size.load(Ordering::Relaxed)
     }
 
+    fn measure(&self) -> Option<usize> {
+        self.idle_resident()
+    }
+
     fn released(&self) -> bool {
         self.is_released()
     }

@@ -40,7 +40,7 @@ pub(crate) struct Tally {
     pub(crate) stacks: usize,
     /// Bytes of address space.
     pub(crate) bytes: usize,
-    /// Bytes of memory, by [`Entry::resident`]; 0 while live, since only the thread itself could
+    /// Bytes of memory, by [`Entry::resident`] or [`Entry::measure`]; 0 while live, since only the thread itself could
     /// tell.
     pub(crate) resident: usize,
 }

@@ -24,6 +24,10 @@ pub(crate) unsafe trait Entry: Sync + Sized + 'static {
     /// given back, and again when a failed munmap puts it back.
     fn resident(&self) -> usize;
 
+    /// The bytes that are resident; `None` if the kernel does not say. Called without the lock, of a stack that was
+    /// cached a moment ago: it can be in use or gone by now.
+    fn measure(&self) -> Option<usize>;
+
     /// The kernel has cleared the tid word (Acquire), or no thread has run on the stack since it
     /// was taken.
     fn released(&self) -> bool;
@@ -89,6 +93,7 @@ impl<E> Links<E> {
             state: AtomicU8::new(State::Gone as u8),
             facts: Guarded::new(Facts {
                 evicted: false,
+                measured: Measured::No,
                 class: None,
                 bytes: 0,
                 resident: 0,
@@ -105,9 +110,20 @@ impl<E> Links<E> {
 pub(super) struct Facts {
     /// Was cached before it became `Unmapping`.
     pub(super) evicted: bool,
+    /// What `resident` is of a cached stack.
+    pub(super) measured: Measured,
     pub(super) class: Option<Class>,
     pub(super) bytes: usize,
     pub(super) resident: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Measured {
+    /// An upper bound.
+    No,
+    /// An upper bound; some thread is asking. Any change of the state ends this, so that its answer is dropped.
+    Asked,
+    Yes,
 }
 
 /// Neighbours in a list; stale while the entry is in none. Two cells, because each is mostly set alone.

@@ -2,7 +2,7 @@
 
 use super::accounts::{Budget, Stats, Tally};
 use super::class::{CLASSES, Class};
-use super::entry::{End, Entry, Facts, Key, List, State};
+use super::entry::{End, Entry, Facts, Key, List, Measured, State};
 use crate::sync::lock::{Guard, Lock};
 use std::sync::atomic::Ordering;
 
@@ -23,8 +23,10 @@ pub(super) struct Lists<E: 'static> {
     pub(super) unmapping: List<E, false>,
     /// Cached stacks by class, warmest first.
     pub(super) classes: [List<E, false>; CLASSES],
-    /// All cached stacks, warmest first.
-    pub(super) age: List<E, true>,
+    /// Cached stacks that count with their upper bounds, warmest first: younger than all that are measured.
+    pub(super) unmeasured: List<E, true>,
+    /// The others, warmest first.
+    pub(super) measured: List<E, true>,
     /// `refused` and the rest of the accounts, kept as they are reported.
     pub(super) stats: Stats,
 }
@@ -40,7 +42,8 @@ impl<E: Entry> Lists<E> {
             doomed: List::EMPTY,
             unmapping: List::EMPTY,
             classes: [const { List::EMPTY }; CLASSES],
-            age: List::EMPTY,
+            unmeasured: List::EMPTY,
+            measured: List::EMPTY,
             stats: Stats::ZERO,
         }
     }
@@ -57,6 +60,7 @@ impl<E: Entry> Lists<E> {
         let old_state = e.links().state();
         let new = Facts {
             evicted: old_state == State::Cached,
+            measured: Measured::No,
             resident,
             ..old
         };
@@ -84,9 +88,11 @@ impl<E: Entry> Lists<E> {
             State::Unmapping => (Some(&mut self.unmapping), Some(&mut self.stats.unmapping)),
             State::Cached => {
                 if entering {
-                    self.age.push(&mut self.key, e, End::Front);
+                    self.unmeasured.push(&mut self.key, e, End::Front);
+                } else if facts.measured == Measured::No {
+                    self.unmeasured.remove(&mut self.key, e);
                 } else {
-                    self.age.remove(&mut self.key, e);
+                    self.measured.remove(&mut self.key, e);
                 }
                 let class = facts
                     .class
@@ -115,6 +121,7 @@ impl<E: Entry> Lists<E> {
     pub(super) fn admit(&mut self, e: &'static E, class: Option<Class>, bytes: usize) {
         let facts = Facts {
             evicted: false,
+            measured: Measured::No,
             class,
             bytes,
             resident: 0,
@@ -168,10 +175,10 @@ impl<E: Entry> Lists<E> {
         self.classes.get(class.index())?.head.or_else(doomed)
     }
 
-    /// The next stack to unmap, now on its way. The budget comes first: a doomed stack that cannot
-    /// be unmapped must not keep the cache over it.
-    pub(super) fn evict(&mut self, limit: Limit) -> Option<&'static E> {
-        let limit = match limit {
+    /// The next stack to unmap, which is on its way then, or to measure. The budget comes first: a doomed stack that
+    /// cannot be unmapped must not keep the cache over it.
+    pub(super) fn next(&mut self, limit: Limit) -> Option<Next<E>> {
+        let most = match limit {
             Limit::Budget => self.budget,
             Limit::Resident(bytes) => Budget {
                 resident: self.budget.resident.min(bytes),
@@ -179,15 +186,74 @@ impl<E: Entry> Lists<E> {
             },
             Limit::Nothing => Budget::NOTHING,
         };
-        let e = if limit.holds(self.stats.cached) {
+        let e = if most.holds(self.stats.cached) {
             self.doomed.head
+        } else if matches!(limit, Limit::Budget)
+            && let Some(e) = self.worth_measuring()
+        {
+            return Some(Next::Measure(e));
         } else {
-            self.age.tail
+            self.coldest()
         }?;
         self.put(e, State::Unmapping, self.facts(e).resident, End::Front);
-        Some(e)
+        Some(Next::Unmap(e))
+    }
+
+    pub(super) fn coldest(&self) -> Option<&'static E> {
+        self.measured.tail.or(self.unmeasured.tail)
+    }
+
+    /// The coldest stack that is not measured, if memory alone is over the budget. A single one is not worth it if its
+    /// bound is a small part of the budget: a full cache whose warmest stack comes and goes would measure it each time.
+    fn worth_measuring(&self) -> Option<&'static E> {
+        let e = self.unmeasured.tail?;
+        let but_memory = Budget {
+            resident: usize::MAX,
+            ..self.budget
+        };
+        let single = self
+            .unmeasured
+            .head
+            .is_some_and(|head| std::ptr::eq(head, e));
+        let small = self.facts(e).resident <= self.budget.resident / SMALL_PART;
+        (but_memory.holds(self.stats.cached) && !(single && small)).then_some(e)
+    }
+
+    /// Some thread measures the cached stack `e`. It keeps its age.
+    pub(super) fn ask(&mut self, e: &'static E) {
+        self.unmeasured.remove(&mut self.key, e);
+        self.measured.push(&mut self.key, e, End::Front);
+        let measured = Measured::Asked;
+        let facts = Facts {
+            measured,
+            ..self.facts(e)
+        };
+        e.links().set_facts(&mut self.key, facts);
+    }
+
+    /// The answer about a stack that is in this ledger, unless it is out of date. Without one the bound stays.
+    pub(super) fn answer(&mut self, e: &'static E, resident: Option<usize>) {
+        let old = self.facts(e);
+        if e.links().state() != State::Cached || old.measured != Measured::Asked {
+            return;
+        }
+        let new = Facts {
+            measured: Measured::Yes,
+            resident: resident.unwrap_or(old.resident).min(old.resident),
+            ..old
+        };
+        self.stats.cached.resident = self.stats.cached.resident - old.resident + new.resident;
+        e.links().set_facts(&mut self.key, new);
     }
 }
+
+pub(super) enum Next<E: 'static> {
+    Unmap(&'static E),
+    Measure(&'static E),
+}
+
+/// A stack whose bound is this part of the budget or less may be counted with it while others are unmapped.
+const SMALL_PART: usize = 64;
 
 /// The stacks of one cache. See the top of this file.
 pub(crate) struct Ledger<E: 'static> {

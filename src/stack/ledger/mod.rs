@@ -1,7 +1,7 @@
 //! The ledger of all stacks of one cache: which are in use, which wait for the kernel, which can be
 //! had.
 //!
-//! It makes no system call but its lock's (and that only if the lock is contended), allocates
+//! It makes no system call but its lock's (and that only if the lock is contended) and [`Entry::measure`], allocates
 //! nothing and knows nothing of mappings, so that it can be checked alone (`tests/loom_ledger.rs`,
 //! `tests/ledger.rs`).
 //!
@@ -28,6 +28,10 @@
 //! constant number of steps, whatever the number of stacks or classes; those that must see many
 //! stacks (trim, clear, sweep, hand-over) take the lock anew for every few of them. The two
 //! exceptions hold it for O(n) and say so: [`Ledger::for_each`] and [`Ledger::rebuild`].
+//!
+//! **Memory.** A cached stack counts with an upper bound, which costs nothing to know, until the budget for memory is
+//! reached. Then stacks are measured, the coldest first, before any is unmapped to keep it. A stack is measured where
+//! it lies: any thread may take it meanwhile, and the answer is dropped.
 //!
 //! **Fork.** The lock is not held across a fork, so a child can find the lists half changed, and
 //! gives them up. What survives at every instruction is in the entries: the ledger that an entry is
@@ -127,7 +131,7 @@ impl<E: Entry> Ledger<E> {
     fn evict_some<'a>(&'a self, mut lists: Guard<'a, Lists<E>>) -> Victims<'a, E> {
         let mut victims = Victims::none(self);
         victims.left = EVICT;
-        victims.advance(&mut lists);
+        let _ = victims.advance(&mut lists);
         victims
     }
 
@@ -178,20 +182,25 @@ impl<E: Entry> Ledger<E> {
         self.shrink(Limit::Nothing)
     }
 
-    /// Changes what the cache may keep, and unmaps what is too much. Cost as for [`Ledger::trim`].
-    pub(crate) fn set_budget(&self, budget: Budget) -> Victims<'_, E> {
+    /// Changes what the cache may keep; what is too much waits for the next call that unmaps.
+    pub(crate) fn set_budget(&self, budget: Budget) {
         self.lists.lock().budget = budget;
+    }
+
+    /// Unmaps the coldest stacks until the rest fits the budget. Cost as for [`Ledger::trim`].
+    pub(crate) fn keep_budget(&self) -> Victims<'_, E> {
         self.shrink(Limit::Budget)
     }
 
-    /// Each stack is tried once, so that this ends also when none can be unmapped, or when others
+    /// Each stack is measured once and tried once, so that this ends also when none can be unmapped, or when others
     /// keep giving.
     fn shrink(&self, limit: Limit) -> Victims<'_, E> {
         let stats = self.stats();
         let mut victims = Victims::none(self);
         victims.limit = limit;
         victims.look = stats.pending.stacks;
-        victims.left = stats.pending.stacks + stats.cached.stacks + stats.doomed.stacks;
+        // To measure, and to unmap.
+        victims.left = 2 * (stats.pending.stacks + stats.cached.stacks) + stats.doomed.stacks;
         victims
     }
 
@@ -250,7 +259,7 @@ impl<E: Entry> Ledger<E> {
             let next = [
                 lists.live.tail,
                 lists.pending.head,
-                lists.age.tail,
+                lists.coldest(),
                 lists.doomed.head,
             ];
             let Some(e) = next.into_iter().flatten().next() else {
@@ -295,7 +304,9 @@ impl<E: Entry> Ledger<E> {
         for (list, state) in states {
             list.for_each(&lists.key, |e| f(e, state));
         }
-        lists.age.for_each(&lists.key, |e| f(e, State::Cached));
+        for list in [&lists.unmeasured, &lists.measured] {
+            list.for_each(&lists.key, |e| f(e, State::Cached));
+        }
     }
 
     /// In a forked child: makes new lists from the entries. The stacks of all threads that do not exist here become

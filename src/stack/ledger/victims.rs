@@ -1,7 +1,7 @@
 //! [`Victims`]: what is to be unmapped.
 
 use super::entry::{End, Entry, NOBODY, State};
-use super::lists::{Ledger, Limit, Lists};
+use super::lists::{Ledger, Limit, Lists, Next};
 use std::sync::atomic::Ordering;
 
 /// Entries per turn of the lock for the calls that see many.
@@ -31,7 +31,7 @@ pub(crate) struct Victims<'a, E: Entry> {
     pub(super) ready: Option<&'static E>,
     /// Handed out by the last `pop`.
     pub(super) current: Option<&'static E>,
-    /// Stacks that may still be handed out.
+    /// Stacks that may still be measured or handed out.
     pub(super) left: usize,
     /// Pending stacks still to look at.
     pub(super) look: usize,
@@ -50,7 +50,7 @@ impl<'a, E: Entry> Victims<'a, E> {
     }
 
     /// The next stack to unmap; puts the last one back, unless [`Victims::unmapped`] was called.
-    /// O(1), and O(1) for each pending stack that `trim`, `clear` and `set_budget` have yet to look
+    /// O(1), and O(1) for each pending stack that `trim`, `clear` and `keep_budget` have yet to look
     /// at.
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<&'static E> {
@@ -96,21 +96,36 @@ impl<'a, E: Entry> Victims<'a, E> {
     pub(super) fn refill(&mut self) {
         while self.ready.is_none() && self.left > 0 {
             let mut lists = self.ledger.lists.lock();
-            self.advance(&mut lists);
+            let Some(e) = self.advance(&mut lists) else {
+                continue;
+            };
+            lists.ask(e);
+            drop(lists);
+            self.left -= 1;
+            let resident = e.measure();
+            let mut lists = self.ledger.lists.lock();
+            if self.ledger.owns(e) {
+                lists.answer(e, resident);
+            }
         }
     }
 
+    /// Finds the next stack to unmap. What it returns is to be measured first.
     #[inline]
-    pub(super) fn advance(&mut self, lists: &mut Lists<E>) {
+    pub(super) fn advance(&mut self, lists: &mut Lists<E>) -> Option<&'static E> {
         let look = self.look.min(TURN);
         self.look -= look;
         lists.settle(look);
-        self.ready = lists.evict(self.limit);
-        if self.ready.is_some() {
-            self.left -= 1;
-        } else if self.look == 0 {
-            self.left = 0;
+        match lists.next(self.limit) {
+            Some(Next::Unmap(e)) => {
+                self.ready = Some(e);
+                self.left -= 1;
+            }
+            Some(Next::Measure(e)) => return Some(e),
+            None if self.look == 0 => self.left = 0,
+            None => {}
         }
+        None
     }
 }
 
