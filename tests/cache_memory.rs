@@ -333,6 +333,108 @@ fn no_heap_is_lost_however_stacks_come_and_go() {
     }
 }
 
+/// Threads that freed as much as malloc keeps for one: seven blocks of each size up to 1 KiB.
+fn heap_burst(builder: &Builder, count: usize) {
+    let gate = std::sync::Arc::new(std::sync::Barrier::new(count));
+    let handles: Vec<_> = (0..count)
+        .map(|_| {
+            let gate = std::sync::Arc::clone(&gate);
+            let body = move || {
+                gate.wait();
+                for size in (24..=1032).step_by(16) {
+                    let mut blocks = [(); 7].map(|()| vec![1_u8; size]);
+                    black_box(&mut blocks);
+                }
+                // All have allocated before the first ends.
+                gate.wait();
+            };
+            builder.clone().spawn(body).expect("a thread")
+        })
+        .collect();
+    handles
+        .into_iter()
+        .for_each(|handle| handle.join().expect("its end"));
+}
+
+/// What malloc keeps for ended threads goes with their stacks, to malloc and from there to the kernel.
+#[test]
+fn trim_and_clear_give_back_what_malloc_keeps() {
+    alone("trim_and_clear_give_back_what_malloc_keeps", || {
+        const THREADS: usize = 200;
+        let (cache, builder) = private(StackCacheConfig::default());
+        // Arenas, and the test's own lists.
+        heap_burst(&builder, THREADS);
+        cache.clear();
+        let give_back: [(&str, &dyn Fn()); 3] = [
+            ("trim(0)", &|| cache.trim(0)),
+            ("clear", &|| cache.clear()),
+            ("trim after the cache has gone", &|| {
+                let (other, builder) = private(StackCacheConfig::default());
+                heap_burst(&builder, THREADS);
+                drop((other, builder));
+                StackCache::global().trim(0);
+                cache.trim(0);
+            }),
+        ];
+        let (heap, memory) = (malloc_in_use(), resident());
+        for (name, give_back) in give_back {
+            heap_burst(&builder, THREADS);
+            let kept = malloc_in_use() - heap;
+            assert!(kept > 200 * 100_000, "{name}: {kept} bytes are kept");
+            give_back();
+            let left = malloc_in_use() - heap;
+            let resident = resident().saturating_sub(memory);
+            report(
+                "figures",
+                format_args!("{name}: {kept} kept, {left} left, {resident} resident"),
+            );
+            assert!(left < 200_000, "{name}: {left} bytes of {kept} are left");
+            assert!(resident < 4 * MIB, "{name}: {resident} bytes are resident");
+        }
+        // And it works on, with full caches as before.
+        heap_burst(&builder, THREADS);
+        assert_eq!(cache.stats().cached_stacks, THREADS);
+    });
+}
+
+/// Where no thread can be created the heap caches stay, and serve later threads or go with a later call.
+#[test]
+fn trim_returns_where_no_thread_can_be_created() {
+    alone("trim_returns_where_no_thread_can_be_created", || {
+        const THREADS: usize = 20;
+        let (cache, builder) = private(StackCacheConfig::default());
+        heap_burst(&builder, THREADS);
+        cache.clear();
+        let heap = malloc_in_use();
+        heap_burst(&builder, THREADS);
+        or_skip!(support::become_unused_user());
+        let limit_tasks = |soft: fn(libc::rlim_t) -> libc::rlim_t| {
+            let mut limit = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            // SAFETY: a place for one limit, read and written.
+            unsafe {
+                assert_eq!(libc::getrlimit(libc::RLIMIT_NPROC, &raw mut limit), 0);
+                limit.rlim_cur = soft(limit.rlim_max);
+                assert_eq!(libc::setrlimit(libc::RLIMIT_NPROC, &raw const limit), 0);
+            }
+        };
+        limit_tasks(|_| 0);
+        let kept = malloc_in_use() - heap;
+        cache.trim(0);
+        cache.clear();
+        assert_eq!(cache.stats().mapped_stacks, 0);
+        let left = malloc_in_use() - heap;
+        assert!(left > kept / 2, "{left} bytes of {kept}: freed by whom?");
+        limit_tasks(|most| most);
+        builder.spawn(|| ()).unwrap().join().unwrap();
+        cache.clear();
+        let left = malloc_in_use() - heap;
+        assert!(left < 200_000, "{left} bytes of {kept}");
+    });
+}
+
 /// A catalogue of gettext's with one translation.
 fn catalogue(original: &str, translation: &str) -> Vec<u8> {
     const TABLES: usize = 28;

@@ -404,10 +404,11 @@ impl StackCache {
     /// Unmaps the coldest cached stacks until the rest keep at most `resident_bytes` of memory.
     /// `trim(0)` gives every stack back that no thread uses.
     ///
-    /// What stays is malloc's. For each thread it keeps some of the blocks that the thread has freed (with glibc's
-    /// defaults seven of each size up to 1 KiB, 240 KiB in all for one that has freed so many), and glibc exports no
-    /// way to release them. They outlive the stack and serve the next thread that starts: memory for as many as were
-    /// ever alive at once, which a program bounds with glibc's tunable `glibc.malloc.tcache_count`.
+    /// For each thread malloc keeps some of the blocks that the thread has freed (with glibc's defaults seven of each size
+    /// up to 1 KiB, 240 KiB in all for one that has freed so many). They go with the stack, of this or another cache,
+    /// that was unmapped: glibc frees them at the end of a thread of its own, so that a short one is started for each
+    /// (pthread_create(3)). Then malloc_trim(3) gives free pages of the whole heap back. Where a thread is refused, the
+    /// blocks stay, serve the next threads that start, and go with the next call.
     ///
     /// A process at `vm.max_map_count` may not unmap what lies between two stacks in use, because that
     /// makes two mappings of one: such a stack stays cached, without its memory.
@@ -420,12 +421,15 @@ impl StackCache {
             .unmap(self.0.ledger.trim(resident_bytes))
             .is_worth_another()
         {}
+        release_heaps();
     }
 
-    /// Unmaps every cached stack, with the exception that [`trim`](Self::trim) names.
+    /// Unmaps every cached stack, with the exception that [`trim`](Self::trim) names, and gives back what malloc keeps
+    /// for their threads, as that does.
     pub fn clear(&self) {
         if self.is_usable() {
             self.unmap_all();
+            release_heaps();
         }
     }
 
@@ -623,6 +627,22 @@ fn remainder(bytes: usize) -> usize {
         .max(1)
         .checked_next_multiple_of(page)
         .unwrap_or(usize::MAX - page + 1)
+}
+
+/// Gives malloc back what it keeps for ended threads whose stacks are unmapped.
+fn release_heaps() {
+    let Some(runtime) = Runtime::existing() else {
+        return;
+    };
+    let mut parked = crate::debug::records().filter(|stack| stack.has_parked());
+    let first = parked.next();
+    let released = |stack: &'static Stack| runtime.release(&|| stack.take_parked());
+    if first.is_some_and(released) {
+        // The rest, until one is refused.
+        let _ = parked.all(released);
+        // SAFETY: takes no pointers.
+        unsafe { libc::malloc_trim(0) };
+    }
 }
 
 /// What became of some victims.

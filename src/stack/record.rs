@@ -10,7 +10,7 @@ use super::mapping;
 use crate::mem::{Shared, try_box};
 use crate::sync::Lock;
 use crate::sys;
-use crate::tcb::{Block, Runtime};
+use crate::tcb::{Block, Parked, Runtime};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
@@ -76,7 +76,7 @@ pub(crate) struct Stack {
     pub(super) name_length: AtomicUsize,
     /// What the creator hands to the thread.
     pub(super) start: UnsafeCell<Option<crate::start::Start>>,
-    /// The next record without a mapping.
+    /// The next record without a mapping, or [`NOT_SPARE`]. Changed with the lock of [`SPARE`] held.
     pub(super) next_spare: AtomicPtr<Stack>,
     /// The record made before this one: a debugger's way to all of them.
     pub(super) next_record: AtomicPtr<Stack>,
@@ -121,6 +121,9 @@ impl Records {
 
 pub(super) const NO_CLASS: u16 = u16::MAX;
 
+/// Of a record that is not in the list of spare ones.
+const NOT_SPARE: *mut Stack = std::ptr::dangling_mut();
+
 /// Records whose mappings are gone. They carry parked heap caches, so the last is used first. The list is whole at
 /// every instruction, for a forked child.
 pub(super) static SPARE: Lock<AtomicPtr<Stack>> = Lock::new(AtomicPtr::new(std::ptr::null_mut()));
@@ -147,7 +150,7 @@ impl Stack {
             name: AtomicPtr::new(std::ptr::null_mut()),
             name_length: AtomicUsize::new(0),
             start: UnsafeCell::new(None),
-            next_spare: AtomicPtr::new(std::ptr::null_mut()),
+            next_spare: AtomicPtr::new(NOT_SPARE),
             next_record: AtomicPtr::new(std::ptr::null_mut()),
         }
     }
@@ -171,6 +174,7 @@ impl Stack {
         // SAFETY: null, or a record that was pushed by `retire_record`; records are never freed.
         if let Some(stack) = unsafe { spare.load(Ordering::Relaxed).as_ref() } {
             spare.store(stack.next_spare.load(Ordering::Relaxed), Ordering::Relaxed);
+            stack.next_spare.store(NOT_SPARE, Ordering::Relaxed);
             return Some(stack);
         }
         drop(spare);
@@ -185,6 +189,28 @@ impl Stack {
         self.next_spare
             .store(spare.load(Ordering::Relaxed), Ordering::Relaxed);
         spare.store(std::ptr::from_ref(self).cast_mut(), Ordering::Release);
+    }
+
+    /// Whether a heap cache waits here, in a record without a mapping, for the next thread.
+    pub(super) fn has_parked(&self) -> bool {
+        let _spare = SPARE.lock();
+        // SAFETY: a spare record is its list's, whose lock is held until the answer is there.
+        self.is_spare() && unsafe { self.block.has_parked() }
+    }
+
+    /// Takes that heap cache.
+    pub(super) fn take_parked(&self) -> Option<Parked> {
+        let _spare = SPARE.lock();
+        if !self.is_spare() {
+            return None;
+        }
+        // SAFETY: a spare record is its list's, whose lock is held.
+        unsafe { self.block.take_parked() }
+    }
+
+    /// Called with the lock of [`SPARE`] held.
+    fn is_spare(&self) -> bool {
+        self.next_spare.load(Ordering::Relaxed) != NOT_SPARE
     }
 
     /// Fills the record in for a fresh mapping of this layout.

@@ -7,11 +7,12 @@
 //! - `enlist`, which prepares a block, makes it known to the libc and gives it its TLS images;
 //! - `enter`, `run_destructors`, `mark_exiting`, `leave_list`: what the new thread itself does first and last;
 //! - `reap`: what an ended thread has left to the owner of its block;
-//! - `retire`: what must be saved or freed before a block's memory goes away.
+//! - `retire`: what must be saved or freed before a block's memory goes away;
+//! - `release`: frees what was saved.
 
 mod glibc;
 
-pub(crate) use glibc::{Block, BlockState, Enlisted, Runtime};
+pub(crate) use glibc::{Block, BlockState, Enlisted, Parked, Runtime};
 
 use crate::errno::Errno;
 use crate::step::Step;

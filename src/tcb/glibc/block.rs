@@ -22,7 +22,7 @@ pub(crate) enum BlockState {
 
 /// What outlives a block whose memory is unmapped, until the next fresh block takes it: malloc's
 /// thread cache and arena, the getrandom state, and the buffers of strsignal and strerror. Dropping these
-/// would leak them, because glibc exports no way to release them.
+/// would leak them: [`Runtime::release`] gives them back.
 pub(crate) struct Parked {
     segment: [u8; SEGMENT_MAX],
     /// Of [`Runtime::parked_words`].
@@ -106,6 +106,28 @@ impl Block {
 
     pub(super) fn listed(&self) -> &AtomicBool {
         &self.listed
+    }
+
+    /// Whether there is something to take.
+    ///
+    /// # Safety
+    /// As for [`Block::take_parked`].
+    pub(crate) unsafe fn has_parked(&self) -> bool {
+        // SAFETY: the caller is the block's only owner.
+        unsafe { (*self.parked.get()).present }
+    }
+
+    /// What waits for the next fresh block here: the next thread begins with an empty heap cache.
+    ///
+    /// # Safety
+    /// The caller is the only owner of a block whose memory is unmapped.
+    pub(crate) unsafe fn take_parked(&self) -> Option<Parked> {
+        // SAFETY: the caller is the block's only owner.
+        let parked = unsafe { &mut *self.parked.get() };
+        std::mem::replace(&mut parked.present, false).then_some(Parked {
+            present: true,
+            ..*parked
+        })
     }
 
     /// In a forked child: glibc has emptied its list, and a heap cache saved by the parent's threads refers to
@@ -195,11 +217,7 @@ impl Runtime {
                 BlockState::Fresh => {
                     let parked = &mut *block.parked.get();
                     if parked.present {
-                        for (at, word) in self.parked_words().into_iter().zip(parked.words) {
-                            if let Some(at) = at {
-                                ((tp + at) as *mut usize).write(word);
-                            }
-                        }
+                        self.put_words(tp, parked);
                     }
                 }
                 BlockState::Ended => {
@@ -343,6 +361,47 @@ impl Runtime {
         [offsets.getrandom, offsets.strsignal, offsets.strerror]
     }
 
+    /// Writes libc's segment as an ended thread has left it.
+    ///
+    /// # Safety
+    /// `tp` is the thread pointer of a block that the caller owns, and nothing is lost with what is in it.
+    unsafe fn put_segment(&self, tp: usize, parked: &Parked) {
+        let segment = &self.offsets.segment;
+        // SAFETY: the segment's place and size were found by calibration, and static TLS offsets never change.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                parked.segment.as_ptr(),
+                (tp as isize + segment.start) as *mut u8,
+                (segment.end - segment.start) as usize,
+            );
+        }
+    }
+
+    /// Writes the words of the descriptor that go with the segment.
+    ///
+    /// # Safety
+    /// As for [`Runtime::put_segment`].
+    unsafe fn put_words(&self, tp: usize, parked: &Parked) {
+        for (at, word) in self.parked_words().into_iter().zip(parked.words) {
+            if let Some(at) = at {
+                // SAFETY: a word of the caller's descriptor.
+                unsafe { ((tp + at) as *mut usize).write(word) };
+            }
+        }
+    }
+
+    /// Both.
+    ///
+    /// # Safety
+    /// As for [`Runtime::put_segment`].
+    pub(super) unsafe fn put_parked(&self, tp: usize, parked: &Parked) {
+        // SAFETY: passed on.
+        unsafe {
+            self.put_words(tp, parked);
+            self.put_segment(tp, parked);
+        }
+    }
+
     /// Saves what goes on to the next thread, unless it is saved already: a spawn that was refused between
     /// [`Runtime::prepare`] and [`Enlisted::allocate_tls`] has left it so.
     ///
@@ -416,12 +475,7 @@ impl Enlisted<'_> {
             }
             let parked = &mut *block.parked.get();
             if parked.present {
-                let segment = &runtime.offsets.segment;
-                std::ptr::copy_nonoverlapping(
-                    parked.segment.as_ptr(),
-                    (tp as isize + segment.start) as *mut u8,
-                    (segment.end - segment.start) as usize,
-                );
+                runtime.put_segment(tp, parked);
                 parked.present = false;
             }
         }

@@ -11,9 +11,10 @@
 mod block;
 mod calibrate;
 mod list;
+mod release;
 mod symbols;
 
-pub(crate) use block::{Block, BlockState, Enlisted};
+pub(crate) use block::{Block, BlockState, Enlisted, Parked};
 
 use super::RuntimeError;
 use crate::mem::try_box;
