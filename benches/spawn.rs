@@ -12,10 +12,10 @@ fn main() {
     let mut criterion = measured::criterion();
     for row in workload::rows() {
         match row.workload {
-            // Needs a process of its own: benches/cold.rs.
-            Workload::Cold => {}
+            // Need a process of their own: benches/cold.rs, and the example compare.
+            Workload::Cold | Workload::Lean => {}
             // Each sample starts its crowd anew: minutes for the large ones.
-            Workload::Live if row.threads > 1_000 => {}
+            Workload::Live | Workload::CrowdAgain if row.threads > 1_000 => {}
             _ => measured::bench(&mut criterion, &row),
         }
     }

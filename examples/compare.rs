@@ -105,7 +105,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         }
         progress.set_message(row.label());
         let measured = match row.workload {
-            Workload::Cold => measure_in_child(row, arguments.quick),
+            Workload::Cold | Workload::Lean => measure_in_child(row, arguments.quick),
             _ => measure_row(row, &progress),
         };
         match measured {
@@ -157,7 +157,8 @@ fn chosen_rows(arguments: &Arguments) -> Result<Vec<Row>, String> {
         rows.retain(|row| chosen(row) || asked_for(row));
     }
     if arguments.quick {
-        rows.retain(|row| row.workload != Workload::Live || row.threads <= 1_000 || asked_for(row));
+        let crowd = |row: &Row| matches!(row.workload, Workload::Live | Workload::CrowdAgain);
+        rows.retain(|row| !crowd(row) || row.threads <= 1_000 || asked_for(row));
         rows.iter_mut()
             .for_each(|row| row.rounds = (row.rounds / 6).max(5));
     }
@@ -204,9 +205,12 @@ fn measure_row(row: &Row, progress: &ProgressBar) -> Result<Vec<Figure>, Box<dyn
         })
         .collect();
     // Fills the caches and touches the code: every subject at its best.
-    for entrant in &mut entrants {
-        entrant.round(row);
+    if row.workload != Workload::CrowdAgain {
+        for entrant in &mut entrants {
+            entrant.round(row);
+        }
     }
+    let before = nptl::StackCache::global().stats();
     for round in 0..row.rounds {
         // Another one goes first each time, so that what a subject leaves behind does not always
         // hit the same neighbour.
@@ -216,6 +220,24 @@ fn measure_row(row: &Row, progress: &ProgressBar) -> Result<Vec<Figure>, Box<dyn
             entrants[index].samples.extend(sample);
         }
         progress.inc(row.threads_per_round());
+    }
+    match row.workload {
+        Workload::CrowdAgain => {
+            let after = nptl::StackCache::global().stats();
+            let hits = after.hits - before.hits;
+            let spawns = hits + after.misses - before.misses;
+            progress.suspend(|| eprintln!("{}: nptl: {hits} hits of {spawns}", row.label()));
+        }
+        Workload::Lean => {
+            for entrant in &entrants {
+                let kept = resident_after(row, entrant)? / 1024;
+                let (label, name) = (row.label(), entrant.subject.name());
+                progress.suspend(|| {
+                    eprintln!("{label}: {name}: 64 threads leave {kept} KiB resident");
+                });
+            }
+        }
+        _ => {}
     }
     // Two thousand of our 8 MiB stacks, kept for a burst, are nothing that a later row should meet.
     nptl::StackCache::global().clear();
@@ -234,6 +256,13 @@ fn measure_row(row: &Row, progress: &ProgressBar) -> Result<Vec<Figure>, Box<dyn
         }
     }
     Ok(figures)
+}
+
+/// Bytes that are resident when 64 threads have come and gone, and were not before.
+fn resident_after(row: &Row, entrant: &Entrant) -> io::Result<usize> {
+    let before = measure::proc::resident_bytes();
+    entrant.subject.round(&workload::lean_burst(row), 1)?;
+    Ok(measure::proc::resident_bytes().saturating_sub(before))
 }
 
 /// glibc reads its tunables once, at start.

@@ -31,13 +31,14 @@ fn row_of(workload: Workload) -> Row {
 
 #[test]
 fn the_rows_are_those_of_the_performance_table() {
-    use Workload::{Burst, Cold, Contended, HeapWarm, Hot, SpawnCall};
-    let promised: [Promised; 10] = [
+    use Workload::{Burst, Cold, Contended, HeapWarm, Hot, Lean, SpawnCall};
+    let promised: [Promised; 11] = [
         (Hot, 1, 256, "floor", 1.05),
         (Burst, 64, 8192, "pthread", 0.50),
         (Burst, 1000, 8192, "pthread", 0.45),
         (Burst, 64, 256, "pthread", 0.95),
         (Cold, 1, 256, "pthread", 0.90),
+        (Lean, 1, 256, "pthread", 0.85),
         (HeapWarm, 1, 256, "pthread", 0.90),
         (SpawnCall, 1, 256, "floor", 1.15),
         (Contended, 2, 256, "pthread", 1.00),
@@ -96,7 +97,8 @@ fn quantiles_lie_between_the_nearest_samples() {
 #[test]
 fn every_subject_runs_every_row() {
     for row in rows() {
-        if row.workload == Workload::Live && row.threads > 100 {
+        let crowd = matches!(row.workload, Workload::Live | Workload::CrowdAgain);
+        if crowd && row.threads > 100 {
             continue;
         }
         let subjects = subjects(&row).expect("the subjects");

@@ -68,6 +68,14 @@ impl Nptl {
         }
     }
 
+    /// Threads whose stacks keep address space and guard, and nothing that was used below the last page.
+    pub fn lean(stack_bytes: usize) -> Nptl {
+        Nptl {
+            stack_bytes,
+            cache: StackCache::new(StackCacheConfig::default().keep_resident(0)),
+        }
+    }
+
     /// As [`Subject::start`], with our own error.
     pub fn spawn(&self, body: Body) -> Result<nptl::JoinHandle<()>, nptl::SpawnError> {
         let builder = nptl::Builder::new()

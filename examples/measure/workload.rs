@@ -20,6 +20,8 @@ pub enum Workload {
     Burst,
     /// Hot without any stack cache; glibc's is turned off from outside, by [`COLD_TUNABLE`].
     Cold,
+    /// Hot with a cache that keeps address space and guards, but no memory below the last page; glibc's is turned off.
+    Lean,
     /// Hot with a body that allocates.
     HeapWarm,
     /// Only the time until spawn returns.
@@ -28,6 +30,8 @@ pub enum Workload {
     Contended,
     /// Hot beside parked threads of the same subject.
     Live,
+    /// A large burst that comes and goes: what of it does the default cache hold?
+    CrowdAgain,
 }
 
 /// The environment of a process in which glibc caches no stacks, read by its dynamic linker at
@@ -41,10 +45,12 @@ impl Workload {
             Workload::Hot => "hot",
             Workload::Burst => "burst",
             Workload::Cold => "cold",
+            Workload::Lean => "lean",
             Workload::HeapWarm => "heap-warm",
             Workload::SpawnCall => "spawn-call",
             Workload::Contended => "contended",
             Workload::Live => "live",
+            Workload::CrowdAgain => "crowd-again",
         }
     }
 }
@@ -93,7 +99,7 @@ impl Row {
     /// Threads started in one iteration; a figure is the time for one of them.
     pub fn threads_per_iteration(&self) -> usize {
         match self.workload {
-            Workload::Burst | Workload::Contended => self.threads,
+            Workload::Burst | Workload::Contended | Workload::CrowdAgain => self.threads,
             _ => 1,
         }
     }
@@ -138,7 +144,7 @@ pub fn live_row(threads: usize) -> Row {
 
 /// All rows, in the order of the performance table, then those of the plot.
 pub fn rows() -> Vec<Row> {
-    use Workload::{Burst, Cold, Contended, HeapWarm, Hot, SpawnCall};
+    use Workload::{Burst, Cold, Contended, CrowdAgain, HeapWarm, Hot, Lean, SpawnCall};
     let (floor, pthread) = (floor::NAME, pthread::NAME);
     let table = [
         (row(Hot, 1, 256 * KIB, 50, 400), floor, 1.05),
@@ -146,6 +152,7 @@ pub fn rows() -> Vec<Row> {
         (row(Burst, 1000, 8 * MIB, 1, 30), pthread, 0.45),
         (row(Burst, 64, 256 * KIB, 1, 300), pthread, 0.95),
         (row(Cold, 1, 256 * KIB, 50, 400), pthread, 0.90),
+        (row(Lean, 1, 256 * KIB, 50, 400), pthread, 0.85),
         (row(HeapWarm, 1, 256 * KIB, 50, 400), pthread, 0.90),
         (row(SpawnCall, 1, 256 * KIB, 50, 400), floor, 1.15),
         (row(Contended, 2, 256 * KIB, 60, 200), pthread, 1.00),
@@ -157,7 +164,23 @@ pub fn rows() -> Vec<Row> {
         ..row
     });
     let plotted = [10, 100, 1_000, 3_000, 10_000].map(live_row);
-    with_target.into_iter().chain(plotted).collect()
+    // Three times, from an empty cache.
+    let crowd = row(CrowdAgain, 20_000, 64 * KIB, 3, 1);
+    with_target
+        .into_iter()
+        .chain(plotted)
+        .chain([crowd])
+        .collect()
+}
+
+/// So many threads at once, with the stacks of the lean row: what they leave is its resident memory.
+pub fn lean_burst(row: &Row) -> Row {
+    Row {
+        workload: Workload::Burst,
+        threads: 64,
+        iterations: 1,
+        ..row.clone()
+    }
 }
 
 /// Uncounted iterations beside a crowd: the first may still meet its last threads on their way to the gate.
@@ -168,9 +191,11 @@ fn warm_up(iterations: u64) -> u64 {
 /// Runs `iterations` of the row's workload and returns the time that counts.
 pub fn run<S: Subject>(subject: &S, row: &Row, iterations: u64) -> io::Result<Duration> {
     match row.workload {
-        Workload::Hot | Workload::Cold => one_at_a_time(subject, Body::Empty, iterations),
+        Workload::Hot | Workload::Cold | Workload::Lean => {
+            one_at_a_time(subject, Body::Empty, iterations)
+        }
         Workload::HeapWarm => one_at_a_time(subject, Body::Heap, iterations),
-        Workload::Burst => burst(subject, row.threads, iterations),
+        Workload::Burst | Workload::CrowdAgain => burst(subject, row.threads, iterations),
         Workload::SpawnCall => spawn_call(subject, iterations),
         Workload::Contended => contended(subject, row.threads, iterations),
         Workload::Live => live(subject, row.threads, iterations),
