@@ -232,7 +232,7 @@ impl Hierarchy {
 
 /// A line of /proc/PID/cgroup: hierarchy:controllers:path, and the path may hold colons.
 #[derive(Debug, PartialEq, Eq)]
-struct Membership<'a> {
+pub(crate) struct Membership<'a> {
     /// 0 is that of v2, which lists no controllers.
     hierarchy: &'a [u8],
     controllers: &'a [u8],
@@ -240,7 +240,7 @@ struct Membership<'a> {
 }
 
 impl Membership<'_> {
-    fn parse(line: &[u8]) -> Option<Membership<'_>> {
+    pub(crate) fn parse(line: &[u8]) -> Option<Membership<'_>> {
         let mut fields = line.splitn(3, |byte| *byte == b':');
         Some(Membership {
             hierarchy: fields.next()?,

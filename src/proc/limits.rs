@@ -52,7 +52,7 @@ impl Limit {
         file::first(path, |line| Limit::parse(line, limited))
     }
 
-    fn parse(line: &[u8], limited: Limited) -> Option<Limit> {
+    pub(crate) fn parse(line: &[u8], limited: Limited) -> Option<Limit> {
         let mut values = words(parse::value(line, limited.names().0)?).map(parse::limit);
         let (soft, hard) = (values.next()??, values.next()??);
         Some(Limit { soft, hard })

@@ -16,13 +16,13 @@ const LOADAVG: &CStr = c"/proc/loadavg";
 
 /// /proc/loadavg, as far as it counts tasks.
 #[derive(Debug, PartialEq, Eq)]
-struct LoadAverage {
+pub(crate) struct LoadAverage {
     tasks: u64,
     last_pid: u64,
 }
 
 impl LoadAverage {
-    fn parse(text: &[u8]) -> Option<LoadAverage> {
+    pub(crate) fn parse(text: &[u8]) -> Option<LoadAverage> {
         // Three averages, runnable/all tasks, the pid number given out last.
         let mut fields = words(text).skip(3);
         let (_, tasks) = split_once(fields.next()?, b'/')?;
@@ -115,7 +115,7 @@ impl MemInfo {
     }
 
     /// One line of the file.
-    fn take(&mut self, line: &[u8]) {
+    pub(crate) fn take(&mut self, line: &[u8]) {
         for (key, field) in [
             (&b"MemTotal:"[..], &mut self.total),
             (b"SwapTotal:", &mut self.swap),
@@ -134,7 +134,7 @@ pub(crate) fn kernel_version() -> Option<(u64, u64)> {
     parse_version(uname().ok()?.release().as_bytes())
 }
 
-fn parse_version(release: &[u8]) -> Option<(u64, u64)> {
+pub(crate) fn parse_version(release: &[u8]) -> Option<(u64, u64)> {
     let (major, rest) = split_once(release, b'.')?;
     Some((number(major)?, number(rest)?))
 }

@@ -26,7 +26,7 @@ impl Maps {
         Maps::parse(&text, lowest)
     }
 
-    fn parse(text: &[u8], lowest: u64) -> Option<Maps> {
+    pub(crate) fn parse(text: &[u8], lowest: u64) -> Option<Maps> {
         let mut maps = Maps {
             count: 0,
             largest_gap: 0,

@@ -12,7 +12,7 @@ pub(crate) mod file;
 pub(crate) mod limits;
 pub(crate) mod machine;
 pub(crate) mod maps;
-mod mounts;
+pub(crate) mod mounts;
 pub(crate) mod parse;
 pub(crate) mod processes;
 pub(crate) mod status;

@@ -4,18 +4,18 @@ use crate::mem::text::Text;
 
 /// A line of it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Mount<'a> {
+pub(crate) struct Mount<'a> {
     /// The directory of the file system that is mounted.
-    pub(super) root: &'a [u8],
+    pub(crate) root: &'a [u8],
     /// Where it is mounted, escaped.
-    pub(super) point: &'a [u8],
-    pub(super) kind: &'a [u8],
+    pub(crate) point: &'a [u8],
+    pub(crate) kind: &'a [u8],
     /// Those of the file system, not of the mount.
-    pub(super) options: &'a [u8],
+    pub(crate) options: &'a [u8],
 }
 
 impl Mount<'_> {
-    pub(super) fn parse(line: &[u8]) -> Option<Mount<'_>> {
+    pub(crate) fn parse(line: &[u8]) -> Option<Mount<'_>> {
         let mut words = line.split(|byte| *byte == b' ');
         let (root, point) = (words.nth(3)?, words.next()?);
         // Any number of optional fields, then the kind, the source and the options.
@@ -30,12 +30,12 @@ impl Mount<'_> {
 }
 
 /// Whether a list separated by commas has an element.
-pub(super) fn lists(list: &[u8], element: &[u8]) -> bool {
+pub(crate) fn lists(list: &[u8], element: &[u8]) -> bool {
     list.split(|byte| *byte == b',').any(|one| one == element)
 }
 
 /// Undoes the octal escapes of a mount point.
-pub(super) fn unescape<const N: usize>(text: &[u8], into: &mut Text<N>) {
+pub(crate) fn unescape<const N: usize>(text: &[u8], into: &mut Text<N>) {
     let mut rest = text;
     while let Some((first, tail)) = rest.split_first() {
         let digit = |byte: &u8| byte.wrapping_sub(b'0');

@@ -55,7 +55,7 @@ impl Status {
     }
 
     /// One line of the file.
-    fn take(&mut self, line: &[u8]) {
+    pub(crate) fn take(&mut self, line: &[u8]) {
         let Some(colon) = line.iter().position(|byte| *byte == b':') else {
             return;
         };

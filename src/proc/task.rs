@@ -59,7 +59,7 @@ pub(crate) fn scheduling_policy() -> Option<u32> {
 }
 
 /// Field 41 of /proc/PID/stat.
-fn parse_policy(stat: &[u8]) -> Option<u32> {
+pub(crate) fn parse_policy(stat: &[u8]) -> Option<u32> {
     // The command's name stands in parentheses and may hold anything; field 3 follows the last one.
     let end = stat.iter().rposition(|byte| *byte == b')')?;
     let rest = stat.get(end + 2..)?;

@@ -1,0 +1,2 @@
+#![no_main]
+libfuzzer_sys::fuzz_target!(|text: &[u8]| nptl_fuzz::run("mountinfo", text));
