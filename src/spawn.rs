@@ -47,10 +47,11 @@ pub(crate) fn spawn(
             Err(refusal) => refusal,
         };
         cancellation.get_or_insert_with(NoCancellation::new);
-        // Only what a clone meets goes away by itself within milliseconds. A calibration is left to
-        // the next spawn: it allocates, which nothing does after a refusal (A4).
+        // What malloc was refused is left to the next spawn, and so is a calibration: they allocate, which nothing does
+        // after a refusal (A4).
         let step = refusal.error.step;
-        let transient = step == Step::Clone && refusal.verdict.transient && !refusal.calibration;
+        let allocates = matches!(step, Step::Allocate | Step::AllocateTls) || refusal.calibration;
+        let transient = refusal.verdict.transient && !allocates;
         let hopeless = matches!(step, Step::Attributes | Step::Runtime) || request.name.is_err();
         let started = *started.get_or_insert_with(Instant::now);
         if request.retry.again(started, transient, hopeless) {

@@ -71,6 +71,8 @@ pub(crate) struct StepError {
     pub(crate) bytes: usize,
     /// For [`Step::Clone`]: the call that gave the errno.
     pub(crate) call: CloneCall,
+    /// For [`Step::PrepareStack`]: mlock was refused, and not the prefault.
+    pub(crate) locks: bool,
 }
 
 impl StepError {
@@ -80,6 +82,7 @@ impl StepError {
             errno,
             bytes,
             call: CloneCall::Clone3,
+            locks: false,
         }
     }
 }

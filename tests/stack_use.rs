@@ -166,7 +166,7 @@ const LIMITS: [Limit; 8] = [
     },
     Limit {
         name: "nothing readable",
-        kind: CauseKind::UserProcesses,
+        kind: CauseKind::Unknown,
         sandbox: |child| Ok(child.hide_proc()),
         obstruct: user,
     },

@@ -43,11 +43,11 @@ struct Truth {
     name: &'static str,
     step: Step,
     errno: Errno,
-    /// What is named: the true cause, or unknown.
-    kind: CauseKind,
-    certainty: Certainty,
-    /// The true cause, which an inferred one must leave possible.
+    /// The true cause.
     truth: CauseKind,
+    /// Whether it is named, and then inferred; else it is unknown. Without /proc nobody knows of filters and tracers, so
+    /// that nothing is proven, and hardly anything asked.
+    named: bool,
     sandbox: fn(Child) -> Result<Child, String>,
     /// Puts the limit in the way.
     obstruct: fn() -> Result<(), String>,
@@ -58,9 +58,8 @@ const fn truth(name: &'static str, kind: CauseKind, obstruct: fn() -> Result<(),
         name,
         step: Step::Clone,
         errno: Errno::EAGAIN,
-        kind,
-        certainty: Certainty::Inferred,
         truth: kind,
+        named: false,
         sandbox: Ok,
         obstruct,
     }
@@ -90,14 +89,12 @@ const TRUTHS: [Truth; 15] = [
         set_rlimit(libc::RLIMIT_NPROC, 1);
         Ok(())
     }),
-    // Scheduling is a file or a call that a filter may kill for; RLIMIT_NPROC is by far the likelier one.
+    // Scheduling is a file or a call that a filter may kill for.
+    truth("deadline", CauseKind::DeadlineScheduling, || {
+        schedule(libc::SCHED_DEADLINE as u32)
+    }),
     Truth {
-        truth: CauseKind::DeadlineScheduling,
-        ..truth("deadline", CauseKind::UserProcesses, || {
-            schedule(libc::SCHED_DEADLINE as u32)
-        })
-    },
-    Truth {
+        named: true,
         sandbox: |child| Ok(child.pid_namespace(Some(400))),
         ..truth("pid-numbers", CauseKind::PidNumbers, || {
             let mut sleepers = Sleepers::default();
@@ -108,8 +105,6 @@ const TRUTHS: [Truth; 15] = [
     },
     // Only its files tell a cgroup from what comes and goes.
     Truth {
-        kind: CauseKind::Unknown,
-        certainty: Certainty::Unknown,
         sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?)),
         ..truth("pids-cgroup", CauseKind::PidsCgroup, || {
             let cgroup = inherited_cgroup(0);
@@ -117,10 +112,13 @@ const TRUTHS: [Truth; 15] = [
             Ok(())
         })
     },
-    truth("seccomp-clone3", CauseKind::Seccomp, || {
-        deny(libc::SYS_clone3, libc::EAGAIN).install();
-        Ok(())
-    }),
+    Truth {
+        named: true,
+        ..truth("seccomp-clone3", CauseKind::Seccomp, || {
+            deny(libc::SYS_clone3, libc::EAGAIN).install();
+            Ok(())
+        })
+    },
     truth("seccomp-clone", CauseKind::Seccomp, || {
         deny(libc::SYS_clone3, libc::ENOSYS).install();
         deny(libc::SYS_clone, libc::EAGAIN)
@@ -130,8 +128,6 @@ const TRUTHS: [Truth; 15] = [
     }),
     Truth {
         errno: Errno::EINVAL,
-        kind: CauseKind::Unknown,
-        certainty: Certainty::Unknown,
         ..truth(
             "unshared-pid-namespace",
             CauseKind::UnsharedPidNamespace,
@@ -152,15 +148,13 @@ const TRUTHS: [Truth; 15] = [
         set_rlimit(libc::RLIMIT_DATA, STACK as u64);
         Ok(())
     }),
-    Truth {
-        certainty: Certainty::Proven,
-        ..memory("max-map-count", CauseKind::MapCount, || {
-            fill_mappings();
-            Ok(())
-        })
-    },
+    memory("max-map-count", CauseKind::MapCount, || {
+        fill_mappings();
+        Ok(())
+    }),
     Truth {
         errno: Errno::EAGAIN,
+        named: true,
         ..memory("memlock", CauseKind::LockedMemory, || {
             become_unused_user()?;
             set_rlimit(libc::RLIMIT_MEMLOCK, 1 << 20);
@@ -174,10 +168,7 @@ const TRUTHS: [Truth; 15] = [
     memory("overcommit-0", CauseKind::Overcommit, || Ok(())),
     // A mapping that mode 2 refuses is refused by the supervisor in its place.
     memory("overcommit-2", CauseKind::Overcommit, || Ok(())),
-    Truth {
-        certainty: Certainty::Proven,
-        ..memory("addresses", CauseKind::AddressSpaceExhausted, || Ok(()))
-    },
+    memory("addresses", CauseKind::AddressSpaceExhausted, || Ok(())),
 ];
 
 fn stack_size(name: &str) -> usize {
@@ -295,17 +286,14 @@ fn judge(truth: &Truth, error: &SpawnError) -> Result<(), &'static str> {
     if (error.step(), error.errno().raw()) != (truth.step, truth.errno as i32) {
         return Err("another step or errno");
     }
-    if (cause.kind(), error.certainty()) != (truth.kind, truth.certainty) {
+    let expected = match truth.named {
+        true => (truth.truth, Certainty::Inferred),
+        false => (CauseKind::Unknown, Certainty::Unknown),
+    };
+    if (cause.kind(), error.certainty()) != expected {
         return Err("another cause or certainty");
     }
-    let possible = match error.certainty() {
-        Certainty::Proven => cause.kind() == truth.truth,
-        Certainty::Inferred => {
-            cause.kind() == truth.truth || error.alternatives().contains(truth.truth)
-        }
-        _ => true,
-    };
-    if !possible {
+    if !truth.named && !error.alternatives().contains(truth.truth) {
         return Err("the true cause is ruled out");
     }
     is_blind(cause)?;
@@ -501,9 +489,10 @@ fn meet_hidden_cgroup(name: &str, kind: CauseKind) {
     }
     let judge = |error: &SpawnError| match *error.cause() {
         Cause::UserProcesses { .. } if kind == CauseKind::UserProcesses => {
-            match error.certainty() {
-                Certainty::Proven => Ok(()),
-                _ => Err("not proven"),
+            // Proven by a second refusal only.
+            match (error.certainty(), error.attempts() > 1) {
+                (Certainty::Proven, true) | (Certainty::Inferred, false) => Ok(()),
+                _ => Err("another certainty"),
             }
         }
         Cause::PidsCgroup(diagnose::PidsCgroup {

@@ -1,77 +1,31 @@
 //! A clone refused with EAGAIN: counters, numbers, execve, deadline, cgroup.
+//!
+//! The kernel is probed before and after a repetition of the refused call, and the files are read before and after
+//! as well. What both sides agree in is given to the rule.
 
 use super::again::{Granted, Repetition};
-use super::cause::{CauseKind, Causes, CgroupPlace, PidsCgroup, SiblingExec, Unknown};
+use super::cause::{Cause, CauseKind, CgroupPlace, PidNumbers, PidsCgroup, SiblingExec, Unknown};
 use super::judge::{Judgement, judge};
 use super::limits::ProcessLimits;
-use super::numbers;
+use super::numbers::{self, Look, Numbers};
+use super::outside::{self, Outside};
 use super::probe::{self, Reached};
+use super::rule::{Standing, rule};
 use super::verdict::Verdict;
 use crate::mem::text::InlinePath;
-use crate::proc::cgroup::{Hierarchy, Level, PIDS};
-use crate::proc::status::{Calls, Status};
+use crate::proc::cgroup::{Hierarchy, PIDS};
+use crate::proc::status::Status;
 use crate::stack::cache;
+use crate::step::StepError;
+use crate::sys::clone_probe::probe as probe_kernel;
 use crate::tcb::Runtime;
 
-/// How often the kernel is probed at most; each probe briefly charges the counters it asks about.
-const MOST_PROBES: u32 = 6;
+/// How often the call is repeated at most: where the answers before and after it differ, something else came and went.
+const MOST_REPETITIONS: u32 = 3;
 
-/// Answers that agree this often are believed even where flicker of another limit cannot be excluded.
+/// Answers that agree this often are believed even where another counter near its maximum may come and go between
+/// them.
 const AGREEING: u32 = 4;
-
-/// How often the probes stopped where.
-#[derive(Default)]
-struct Tally {
-    asked: u32,
-    process_limits: u32,
-    exec: u32,
-    pid_numbers: u32,
-    beyond: u32,
-    /// Those between which a cgroup out of sight can have refused.
-    cgroups_open: u32,
-}
-
-impl Tally {
-    fn add(&mut self, reached: Reached) {
-        self.asked += 1;
-        let count = match reached {
-            Reached::ProcessLimits | Reached::ProcessLimitsOrExec => &mut self.process_limits,
-            Reached::SiblingExec => &mut self.exec,
-            Reached::PidNumbers => &mut self.pid_numbers,
-            Reached::BeyondPidNumbers | Reached::BeyondThreadPointer => &mut self.beyond,
-            _ => return,
-        };
-        *count += 1;
-    }
-
-    fn all(&self, count: u32) -> bool {
-        count == self.asked
-    }
-
-    /// Whether all stopped at the same place: another limit in between would have shown in one of the earlier
-    /// probes, too.
-    fn is_unanimous(&self) -> bool {
-        [
-            self.process_limits,
-            self.exec,
-            self.pid_numbers,
-            self.beyond,
-        ]
-        .into_iter()
-        .any(|count| self.all(count))
-    }
-
-    /// Whether it is enough to name a cause, after two that begin with `first`.
-    fn is_enough(&self, first: Reached, limits: &ProcessLimits, repeats: bool) -> bool {
-        let certain = |count| self.all(count) && (limits.excluded() || count >= AGREEING);
-        match first {
-            Reached::ProcessLimits | Reached::ProcessLimitsOrExec => self.all(self.process_limits),
-            Reached::SiblingExec => certain(self.exec),
-            Reached::PidNumbers => certain(self.pid_numbers),
-            _ => !repeats,
-        }
-    }
-}
 
 /// Whether tasks that have ended can still count. Until the kernel has reaped a thread it does, so that a full
 /// counter is worth a retry: for some milliseconds, and for as long as the kernel counts more threads than glibc,
@@ -83,190 +37,293 @@ fn is_reaping(status: &Status) -> bool {
 }
 
 pub(super) fn diagnose(
+    error: &StepError,
     status: &Status,
+    outside: Outside,
     seen: &mut Unknown,
     repetition: &mut Repetition<'_>,
 ) -> Result<Verdict, Granted> {
-    let calls = status.calls();
     let reaping = is_reaping(status);
-    let mut tally = Tally::default();
-    let mut limits: Option<ProcessLimits> = None;
-    let mut cgroup: Option<Option<Hierarchy>> = None;
-    loop {
-        let first = probe::ask(&mut seen.oracle, calls);
-        tally.add(first);
-        let limits = limits.get_or_insert_with(|| ProcessLimits::read(status, seen));
-        match first {
-            Reached::Unusable | Reached::KernelMemory | Reached::PidMemory => {
-                return Ok(Verdict::UNKNOWN.transient_if(first != Reached::Unusable));
-            }
-            Reached::BeyondPidNumbers | Reached::BeyondThreadPointer => {
-                let cgroup = cgroup.get_or_insert_with(|| Hierarchy::of_thread(b"pids"));
-                let cgroup = cgroup.as_ref();
-                let verdict = beyond(first, cgroup, limits, calls, seen, repetition, &mut tally)?;
-                if let Some(verdict) = verdict {
-                    return Ok(verdict.transient_if(reaping));
-                }
-            }
-            _ => {
-                if !repetition.refused(seen)? && repetition.is_possible() {
-                    return Ok(Verdict::UNKNOWN.transient());
-                }
-                tally.add(probe::ask(&mut seen.oracle, calls));
-            }
-        }
-        if tally.is_enough(first, limits, repetition.is_possible()) || tally.asked >= MOST_PROBES {
-            let visible = cgroup.is_some_and(|cgroup| cgroup.is_some());
-            let verdict = conclude(first, &tally, limits, status, seen, visible);
-            // Ended threads stand in nobody's way where something else than a count refused.
-            let kinds = verdict.alternatives.with(verdict.cause.kind());
-            return Ok(verdict.transient_if(reaping && kinds.has_count()));
-        }
-    }
-}
-
-/// Every check up to the cgroup passes now: whether it is the cgroup.
-fn beyond(
-    first: Reached,
-    cgroup: Option<&Hierarchy>,
-    limits: &ProcessLimits,
-    calls: Calls,
-    seen: &mut Unknown,
-    repetition: &mut Repetition<'_>,
-    tally: &mut Tally,
-) -> Result<Option<Verdict>, Granted> {
-    let snapshot = |cgroup: &Hierarchy| cgroup.snapshot(&PIDS);
-    let before = cgroup.map(snapshot);
-    let repeated = repetition.refused(seen)?;
-    if !repeated && repetition.is_possible() {
-        // Refused with another errno than before: something else is going on.
-        return Ok(Some(Verdict::UNKNOWN.transient()));
-    }
-    let after = cgroup.filter(|_| repeated).map(snapshot);
-    let second = probe::ask(&mut seen.oracle, calls);
-    tally.add(second);
-    let agree = first == second;
-    let judgement = match (&before, &after) {
-        (Some(before), Some(after)) => judge(Some(before), after),
-        (Some(only), None) => judge(None, only),
-        _ => Judgement::Open,
+    let early = ProcessLimits::read(status, seen);
+    let mut cgroup = None;
+    let mut agreeing = 0;
+    let mut facts = Facts {
+        outside,
+        reached: Reached::Unusable,
+        repeated: false,
+        limits: early,
+        threads: status.threads,
+        numbers: Numbers::Unclear,
+        cgroup: Judgement::Open,
     };
-    if matches!(judgement, Judgement::Open) {
-        tally.cgroups_open += 2;
+    let mut numbers = PidNumbers::UNREAD;
+    while agreeing == 0 || !facts.are_enough(agreeing) {
+        if repetition.count >= MOST_REPETITIONS {
+            break;
+        }
+        let Some(round) = Round::take(error, status, &outside, &mut cgroup, seen, repetition)?
+        else {
+            // Refused with another errno than before: something else is going on.
+            return Ok(Verdict::UNKNOWN.transient());
+        };
+        agreeing = match round.reached {
+            [first, second] if first != second => 0,
+            [first, _] if agreeing > 0 && first == facts.reached => agreeing + 2,
+            _ => 2,
+        };
+        facts.reached = round.reached[0];
+        facts.repeated = repetition.is_possible();
+        facts.cgroup = round.cgroup;
+        (facts.numbers, numbers) = round.numbers;
     }
-    let verdict = cgroup.and_then(|cgroup| name_cgroup(&judgement, cgroup, agree, first, limits));
-    Ok(verdict.map(|verdict| verdict.transient_if(!agree)))
+    let of_memory = matches!(facts.reached, Reached::KernelMemory | Reached::PidMemory);
+    if agreeing == 0 || !facts.are_enough(agreeing) || of_memory {
+        return Ok(Verdict::UNKNOWN.transient());
+    }
+    facts.limits = early.and(ProcessLimits::read(&Status::read(), seen));
+    let ruling = rule(&facts.checks(), facts.repeated);
+    let cause = ruling.named.map(|kind| -> Cause {
+        match kind {
+            CauseKind::UserProcesses => facts.limits.user.into(),
+            CauseKind::ThreadsMax => facts.limits.threads_max.into(),
+            CauseKind::DeadlineScheduling => facts.limits.deadline.into(),
+            CauseKind::SiblingExec => SiblingExec {
+                threads: status.threads,
+            }
+            .into(),
+            CauseKind::PidNumbers => numbers.into(),
+            CauseKind::PidsCgroup => pids_cgroup(&facts.cgroup, cgroup.flatten().as_ref()).into(),
+            kind => outside::cause(kind, error, status, seen),
+        }
+    });
+    let possible = ruling.possible();
+    // A sibling inside execve is gone in milliseconds; and so are ended threads, which stand in nobody's way where
+    // something else than a count refused.
+    let exec = match ruling.named {
+        Some(kind) => kind == CauseKind::SiblingExec,
+        None => facts.exec() >= Standing::Open,
+    };
+    Ok(Verdict::ruled(&ruling, cause).transient_if(exec || reaping && possible.has_count()))
 }
 
-fn name_cgroup(
-    judgement: &Judgement,
-    hierarchy: &Hierarchy,
-    agree: bool,
+/// A repetition of the refused call, with what was asked and read before and after it.
+struct Round {
+    reached: [Reached; 2],
+    numbers: (Numbers, PidNumbers),
+    cgroup: Judgement,
+}
+
+impl Round {
+    /// `None`: the call was refused with another errno.
+    fn take(
+        error: &StepError,
+        status: &Status,
+        outside: &Outside,
+        cgroup: &mut Option<Option<Hierarchy>>,
+        seen: &mut Unknown,
+        repetition: &mut Repetition<'_>,
+    ) -> Result<Option<Round>, Granted> {
+        let calls = status.calls();
+        let first = probe::ask(
+            &mut seen.oracle,
+            error.call,
+            outside,
+            calls,
+            &mut probe_kernel,
+        );
+        let look = || first.may_be_numbers().then(|| Look::take(calls));
+        let hierarchy = match first.may_be_cgroup() {
+            true => cgroup
+                .get_or_insert_with(|| Hierarchy::of_thread(b"pids"))
+                .as_ref(),
+            false => None,
+        };
+        let snapshot = || hierarchy.map(|cgroup| cgroup.snapshot(&PIDS));
+        let (numbers, before) = (look(), snapshot());
+        if !repetition.is_possible() {
+            return Ok(Some(Round {
+                reached: [first; 2],
+                numbers: numbers::compare(numbers, numbers, seen),
+                cgroup: before.map_or(Judgement::Open, |only| judge(None, &only)),
+            }));
+        }
+        if !repetition.refused(seen)? {
+            return Ok(None);
+        }
+        let (numbers_after, after) = (look(), snapshot());
+        let second = probe::ask(
+            &mut seen.oracle,
+            error.call,
+            outside,
+            calls,
+            &mut probe_kernel,
+        );
+        Ok(Some(Round {
+            reached: [first, second],
+            numbers: numbers::compare(numbers, numbers_after, seen),
+            cgroup: match (before, after) {
+                (Some(before), Some(after)) => judge(Some(&before), &after),
+                _ => Judgement::Open,
+            },
+        }))
+    }
+}
+
+/// Everything that the rule needs, without the kernel.
+#[derive(Clone, Copy, Debug)]
+struct Facts {
+    outside: Outside,
+    /// Where the probes before and after stopped.
     reached: Reached,
-    limits: &ProcessLimits,
-) -> Option<Verdict> {
-    let cause = |level: Option<Level>, place, refusals| PidsCgroup {
-        directory: level.map_or(InlinePath::EMPTY, |level| hierarchy.directory(&level)),
+    repeated: bool,
+    limits: ProcessLimits,
+    threads: Option<u64>,
+    numbers: Numbers,
+    cgroup: Judgement,
+}
+
+impl Facts {
+    /// Where counters near their maximum come and go, two answers that agree are not enough.
+    fn are_enough(&self, agreeing: u32) -> bool {
+        let certain = match self.reached {
+            Reached::ProcessLimits | Reached::ProcessLimitsOrExec | Reached::Unusable => true,
+            Reached::SiblingExec | Reached::PidNumbers => self.limits.excluded(),
+            _ => self.cgroup() >= Standing::Signed,
+        };
+        certain || !self.repeated || agreeing >= AGREEING
+    }
+
+    fn exec(&self) -> Standing {
+        match (self.reached, self.threads) {
+            // The kernel marks the state that threads share only while all who share it are threads of one process.
+            (_, Some(1)) | (Reached::ProcessLimits | Reached::PidNumbers, _) => Standing::Excluded,
+            (Reached::SiblingExec, Some(_)) => Standing::Shown,
+            (Reached::SiblingExec, None) => Standing::Signed,
+            (Reached::ProcessLimitsOrExec | Reached::Unusable, _) => Standing::Open,
+            _ => Standing::Remote,
+        }
+    }
+
+    fn numbers(&self) -> Standing {
+        match (self.reached, self.numbers) {
+            (Reached::PidNumbers, _) => Standing::Shown,
+            (Reached::BeyondThreadPointer | Reached::Unusable, Numbers::NoneFree) => {
+                Standing::Signed
+            }
+            (Reached::BeyondThreadPointer | Reached::Unusable, Numbers::Unclear) => Standing::Open,
+            (Reached::SiblingExec | Reached::BeyondPidNumbers, _) => Standing::Remote,
+            _ => Standing::Excluded,
+        }
+    }
+
+    fn cgroup(&self) -> Standing {
+        match (self.reached, self.cgroup) {
+            (Reached::ProcessLimits | Reached::ProcessLimitsOrExec | Reached::PidNumbers, _)
+            | (_, Judgement::Excluded) => Standing::Excluded,
+            (_, Judgement::Counted { .. } | Judgement::Full { .. }) => Standing::Shown,
+            (_, Judgement::Suspected { .. }) => Standing::Signed,
+            (Reached::SiblingExec, Judgement::Open) => Standing::Remote,
+            (_, Judgement::Open) => Standing::Open,
+        }
+    }
+
+    /// Each check, in the order in which a clone meets them, and before the kernel's who can answer in its place.
+    fn checks(&self) -> [(CauseKind, Standing); 9] {
+        let limits = &self.limits;
+        let [mut tracer, mut filter, mut module] = self.outside.standings();
+        let (mut user, mut tasks) = (limits.nproc_stands, limits.threads_stand);
+        let mut deadline = limits.deadline_stands;
+        let (mut exec, mut numbers, mut cgroup) = (self.exec(), self.numbers(), self.cgroup());
+        let asked = !matches!(self.reached, Reached::Unusable);
+        let passed = asked && numbers.max(exec).max(cgroup) > Standing::Excluded;
+        // A module is not suspected where something else can be.
+        let others = [tracer, filter, user, tasks, deadline, exec, numbers, cgroup];
+        if others.into_iter().max() > Some(Standing::Remote) {
+            module = module.min(Standing::Remote);
+        }
+        if passed && self.reached != Reached::ProcessLimitsOrExec {
+            (user, tasks) = (user.passed(), tasks.passed());
+            deadline = Standing::Excluded;
+            if matches!(self.reached, Reached::SiblingExec | Reached::PidNumbers) {
+                module = Standing::Excluded;
+            }
+        }
+        // One that is full by its own numbers before and after refuses whatever else comes and goes.
+        let all_numbers = self.reached == Reached::PidNumbers && self.numbers == Numbers::NoneFree;
+        // Of a counter without a level, the rise may be of others' refusals alone.
+        let counted = match self.cgroup {
+            Judgement::Counted { level, .. } => level.is_some() || limits.excluded(),
+            _ => false,
+        };
+        let full = counted || matches!(self.cgroup, Judgement::Full { .. });
+        if counted {
+            // Who answers in the kernel's place raises no counter.
+            (tracer, filter, deadline) =
+                (Standing::Excluded, Standing::Excluded, Standing::Excluded);
+        }
+        if counted || asked && (full || all_numbers) {
+            (user, tasks, module) = (Standing::Excluded, Standing::Excluded, Standing::Excluded);
+            exec = Standing::Excluded;
+        }
+        if counted || asked && full {
+            numbers = Standing::Excluded;
+        }
+        if cgroup >= Standing::Signed {
+            // It will refuse when the sibling is gone.
+            exec = exec.min(Standing::Signed);
+        }
+        if !self.repeated {
+            // What passes now may have refused then.
+            let may_have = |standing: &mut Standing| *standing = (*standing).max(Standing::Open);
+            [&mut tasks, &mut numbers, &mut cgroup]
+                .into_iter()
+                .for_each(may_have);
+            if !limits.exempt {
+                may_have(&mut user);
+            }
+            if self.threads != Some(1) {
+                may_have(&mut exec);
+            }
+        }
+        [
+            (CauseKind::Tracer, tracer),
+            (CauseKind::Seccomp, filter),
+            (CauseKind::UserProcesses, user),
+            (CauseKind::ThreadsMax, tasks),
+            (CauseKind::DeadlineScheduling, deadline),
+            (CauseKind::SecurityModule, module),
+            (CauseKind::SiblingExec, exec),
+            (CauseKind::PidNumbers, numbers),
+            (CauseKind::PidsCgroup, cgroup),
+        ]
+    }
+}
+
+fn pids_cgroup(judgement: &Judgement, hierarchy: Option<&Hierarchy>) -> PidsCgroup {
+    let (level, place, refusals) = match *judgement {
+        Judgement::Counted { level, place, rise } => (level, place, Some(rise)),
+        Judgement::Full { level, place } | Judgement::Suspected { level, place } => {
+            (Some(level), place, None)
+        }
+        // Every visible one has room.
+        Judgement::Open | Judgement::Excluded => match hierarchy {
+            Some(_) => (None, CgroupPlace::Hidden, None),
+            None => (None, CgroupPlace::Unclear, None),
+        },
+    };
+    PidsCgroup {
+        directory: match (level, hierarchy) {
+            (Some(level), Some(hierarchy)) => hierarchy.directory(&level),
+            _ => InlinePath::EMPTY,
+        },
         place,
-        version: hierarchy.version,
+        version: hierarchy.map_or(0, |hierarchy| hierarchy.version),
         current: level.and_then(|level| level.current),
         maximum: level.and_then(|level| level.maximum),
         refusals,
-    };
-    let mut others = limits
-        .possible()
-        .with(CauseKind::SiblingExec)
-        .with(CauseKind::PidNumbers);
-    match *judgement {
-        Judgement::Counted { level, place, rise } => {
-            // One more in the counter is our own refusal. Of more, others' are a part, and whether ours is one
-            // of them depends on what else could have refused it.
-            let ours = rise == 1 || limits.excluded();
-            if limits.excluded() {
-                others = others.without(CauseKind::UserProcesses);
-            }
-            let cause = cause(level, place, Some(rise));
-            Some(Verdict::believed(cause, agree && ours, others))
-        }
-        // The later checks could not be probed, and a full cgroup alone says little.
-        Judgement::Circumstantial { .. } if reached == Reached::BeyondThreadPointer => None,
-        Judgement::Circumstantial { level, place } if agree => {
-            Some(Verdict::inferred(cause(Some(level), place, None), others))
-        }
-        _ => None,
     }
 }
 
-/// From all that the probes showed.
-fn conclude(
-    first: Reached,
-    tally: &Tally,
-    limits: &ProcessLimits,
-    status: &Status,
-    seen: &mut Unknown,
-    cgroup_is_visible: bool,
-) -> Verdict {
-    let calls = status.calls();
-    match first {
-        Reached::ProcessLimits if tally.is_unanimous() => limits.name(status, false),
-        Reached::ProcessLimitsOrExec if tally.is_unanimous() => limits.name(status, true),
-        Reached::PidNumbers if tally.is_unanimous() => {
-            numbers::name(limits, calls, seen, tally.pid_numbers)
-        }
-        Reached::SiblingExec if tally.is_unanimous() => sibling_exec(limits, status, seen, tally),
-        Reached::BeyondPidNumbers
-            if tally.is_unanimous()
-                && tally.cgroups_open >= tally.asked
-                && tally.asked >= AGREEING
-                && limits.excluded() =>
-        {
-            hidden_cgroup(match cgroup_is_visible {
-                true => CgroupPlace::Hidden,
-                false => CgroupPlace::Unclear,
-            })
-        }
-        Reached::BeyondThreadPointer if tally.is_unanimous() => {
-            numbers::name_without_oracle(calls, seen)
-        }
-        _ if tally.exec > 0 => sibling_exec(limits, status, seen, tally),
-        _ => Verdict::UNKNOWN.transient(),
-    }
-}
-
-/// Every check passes each time, yet the real call is refused each time: what cannot be seen is left.
-fn hidden_cgroup(place: CgroupPlace) -> Verdict {
-    let cause = PidsCgroup {
-        directory: InlinePath::EMPTY,
-        place,
-        version: 0,
-        current: None,
-        maximum: None,
-        refusals: None,
-    };
-    let others = [CauseKind::SiblingExec, CauseKind::PidNumbers];
-    Verdict::inferred(cause, others.into_iter().collect::<Causes>())
-}
-
-/// A clone that shares the file-system state was refused and one that does not was granted. Any other limit that
-/// flickers would show in the other probes as often.
-fn sibling_exec(
-    limits: &ProcessLimits,
-    status: &Status,
-    seen: &mut Unknown,
-    tally: &Tally,
-) -> Verdict {
-    // With one thread there is no sibling. The state may also be shared with another process (CLONE_FS).
-    let cause = SiblingExec {
-        threads: status.threads,
-    };
-    let numbers_excluded = numbers::are_excluded(status.calls(), seen);
-    if limits.excluded() && numbers_excluded {
-        return Verdict::proven(cause).transient();
-    }
-    let others = tally.process_limits + tally.pid_numbers;
-    if others == 0 && tally.exec >= AGREEING {
-        let alternatives = limits.possible().with(CauseKind::PidNumbers);
-        return Verdict::believed(cause, limits.excluded(), alternatives).transient();
-    }
-    Verdict::UNKNOWN.transient()
-}
+#[cfg(test)]
+#[path = "truth_of_clone.rs"]
+mod truth;

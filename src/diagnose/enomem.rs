@@ -3,15 +3,21 @@
 use crate::errno::Errno;
 
 use super::again::{Granted, Repetition};
-use super::cause::{CauseKind, Causes, DyingPidNamespace, KernelMemory, Unknown};
+use super::cause::{CauseKind, DyingPidNamespace, KernelMemory, Unknown};
+use super::outside::{self, Outside};
 use super::probe::{self, Reached};
+use super::rule::{Standing, rule};
 use super::verdict::Verdict;
 use crate::proc::cgroup::{Hierarchy, Level, MEMORY_V1, MEMORY_V2, Snapshot};
 use crate::proc::status::Status;
 use crate::proc::task::{self, OWN_PID_NAMESPACE};
+use crate::step::StepError;
+use crate::sys::clone_probe::probe as probe_kernel;
 
 pub(super) fn diagnose(
+    error: &StepError,
     status: &Status,
+    outside: Outside,
     seen: &mut Unknown,
     repetition: &mut Repetition<'_>,
 ) -> Result<Verdict, Granted> {
@@ -28,58 +34,116 @@ pub(super) fn diagnose(
     };
     let snapshot = |hierarchy: &Hierarchy| hierarchy.snapshot(&files);
     let before = hierarchy.as_ref().map(snapshot);
-    let first = probe::ask(&mut seen.oracle, calls);
+    let first = probe::ask(
+        &mut seen.oracle,
+        error.call,
+        &outside,
+        calls,
+        &mut probe_kernel,
+    );
     // The repetition charges the cgroup once more, so that its counter rises even if the probe passed.
     let repeated = repetition.refused(seen)?;
     // Between two refusals one answer is enough; the search for pages is not asked for twice.
     let second = if first == Reached::KernelMemory && repeated {
         first
     } else {
-        probe::ask(&mut seen.oracle, calls)
+        probe::ask(
+            &mut seen.oracle,
+            error.call,
+            &outside,
+            calls,
+            &mut probe_kernel,
+        )
     };
     let after = hierarchy.as_ref().map(snapshot);
     let risen = match (&hierarchy, &before, &after) {
         (Some(hierarchy), Some(before), Some(after)) => risen(hierarchy, before, after),
         _ => None,
     };
-    let both = |reached| first == reached && second == reached;
-    let starved = both(Reached::KernelMemory);
-    // Refused before the pid number: the namespace was not looked at.
-    let others = match starved {
-        true => Causes::NONE,
-        false => Causes::NONE
-            .with(CauseKind::DyingPidNamespace)
-            .with(CauseKind::KernelMemory),
+    let facts = Facts {
+        outside,
+        reached: [first, second],
+        counted: risen.is_some(),
+        all_read: after.is_some_and(|after| !after.unread),
+        starved_of_files,
+        shadow_stack: status.shadow_stack || status.error.is_some(),
     };
-    Ok(match risen {
-        Some(cause) => Verdict::believed(cause, starved, others),
-        None if both(Reached::PidMemory) => {
-            let namespace = task::namespace(OWN_PID_NAMESPACE, calls).ok();
-            // A failed charge of the structure would have been counted.
-            let counted = after.is_some_and(|after| !after.unread);
-            Verdict::believed(DyingPidNamespace { namespace }, counted, others)
-        }
-        None if starved || repeated => {
-            // A shadow stack is a mapping, and refused as one.
-            let others = match status.shadow_stack {
-                true => others
-                    .with(CauseKind::AddressSpace)
-                    .with(CauseKind::MapCount)
-                    .with(CauseKind::Overcommit),
-                false => others,
-            };
-            let cause = KernelMemory {
+    let ruling = rule(&facts.checks(), repeated);
+    let cause = ruling.named.map(|kind| match kind {
+        CauseKind::KernelMemory => risen
+            .unwrap_or(KernelMemory {
                 unread: status.error,
                 ..KernelMemory::NO_CGROUP
-            };
-            // Before the pid number nothing but a shadow stack and memory answers ENOMEM; and a kernel that
-            // cannot even open a file has no memory, whatever the shadow stack.
-            let no_shadow_stack = status.error.is_none() && !status.shadow_stack;
-            let proven = starved && (no_shadow_stack || starved_of_files);
-            Verdict::believed(cause, proven, others)
+            })
+            .into(),
+        CauseKind::DyingPidNamespace => DyingPidNamespace {
+            namespace: task::namespace(OWN_PID_NAMESPACE, calls).ok(),
         }
-        None => Verdict::UNKNOWN.transient(),
-    })
+        .into(),
+        kind => outside::cause(kind, error, status, seen),
+    });
+    Ok(Verdict::ruled(&ruling, cause).transient_if(first != second))
+}
+
+/// Everything that the rule needs, without the kernel.
+#[derive(Clone, Copy, Debug)]
+struct Facts {
+    outside: Outside,
+    reached: [Reached; 2],
+    /// A memory cgroup that is nearly full counted a failed charge.
+    counted: bool,
+    /// Whether every cgroup in sight could be read.
+    all_read: bool,
+    /// Not even a file could be opened for want of memory.
+    starved_of_files: bool,
+    /// The thread may have a shadow stack: that of a new task is a mapping, and refused as one.
+    shadow_stack: bool,
+}
+
+impl Facts {
+    /// Each check, in the order in which a clone meets them, and before the kernel's who can answer in its place.
+    fn checks(&self) -> [(CauseKind, Standing); 8] {
+        let [mut tracer, mut filter, module] = self.outside.standings();
+        let both = |reached| self.reached == [reached; 2];
+        let starved = both(Reached::KernelMemory);
+        let at_numbers = both(Reached::PidMemory);
+        let memory = match (starved, self.counted) {
+            (true, true) => Standing::Shown,
+            (_, true) => Standing::Signed,
+            (true, _) if self.starved_of_files => Standing::Signed,
+            // The probe was given memory for everything that a namespace needs; a charge that failed was counted.
+            _ if at_numbers && self.all_read => Standing::Excluded,
+            _ if at_numbers => Standing::Remote,
+            _ => Standing::Open,
+        };
+        if memory == Standing::Shown {
+            // Who answers in the kernel's place raises no counter.
+            (tracer, filter) = (Standing::Excluded, Standing::Excluded);
+        }
+        let dying = match (starved, at_numbers) {
+            (true, _) => Standing::Excluded,
+            (_, true) => Standing::Shown,
+            _ => Standing::Open,
+        };
+        let shadow = match self.shadow_stack && !at_numbers {
+            true => Standing::Remote,
+            false => Standing::Excluded,
+        };
+        let module = match at_numbers {
+            true => Standing::Excluded,
+            false => module.min(Standing::Remote),
+        };
+        [
+            (CauseKind::Tracer, tracer),
+            (CauseKind::Seccomp, filter),
+            (CauseKind::KernelMemory, memory),
+            (CauseKind::SecurityModule, module),
+            (CauseKind::AddressSpace, shadow),
+            (CauseKind::MapCount, shadow),
+            (CauseKind::Overcommit, shadow),
+            (CauseKind::DyingPidNamespace, dying),
+        ]
+    }
 }
 
 /// The memory cgroup that counted a failed charge.
@@ -104,6 +168,28 @@ fn risen(hierarchy: &Hierarchy, before: &Snapshot, after: &Snapshot) -> Option<K
         }
     }
     None
+}
+
+/// A memory cgroup in sight that has hardly any room.
+pub(super) fn nearly_full() -> Option<KernelMemory> {
+    let hierarchy = Hierarchy::of_thread(b"memory")?;
+    let files = match hierarchy.version {
+        1 => MEMORY_V1,
+        _ => MEMORY_V2,
+    };
+    let snapshot = hierarchy.snapshot(&files);
+    let level = snapshot
+        .levels()
+        .iter()
+        .find(|level| is_nearly_full(level))?;
+    Some(KernelMemory {
+        directory: hierarchy.directory(level),
+        version: hierarchy.version,
+        usage: level.current,
+        limit: level.maximum,
+        failures: None,
+        unread: None,
+    })
 }
 
 /// A new task asks for some 30 KiB, and the kernel tries 256 KiB at a time first.

@@ -258,7 +258,7 @@ fn tasks(
         cause: CauseKind::ThreadsMax,
         unit: Unit::Tasks,
         in_use: machine,
-        maximum: machine::threads_max(),
+        maximum: machine::threads_max(Calls::Any),
         source: "/proc/loadavg, /proc/sys/kernel/threads-max".to_owned(),
         counts: true,
     });
@@ -288,7 +288,7 @@ fn same_by_levels(directory: &str) -> Option<bool> {
 /// How many numbers of the reader's pid namespace can still be given out, at most.
 fn pid_numbers(namespace: Option<bool>, initial: bool) -> HeadroomLimit {
     let same = namespace == Some(true);
-    let pid_max = machine::pid_max().filter(|_| same);
+    let pid_max = machine::pid_max(Calls::Any).filter(|_| same);
     // The kernel gives numbers out in turn, and begins again at 300 when it has come to the end. Until it has
     // passed that number it has not; afterwards the ones below are never used again.
     let (in_use, maximum, mut source) = match machine::last_pid_number() {
@@ -369,7 +369,7 @@ fn memory(
         cause: CauseKind::MapCount,
         unit: Unit::Mappings,
         in_use: maps.as_ref().map(|maps| maps.count),
-        maximum: machine::max_map_count(),
+        maximum: machine::max_map_count(Calls::Any),
         source: format!(
             "{directory}/maps, /proc/sys/vm/max_map_count{}",
             match future {
@@ -430,8 +430,8 @@ fn memory(
             counts,
         });
     }
-    let strict = machine::overcommit_memory() == Some(2);
-    let memory = MemInfo::read();
+    let strict = machine::overcommit_memory(Calls::Any) == Some(2);
+    let memory = MemInfo::read(Calls::Any);
     list.push(HeadroomLimit {
         cause: CauseKind::Overcommit,
         unit: Unit::Bytes,

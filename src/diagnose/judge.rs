@@ -9,14 +9,16 @@ pub(super) const MARGIN: u64 = 64;
 /// What two snapshots around a refusal show of a cgroup.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Judgement {
-    /// A counter rose, and this is the cgroup.
+    /// A counter rose: of this cgroup, or of one that is not known.
     Counted {
         level: Option<Level>,
         place: CgroupPlace,
         rise: u64,
     },
-    /// No counter could be compared, but this cgroup is full.
-    Circumstantial { level: Level, place: CgroupPlace },
+    /// Full before and after, and no counter could be compared.
+    Full { level: Level, place: CgroupPlace },
+    /// Full, but read only once, or without having counted the refusal.
+    Suspected { level: Level, place: CgroupPlace },
     /// An invisible or unreadable cgroup may have refused.
     Open,
     /// No cgroup can have refused.
@@ -26,12 +28,16 @@ pub(super) enum Judgement {
 /// Which cgroup refused between two snapshots.
 ///
 /// The kernel charges from the thread's own cgroup upwards and stops at the first full one, so of several
-/// full ones the lowest refused.
+/// full ones the lowest refused. A limit can change between the refusal and a reading: only one that is full in both
+/// snapshots, under the same maximum, is named.
 pub(super) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
-    match before {
-        None => by_one_reading(after),
-        Some(before) if is_local(after) => by_own_counters(before, after),
-        Some(before) => by_common_counter(before, after),
+    let Some(before) = before else {
+        return by_one_reading(after);
+    };
+    let full = full_in_both(before, after);
+    match is_local(after) {
+        true => by_own_counters(before, after, full),
+        false => by_common_counter(before, after, full),
     }
 }
 
@@ -52,6 +58,14 @@ fn lowest_full(snapshot: &Snapshot) -> Option<(usize, Level)> {
     Some((position, *level))
 }
 
+fn full_in_both(before: &Snapshot, after: &Snapshot) -> Option<(usize, Level)> {
+    let (position, level) = lowest_full(after)?;
+    let (earlier, _) = lowest_full(before)?;
+    let mut both = before.levels().iter().zip(after.levels());
+    let unchanged = both.all(|(before, after)| before.maximum == after.maximum);
+    (earlier == position && unchanged).then_some((position, level))
+}
+
 /// How far the counter at a level rose.
 fn rise(before: &Snapshot, after: &Snapshot, position: usize) -> Option<u64> {
     let old = before.levels().get(position)?.failures?;
@@ -70,7 +84,7 @@ fn by_one_reading(after: &Snapshot) -> Judgement {
         counter.is_some_and(|level| level.failures == Some(0))
     };
     match lowest_full(after) {
-        Some((position, level)) if !never(position) => Judgement::Circumstantial {
+        Some((position, level)) if !never(position) => Judgement::Suspected {
             level,
             place: place(position),
         },
@@ -80,8 +94,20 @@ fn by_one_reading(after: &Snapshot) -> Judgement {
     }
 }
 
+/// Nothing has counted the refusal that could.
+fn uncounted(before: &Snapshot, after: &Snapshot, full: Option<(usize, Level)>) -> Judgement {
+    match full {
+        Some((position, level)) => Judgement::Suspected {
+            level,
+            place: place(position),
+        },
+        None if after.hidden || after.unread || before.unread => Judgement::Open,
+        None => Judgement::Excluded,
+    }
+}
+
 /// The kernel counts at the cgroup whose limit was hit. Others' refusals may have counted elsewhere.
-fn by_own_counters(before: &Snapshot, after: &Snapshot) -> Judgement {
+fn by_own_counters(before: &Snapshot, after: &Snapshot, full: Option<(usize, Level)>) -> Judgement {
     let levels = after.levels().iter().enumerate();
     let mut risen = levels.filter_map(|(position, level)| {
         let rise = rise(before, after, position).filter(|rise| *rise > 0)?;
@@ -101,57 +127,49 @@ fn by_own_counters(before: &Snapshot, after: &Snapshot) -> Judgement {
                 rise: first.saturating_add(others),
             },
         },
-        None if after.hidden || after.unread || before.unread => Judgement::Open,
-        None => Judgement::Excluded,
+        None => uncounted(before, after, full),
     }
 }
 
 /// The kernel counts in the thread's own cgroup, whichever level was full.
-fn by_common_counter(before: &Snapshot, after: &Snapshot) -> Judgement {
-    match (
-        rise(before, after, after.charged_first()),
-        lowest_full(after),
-    ) {
-        (Some(0), _) => Judgement::Excluded,
-        (Some(rise), Some((position, level)))
-            if lowest_full(before).is_some_and(|(before, _)| before == position) =>
-        {
-            Judgement::Counted {
-                level: Some(level),
-                place: place(position),
-                rise,
-            }
-        }
-        (Some(rise), _) => full_in_between(after, rise),
+fn by_common_counter(
+    before: &Snapshot,
+    after: &Snapshot,
+    full: Option<(usize, Level)>,
+) -> Judgement {
+    match (rise(before, after, after.charged_first()), full) {
+        (Some(0), None) => Judgement::Excluded,
+        (Some(0), _) => uncounted(before, after, full),
+        (Some(rise), Some((position, level))) => Judgement::Counted {
+            level: Some(level),
+            place: place(position),
+            rise,
+        },
+        (Some(rise), None) => Judgement::Counted {
+            level: None,
+            place: out_of_sight(after),
+            rise,
+        },
         // No counter of our own: there is no controller in sight, or it is unreadable.
-        (None, Some((position, level))) => Judgement::Circumstantial {
+        (None, Some((position, level))) => Judgement::Full {
             level,
             place: place(position),
         },
-        (None, None) if after.hidden || after.unread || before.unread => Judgement::Open,
-        (None, None) => Judgement::Excluded,
+        (None, None) => uncounted(before, after, full),
     }
 }
 
-/// Full at the refusal, but not at a reading; or another one was, and has filled or emptied since.
-fn full_in_between(after: &Snapshot, rise: u64) -> Judgement {
-    let levels = after.levels();
+/// Where the cgroup is that no reading shows full.
+fn out_of_sight(after: &Snapshot) -> CgroupPlace {
     let has_plenty = |level: &Level| {
         let maximum = level.maximum.unwrap_or(u64::MAX);
         level.current.unwrap_or(0).saturating_add(MARGIN) < maximum
     };
-    let mut limited = levels
-        .iter()
-        .enumerate()
-        .filter(|(_, level)| level.is_limited());
-    let (level, place) = match (limited.next(), limited.next(), after.hidden) {
-        (Some((position, level)), None, false) => (Some(*level), place(position)),
-        (None, _, true) => (None, CgroupPlace::Hidden),
-        // Plenty of room in every visible cgroup leaves the invisible ones; little may have come since.
-        (_, _, true) if levels.iter().all(has_plenty) => (None, CgroupPlace::Hidden),
-        _ => (None, CgroupPlace::Unclear),
-    };
-    Judgement::Counted { level, place, rise }
+    // Plenty of room in every visible cgroup leaves the invisible ones; little may have come since.
+    match after.hidden && after.levels().iter().all(has_plenty) {
+        true => CgroupPlace::Hidden,
+        false => CgroupPlace::Unclear,
+    }
 }
 
 #[cfg(test)]
@@ -167,7 +185,7 @@ mod tests {
             local: true,
             ..Level::default()
         };
-        Snapshot::of(&of.map(level))
+        Snapshot::of(&of.map(level), false)
     }
 
     fn judged(before: [(u64, u64); 2], after: [(u64, u64); 2]) -> (Option<CgroupPlace>, u64) {

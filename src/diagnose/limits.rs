@@ -1,129 +1,147 @@
-//! RLIMIT_NPROC, kernel.threads-max and SCHED_DEADLINE: one errno, told apart by elimination.
+//! RLIMIT_NPROC, kernel.threads-max and SCHED_DEADLINE: how each stands.
 
-use super::cause::{
-    Cause, CauseKind, Causes, DeadlineScheduling, ThreadsMax, Unknown, UserProcesses,
-};
+use super::cause::{DeadlineScheduling, ThreadsMax, Unknown, UserProcesses};
 use super::judge::MARGIN;
-use super::verdict::Verdict;
+use super::rule::Standing;
 use crate::proc::limits::{Limit, Limited};
 use crate::proc::parse::UNLIMITED;
 use crate::proc::status::{CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Calls, Status};
 use crate::proc::{machine, task};
 use crate::sys::clone_probe as probe;
 
-/// Limits of the process and the machine, read once per diagnosis.
+/// Limits of the process and the machine at one moment, or what two moments have in common.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct ProcessLimits {
-    threads_max: ThreadsMax,
-    user: UserProcesses,
-    /// RLIMIT_NPROC cannot have refused.
-    nproc_excluded: bool,
-    /// kernel.threads-max cannot have refused.
-    threads_excluded: bool,
-    /// kernel.threads-max is reached.
-    threads_full: bool,
+    pub(super) user: UserProcesses,
+    pub(super) threads_max: ThreadsMax,
+    pub(super) deadline: DeadlineScheduling,
+    /// RLIMIT_NPROC does not apply to the caller, whatever it is.
+    pub(super) exempt: bool,
+    pub(super) nproc_stands: Standing,
+    pub(super) threads_stand: Standing,
+    pub(super) deadline_stands: Standing,
 }
 
 impl ProcessLimits {
     pub(super) fn read(status: &Status, seen: &mut Unknown) -> ProcessLimits {
         let calls = status.calls();
-        let tasks = machine::tasks(calls);
-        let maximum = machine::threads_max();
+        let (tasks, maximum) = (machine::tasks(calls), machine::threads_max(calls));
         let nproc = Limit::read(Limited::Processes, calls);
-        let initial_user_namespace = task::in_initial_user_namespace(calls);
-        let exempt =
-            status.uid == Some(0) || status.has(CAP_SYS_RESOURCE) || status.has(CAP_SYS_ADMIN);
-        // Nobody can have more tasks than the machine.
-        let unreachable = match (nproc, tasks) {
-            (Some(nproc), _) if nproc.soft == UNLIMITED => true,
-            (Some(nproc), Some(tasks)) => nproc.soft > tasks.saturating_add(MARGIN),
-            _ => false,
-        };
         seen.tasks = tasks;
         seen.threads_max = maximum;
         seen.nproc = nproc.map(|nproc| nproc.soft);
-        let both = tasks.zip(maximum);
+        let user = UserProcesses {
+            uid: status.uid,
+            soft: nproc.map(|nproc| nproc.soft),
+            hard: nproc.map(|nproc| nproc.hard),
+            initial_user_namespace: task::in_initial_user_namespace(calls),
+            tasks,
+            own_threads: status.threads,
+        };
+        ProcessLimits::of(
+            status,
+            user,
+            ThreadsMax { tasks, maximum },
+            scheduling(calls),
+        )
+    }
+
+    pub(super) fn of(
+        status: &Status,
+        user: UserProcesses,
+        threads_max: ThreadsMax,
+        scheduling: Option<(u32, Option<u64>)>,
+    ) -> ProcessLimits {
+        let has_power = status.has(CAP_SYS_RESOURCE) || status.has(CAP_SYS_ADMIN);
+        // Root of another user namespace is nobody here.
+        let exempt =
+            user.initial_user_namespace == Some(true) && (status.uid == Some(0) || has_power);
+        let (policy, flags) = scheduling.unwrap_or_default();
         ProcessLimits {
-            threads_max: ThreadsMax { tasks, maximum },
-            user: UserProcesses {
-                uid: status.uid,
-                soft: nproc.map(|nproc| nproc.soft),
-                hard: nproc.map(|nproc| nproc.hard),
-                initial_user_namespace,
-                tasks,
+            user,
+            threads_max,
+            deadline: DeadlineScheduling { policy, flags },
+            exempt,
+            nproc_stands: match exempt {
+                true => Standing::Excluded,
+                false => nproc_stands(&user, status.capabilities.is_some()),
             },
-            // Neither holds in another user namespace: its root is nobody here, and it remembers a limit.
-            nproc_excluded: initial_user_namespace == Some(true) && (exempt || unreachable),
-            threads_excluded: both.is_some_and(|(tasks, most)| tasks.saturating_add(MARGIN) < most),
-            threads_full: both.is_some_and(|(tasks, most)| tasks >= most),
+            threads_stand: match threads_max.tasks.zip(threads_max.maximum) {
+                Some((tasks, maximum)) if tasks >= maximum => Standing::Shown,
+                Some((tasks, maximum)) => {
+                    Standing::open_if(tasks.saturating_add(MARGIN) >= maximum)
+                }
+                None => Standing::Open,
+            },
+            deadline_stands: deadline_stands(scheduling),
         }
     }
 
-    /// Neither of the two counters can have refused, now or in between.
+    /// What these and those of a later moment agree in. A limit that was changed meanwhile shows nothing.
+    pub(super) fn and(self, later: ProcessLimits) -> ProcessLimits {
+        let common = |same, one: Standing, other: Standing| match same {
+            true if one == other => one,
+            true if one.min(other) >= Standing::Signed => Standing::Signed,
+            _ => Standing::Open,
+        };
+        let same_user = (self.user.soft, self.user.uid) == (later.user.soft, later.user.uid);
+        let same_maximum = self.threads_max.maximum == later.threads_max.maximum;
+        ProcessLimits {
+            exempt: self.exempt && later.exempt,
+            nproc_stands: common(same_user, self.nproc_stands, later.nproc_stands),
+            threads_stand: common(same_maximum, self.threads_stand, later.threads_stand),
+            deadline_stands: common(true, self.deadline_stands, later.deadline_stands),
+            ..later
+        }
+    }
+
+    /// None of the counters can have refused, now or in between.
     pub(super) fn excluded(&self) -> bool {
-        self.nproc_excluded && self.threads_excluded
-    }
-
-    pub(super) fn possible(&self) -> Causes {
-        let mut set = Causes::NONE;
-        if !self.nproc_excluded {
-            set = set.with(CauseKind::UserProcesses);
-        }
-        if !self.threads_excluded {
-            set = set.with(CauseKind::ThreadsMax);
-        }
-        set
-    }
-
-    /// One of them refused, or with `or_exec` a sibling inside execve did.
-    pub(super) fn name(&self, status: &Status, or_exec: bool) -> Verdict {
-        let deadline = deadline(status.calls());
-        let mut candidates = self.possible();
-        if !matches!(deadline, Deadline::No) {
-            candidates = candidates.with(CauseKind::DeadlineScheduling);
-        }
-        if or_exec {
-            candidates = candidates.with(CauseKind::SiblingExec);
-        }
-        let alone = candidates.iter().count() == 1;
-        match deadline {
-            Deadline::Under(cause) if cause.flags.is_some() || alone => {
-                Verdict::believed(cause, alone && cause.flags.is_some(), candidates)
-            }
-            _ if self.threads_full => Verdict::believed(self.threads_max, alone, candidates),
-            _ if candidates.contains(CauseKind::UserProcesses) => {
-                Verdict::believed(self.user, alone, candidates)
-            }
-            _ if candidates.contains(CauseKind::ThreadsMax) && alone => {
-                Verdict::inferred(Cause::from(self.threads_max), Causes::NONE)
-            }
-            _ if or_exec => Verdict::UNKNOWN.transient(),
-            // Every known limit is excluded, so a check that this crate does not model refused.
-            _ => Verdict::UNKNOWN,
-        }
+        self.nproc_stands.max(self.threads_stand) == Standing::Excluded
     }
 }
 
-/// The caller's scheduling, as far as it matters to clone.
-enum Deadline {
-    No,
-    /// SCHED_DEADLINE without reset-on-fork, or with flags that are not known.
-    Under(DeadlineScheduling),
-    Unread,
+/// The kernel exports no count of a user's tasks. It refuses where they are as many as the limit: the threads of this
+/// process alone can be.
+fn nproc_stands(user: &UserProcesses, capabilities_known: bool) -> Standing {
+    let Some(soft) = user.soft else {
+        return Standing::Open;
+    };
+    let reached = user.own_threads.is_some_and(|threads| threads >= soft);
+    // Nobody can have more tasks than the machine.
+    let unreachable = soft == UNLIMITED
+        || user
+            .tasks
+            .is_some_and(|tasks| soft > tasks.saturating_add(MARGIN));
+    // Another user namespace also enforces the limit that it was created under, and exempts who is root outside.
+    match user.initial_user_namespace {
+        Some(true) if reached && capabilities_known && user.uid.is_some() => Standing::Shown,
+        _ if reached => Standing::Signed,
+        Some(true) if unreachable => Standing::Excluded,
+        _ => Standing::Open,
+    }
 }
 
-fn deadline(calls: Calls) -> Deadline {
+/// The caller's policy and flags.
+fn scheduling(calls: Calls) -> Option<(u32, Option<u64>)> {
+    match calls {
+        Calls::Any => {
+            let (policy, flags) = probe::scheduling().ok()?;
+            Some((policy, Some(flags)))
+        }
+        Calls::FilesOnly => Some((task::scheduling_policy()?, None)),
+    }
+}
+
+/// Without reset-on-fork the policy may not be handed on.
+fn deadline_stands(scheduling: Option<(u32, Option<u64>)>) -> Standing {
     const SCHED_DEADLINE: u32 = 6;
     const RESET_ON_FORK: u64 = 1;
-    let scheduling = match calls {
-        Calls::Any => probe::scheduling()
-            .ok()
-            .map(|(policy, flags)| (policy, Some(flags))),
-        Calls::FilesOnly => task::scheduling_policy().map(|policy| (policy, None)),
-    };
     match scheduling {
-        None => Deadline::Unread,
-        Some((policy, _)) if policy != SCHED_DEADLINE => Deadline::No,
-        Some((_, Some(flags))) if flags & RESET_ON_FORK != 0 => Deadline::No,
-        Some((policy, flags)) => Deadline::Under(DeadlineScheduling { policy, flags }),
+        None => Standing::Open,
+        Some((policy, _)) if policy != SCHED_DEADLINE => Standing::Excluded,
+        Some((_, None)) => Standing::Signed,
+        Some((_, Some(flags))) if flags & RESET_ON_FORK != 0 => Standing::Excluded,
+        Some(_) => Standing::Shown,
     }
 }

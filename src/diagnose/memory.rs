@@ -1,234 +1,473 @@
 //! From a refused mapping to the limit that refused it.
 //!
-//! The kernel looks at a mapping in a fixed order: number of mappings, free addresses, locked memory,
-//! RLIMIT_AS, RLIMIT_DATA, commit limit. `sys::map_probe` asks each in turn; the first that refuses is named
-//! when the numbers read agree.
+//! The kernel looks at a mapping in a fixed order: number of mappings, free addresses, locked memory, RLIMIT_AS,
+//! RLIMIT_DATA, commit limit. `sys::map_probe` asks each in turn. One mmap makes the first two checks, and another thread
+//! can map at any time, so the number of mappings is asked again after each refusal, and two rounds must agree. Of
+//! limits in bytes the arithmetic must agree as well, before and after.
 
 use crate::errno::Errno;
 
 use super::cause::{
-    AddressSpace, AddressSpaceExhausted, Answer, CauseKind, Causes, Certainty, DataSegment, Fill,
-    KernelMemory, LockedMemory, MapCount, MemoryOracle, Overcommit, Unknown,
+    AddressSpace, AddressSpaceExhausted, Answer, Cause, CauseKind, DataSegment, Fill, KernelMemory,
+    LockedMemory, MapCount, MemoryOracle, Overcommit, Unknown,
 };
+use super::enomem;
+use super::rule::{Standing, rule};
 use super::verdict::Verdict;
 use crate::proc::limits::{Limit, Limited};
 use crate::proc::machine::{self, MemInfo};
-use crate::proc::status::{CAP_IPC_LOCK, Calls, Status};
+use crate::proc::parse::UNLIMITED;
+use crate::proc::status::{CAP_IPC_LOCK, CAP_SYS_ADMIN, Calls, Status};
 use crate::proc::task;
 use crate::step::{Step, StepError};
-use crate::sys::map_probe::{self, Kind};
-
-/// Everything a mapping can be refused for.
-const CAUSES: [CauseKind; 7] = [
-    CauseKind::AddressSpace,
-    CauseKind::DataSegment,
-    CauseKind::MapCount,
-    CauseKind::Overcommit,
-    CauseKind::LockedMemory,
-    CauseKind::AddressSpaceExhausted,
-    CauseKind::KernelMemory,
-];
-
-fn others(kind: CauseKind) -> Causes {
-    CAUSES.into_iter().collect::<Causes>().without(kind)
-}
-
-/// Proven when the arithmetic agrees with the refusal, inferred when a number is missing. Numbers that
-/// contradict the refusal do not name the limit.
-fn certainty(fill: &Fill) -> Option<Certainty> {
-    // The kernel compares whole pages.
-    const PAGE: u64 = 4096;
-    let wanted = fill
-        .in_use
-        .and_then(|in_use| in_use.checked_add(fill.requested));
-    match wanted.zip(fill.limit) {
-        Some((wanted, limit)) if wanted.div_ceil(PAGE) > limit / PAGE => Some(Certainty::Proven),
-        Some(_) => None,
-        None => Some(Certainty::Inferred),
-    }
-}
+use crate::sys::map_probe::{self as probe, Question};
 
 pub(super) fn diagnose(error: &StepError, status: &Status, seen: &mut Unknown) -> Verdict {
-    let calls = status.calls();
-    let requested = error.bytes as u64;
     match (error.step, error.errno) {
-        (Step::PrepareStack, Errno::ENOMEM | Errno::EPERM | Errno::EAGAIN) => {
-            locked(requested, status, calls)
+        (Step::PrepareStack, _) if !error.locks => prefault(status),
+        (Step::PrepareStack, Errno::ENOMEM | Errno::EPERM) => lock(error, status, seen),
+        // The limit let it pass; the pages themselves were not to be had.
+        (Step::PrepareStack, Errno::EAGAIN) => prefault(status),
+        (Step::GuardStack, Errno::ENOMEM) => guard(status, seen),
+        (Step::MapStack, Errno::ENOMEM | Errno::EAGAIN) => {
+            mapping(error, error.bytes, true, status, seen)
         }
-        (Step::MapStack, Errno::EAGAIN) => future_locked(error, status, calls, seen),
-        (Step::GuardStack, Errno::ENOMEM) => guard(seen),
-        (Step::MapStack, Errno::ENOMEM) => mapping(error.bytes, status, calls, seen),
         // malloc was refused; how much it asked of the kernel is its own business, but a heap grows by at
         // least this much, and it never folds one cause into another.
         (Step::Allocate | Step::AllocateTls, Errno::ENOMEM) => {
             const HEAP_STEP: usize = 1 << 20;
-            mapping(error.bytes.max(HEAP_STEP), status, calls, seen)
-                .at_most_inferred(CAUSES.into_iter().collect())
+            mapping(error, error.bytes.max(HEAP_STEP), false, status, seen)
         }
         _ => Verdict::UNKNOWN,
     }
 }
 
-fn fill(requested: u64, in_use: Option<u64>, limited: Limited, calls: Calls) -> Fill {
-    Fill {
-        requested,
-        in_use,
-        limit: Limit::read(limited, calls).map(|limit| limit.soft),
-    }
+/// The first check that refuses a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Count,
+    Addresses,
+    Locked,
+    /// RLIMIT_AS, or no memory for the structure that describes a mapping.
+    Size,
+    /// RLIMIT_DATA, or the commit limit of mode 2.
+    DataOrCommit,
+    /// The commit limit of mode 0, or of mode 2.
+    Commit,
+    /// None does now.
+    Nowhere,
+    /// Others may not be asked under a filter: one of them.
+    Somewhere,
+    /// The answers are of different moments.
+    Unclear,
 }
 
-fn locked(requested: u64, status: &Status, calls: Calls) -> Verdict {
-    let fill = fill(requested, status.locked, Limited::LockedMemory, calls);
-    let initial = task::in_initial_user_namespace(calls);
-    if status.has(CAP_IPC_LOCK) && initial == Some(true) {
-        return Verdict::UNKNOWN;
-    }
-    let exempt_unknown = status.has(CAP_IPC_LOCK) && initial.is_none();
-    let cause = LockedMemory::from(fill);
-    match certainty(&fill) {
-        // mlock gives ENOMEM for unmapped pages and for kernel memory as well, but only when this limit,
-        // which comes first, has let it pass.
-        Some(Certainty::Proven) if status.capabilities.is_some() && !exempt_unknown => {
-            Verdict::proven(cause)
+/// The kernel, or in tests a model of it.
+type Kernel<'a> = &'a mut dyn FnMut(Question) -> Result<(), Errno>;
+
+/// Asks for the mapping in the kernel's order of checks. `literally`: the refused call was an mmap with the arguments
+/// of [`Question::Stack`]; under a filter no other is made.
+fn ask(literally: bool, calls: Calls, memory: &mut MemoryOracle, kernel: Kernel<'_>) -> Place {
+    if calls == Calls::FilesOnly {
+        if !literally {
+            return Place::Somewhere;
         }
-        Some(_) => Verdict::inferred(cause, others(CauseKind::LockedMemory)),
-        None => Verdict::UNKNOWN,
-    }
-}
-
-fn future_locked(error: &StepError, status: &Status, calls: Calls, seen: &mut Unknown) -> Verdict {
-    let memory = &mut seen.memory;
-    memory.number_of_mappings = map_probe::number_of_mappings().into();
-    memory.free_addresses = map_probe::free_addresses(error.bytes).into();
-    if !memory.free_addresses.is(Errno::EAGAIN) {
-        return Verdict::UNKNOWN.transient();
-    }
-    let requested = error.bytes as u64;
-    let fill = fill(requested, status.locked, Limited::LockedMemory, calls);
-    let cause = LockedMemory::from(fill);
-    // No other check of mmap answers EAGAIN to an anonymous mapping.
-    match certainty(&fill) {
-        Some(Certainty::Proven) => Verdict::proven(cause),
-        Some(_) => Verdict::inferred(cause, Causes::NONE),
-        None => Verdict::UNKNOWN,
-    }
-}
-
-fn guard(seen: &mut Unknown) -> Verdict {
-    let memory = &mut seen.memory;
-    memory.number_of_mappings = map_probe::number_of_mappings().into();
-    if memory.number_of_mappings.is(Errno::EEXIST) {
-        memory.guard = map_probe::guards().map_or(Answer::NotAsked, Answer::from);
-    }
-    let split = memory.guard.is(Errno::ENOMEM);
-    // Making pages inaccessible charges nothing, so that ENOMEM means the split: the number of mappings, or
-    // no memory for the structure that describes one. The latter also fails a fresh mapping.
-    if split || memory.number_of_mappings.is(Errno::ENOMEM) {
-        let cause = MapCount {
-            maximum: machine::max_map_count(),
-            split,
+        memory.stack = kernel(Question::Stack).into();
+        return match memory.stack {
+            Answer::Granted => Place::Nowhere,
+            _ => Place::Somewhere,
         };
-        return Verdict::proven(cause);
     }
-    Verdict::inferred(
-        KernelMemory::NO_CGROUP,
-        Causes::NONE.with(CauseKind::MapCount),
-    )
-    .transient()
-}
-
-/// The first check in the kernel's order that refuses a mapping of this length now.
-fn mapping(bytes: usize, status: &Status, calls: Calls, seen: &mut Unknown) -> Verdict {
-    let requested = bytes as u64;
-    let memory = &mut seen.memory;
-    memory.number_of_mappings = map_probe::number_of_mappings().into();
+    memory.number_of_mappings = kernel(Question::Count).into();
     if memory.number_of_mappings.is(Errno::ENOMEM) {
-        return Verdict::proven(MapCount {
-            maximum: machine::max_map_count(),
-            split: false,
-        });
+        return Place::Count;
     }
-    memory.free_addresses = map_probe::free_addresses(bytes).into();
-    if memory.free_addresses.is(Errno::ENOMEM) {
-        return Verdict::proven(AddressSpaceExhausted {
+    memory.free_addresses = kernel(Question::Addresses).into();
+    if memory.free_addresses.is(Errno::EAGAIN) {
+        return Place::Locked;
+    }
+    let mut refuses = |question, answer: &mut Answer| {
+        *answer = kernel(question).into();
+        answer.is(Errno::ENOMEM)
+    };
+    let place = if memory.free_addresses.is(Errno::ENOMEM) {
+        Place::Addresses
+    } else if refuses(Question::Inaccessible, &mut memory.inaccessible) {
+        Place::Size
+    } else if refuses(Question::Unreserved, &mut memory.unreserved) {
+        Place::DataOrCommit
+    } else if refuses(Question::Stack, &mut memory.stack) {
+        Place::Commit
+    } else {
+        return Place::Nowhere;
+    };
+    // Each of these begins with the number of mappings.
+    memory.number_of_mappings = kernel(Question::Count).into();
+    match memory.number_of_mappings.is(Errno::EEXIST) {
+        true => place,
+        false => Place::Unclear,
+    }
+}
+
+/// A limit in bytes against what is in use and requested.
+fn stands(fill: &Fill) -> Standing {
+    // The kernel compares whole pages.
+    const PAGE: u64 = 4096;
+    let wanted = fill
+        .in_use
+        .and_then(|in_use| in_use.checked_add(fill.requested));
+    match (wanted, fill.limit) {
+        (_, Some(UNLIMITED)) => Standing::Excluded,
+        (Some(wanted), Some(limit)) if wanted.div_ceil(PAGE) > limit / PAGE => Standing::Shown,
+        // Another thread may have had the difference at that moment.
+        (Some(_), Some(_)) => Standing::Remote,
+        _ => Standing::Open,
+    }
+}
+
+/// Everything about a mapping that was read at one moment.
+#[derive(Clone, Copy, Debug)]
+struct Numbers {
+    size: Fill,
+    data: Fill,
+    locked: Fill,
+    commit: Overcommit,
+}
+
+impl Numbers {
+    fn read(requested: u64, status: &Status) -> Numbers {
+        let calls = status.calls();
+        let fill = |in_use, limited| Fill {
             requested,
-            in_use: status.mapped,
-        });
-    }
-    memory.inaccessible = map_probe::map(bytes, Kind::Inaccessible).into();
-    if memory.inaccessible.is(Errno::ENOMEM) {
-        let fill = fill(requested, status.mapped, Limited::AddressSpace, calls);
-        let cause = AddressSpace::from(fill);
-        return match certainty(&fill) {
-            Some(Certainty::Proven) => Verdict::proven(cause),
-            Some(_) => Verdict::inferred(cause, others(CauseKind::AddressSpace)),
-            // No limit forbids it: no memory for the structure that describes a mapping, or numbers that
-            // another thread has changed since.
-            None => Verdict::UNKNOWN.transient(),
+            in_use,
+            limit: Limit::read(limited, calls).map(|limit| match (limited, limit.soft) {
+                // A rule of the kernel's for valgrind.
+                (Limited::Data, 0) => limit.hard,
+                (_, soft) => soft,
+            }),
         };
-    }
-    memory.unreserved = map_probe::map(bytes, Kind::Unreserved).into();
-    if memory.unreserved.is(Errno::ENOMEM) {
-        return data_or_commit(bytes, status, calls, memory);
-    }
-    memory.stack = map_probe::map(bytes, Kind::Stack).into();
-    if memory.stack.is(Errno::ENOMEM) {
-        return commit(requested, false);
-    }
-    // Every check lets it pass now: another thread of the process had the memory.
-    Verdict::UNKNOWN.transient()
-}
-
-fn data_or_commit(
-    bytes: usize,
-    status: &Status,
-    calls: Calls,
-    memory: &mut MemoryOracle,
-) -> Verdict {
-    let requested = bytes as u64;
-    let fill = fill(requested, status.data, Limited::Data, calls);
-    let cause = DataSegment::from(fill);
-    match certainty(&fill) {
-        // RLIMIT_DATA comes before the commit limit.
-        Some(Certainty::Proven) => Verdict::proven(cause),
-        Some(_) => {
-            // Without the numbers: of the two only the commit limit counts a shared mapping.
-            memory.shared = map_probe::map(bytes, Kind::Shared).into();
-            match memory.shared.is(Errno::ENOMEM) {
-                true => commit(requested, true),
-                false => Verdict::inferred(cause, Causes::NONE.with(CauseKind::Overcommit)),
-            }
+        Numbers {
+            size: fill(status.mapped, Limited::AddressSpace),
+            data: fill(status.data, Limited::Data),
+            locked: fill(status.locked, Limited::LockedMemory),
+            commit: commit(requested, status),
         }
-        None => commit(requested, true),
     }
 }
 
-/// RLIMIT_DATA lets it pass, and so does everything before, because a mapping without access of the same length
-/// was granted: the commit limit is left. `unreserved` tells whether MAP_NORESERVE was refused, too.
-fn commit(requested: u64, unreserved: bool) -> Verdict {
-    let mode = machine::overcommit_memory();
-    let info = MemInfo::read();
+fn commit(requested: u64, status: &Status) -> Overcommit {
+    let calls = status.calls();
+    let mode = machine::overcommit_memory(calls);
+    let info = MemInfo::read(calls);
     let (in_use, limit) = match mode {
         Some(2) => (info.committed, info.commit_limit),
-        Some(_) => (
-            Some(0),
-            info.total
-                .and_then(|total| total.checked_add(info.swap.unwrap_or(0))),
-        ),
+        Some(_) => {
+            let swap = info.swap.unwrap_or(0);
+            let total = info.total.and_then(|total| total.checked_add(swap));
+            (Some(0), total)
+        }
         // Which of the two are compared is not known.
         None => (None, None),
     };
-    let cause = Overcommit {
+    Overcommit {
         mode,
         requested,
         in_use,
         limit,
-    };
-    match mode {
-        // Only mode 2 accounts for mappings with MAP_NORESERVE; mode 1 never refuses.
-        Some(2) => Verdict::proven(cause),
-        Some(0) if !unreserved => Verdict::proven(cause),
-        None => Verdict::inferred(cause, others(CauseKind::Overcommit)),
-        Some(_) => Verdict::UNKNOWN.transient(),
+        reserved: match mode {
+            Some(2) => reserved(status),
+            _ => Some(0),
+        },
     }
+}
+
+/// What mode 2 keeps back from this process: for root, and for whoever must end a process.
+fn reserved(status: &Status) -> Option<u64> {
+    let (for_root, for_each) = machine::reserves(status.calls())?;
+    let has_power =
+        status.has(CAP_SYS_ADMIN) && task::in_initial_user_namespace(status.calls()) == Some(true);
+    let for_root = match has_power {
+        true => 0,
+        false => for_root,
+    };
+    Some(for_root + for_each.min(status.mapped? / 32))
+}
+
+fn commit_stands(commit: &Overcommit) -> Standing {
+    match commit.mode {
+        Some(1) => Standing::Excluded,
+        mode => {
+            let kept = commit.limit.zip(commit.reserved);
+            let fill = Fill {
+                requested: commit.requested,
+                in_use: commit.in_use,
+                limit: kept.map(|(limit, kept)| limit.saturating_sub(kept)),
+            };
+            match (mode, stands(&fill)) {
+                // The machine's memory and swap do not change.
+                (Some(0), Standing::Remote) => Standing::Excluded,
+                (_, standing) => standing,
+            }
+        }
+    }
+}
+
+/// Everything that the rule needs, without the kernel.
+#[derive(Clone, Copy, Debug)]
+struct Facts {
+    errno: Errno,
+    outside: [(CauseKind, Standing); 2],
+    places: [Place; 2],
+    numbers: [Numbers; 2],
+    /// CAP_IPC_LOCK lets the caller lock what it likes.
+    exempt: bool,
+}
+
+impl Facts {
+    fn both(&self, of: impl Fn(&Numbers) -> Standing) -> Standing {
+        let [before, after] = self.numbers.each_ref().map(of);
+        match before == after {
+            true => before,
+            // It was short at one of them.
+            false => before.max(after).min(Standing::Signed),
+        }
+    }
+
+    /// Each check, in the kernel's order, and before them who can answer in its place.
+    fn checks(&self) -> [(CauseKind, Standing); 9] {
+        let [first, second] = self.places;
+        let place = match first == second {
+            true => first,
+            false => Place::Unclear,
+        };
+        let is_open = matches!(place, Place::Somewhere | Place::Unclear);
+        // A limit that is asked about somewhere else has not been met, or has let it pass.
+        let at = |places: &[Place], standing| match is_open || places.contains(&place) {
+            true => standing,
+            false => Standing::Excluded,
+        };
+        let shown_at = |wanted| match is_open {
+            true => Standing::Open,
+            false => Standing::shown_if(place == wanted),
+        };
+        // The only one that answers EAGAIN to an anonymous mapping.
+        let locked = match self.errno == Errno::EAGAIN && !self.exempt {
+            true => at(
+                &[Place::Locked],
+                self.both(|numbers| stands(&numbers.locked)),
+            ),
+            false => Standing::Excluded,
+        };
+        let commit = |numbers: &Numbers| match (place, numbers.commit.mode) {
+            // MAP_NORESERVE was refused as well, which only mode 2 does.
+            (Place::DataOrCommit, Some(0)) => Standing::Excluded,
+            _ => commit_stands(&numbers.commit),
+        };
+        let size = self.both(|numbers| stands(&numbers.size));
+        let data = self.both(|numbers| stands(&numbers.data));
+        let commit = self.both(commit);
+        let [tracer, filter] = self.outside;
+        let of_size = |standing| match self.errno {
+            Errno::EAGAIN => Standing::Excluded,
+            _ => standing,
+        };
+        [
+            tracer,
+            filter,
+            (CauseKind::MapCount, of_size(shown_at(Place::Count))),
+            (
+                CauseKind::AddressSpaceExhausted,
+                of_size(shown_at(Place::Addresses)),
+            ),
+            (CauseKind::LockedMemory, locked),
+            (CauseKind::AddressSpace, of_size(at(&[Place::Size], size))),
+            (
+                CauseKind::DataSegment,
+                of_size(at(&[Place::DataOrCommit], data)),
+            ),
+            (
+                CauseKind::Overcommit,
+                of_size(at(&[Place::DataOrCommit, Place::Commit], commit)),
+            ),
+            (CauseKind::KernelMemory, of_size(Standing::Remote)),
+        ]
+    }
+}
+
+/// Who can answer an mmap in the kernel's place: listed where there are any.
+fn outside(status: &Status) -> [(CauseKind, Standing); 2] {
+    let remote_if = |present| match present {
+        true => Standing::Remote,
+        false => Standing::Excluded,
+    };
+    [
+        (CauseKind::Tracer, remote_if(status.tracer != Some(0))),
+        (
+            CauseKind::Seccomp,
+            remote_if(status.calls() == Calls::FilesOnly),
+        ),
+    ]
+}
+
+fn is_exempt(status: &Status) -> bool {
+    let initial = task::in_initial_user_namespace(status.calls());
+    status.has(CAP_IPC_LOCK) && initial == Some(true)
+}
+
+/// What would be granted now.
+fn passed(seen: &mut Unknown) -> Verdict {
+    seen.passed = true;
+    Verdict::UNKNOWN.transient()
+}
+
+fn mapping(
+    error: &StepError,
+    bytes: usize,
+    literally: bool,
+    status: &Status,
+    seen: &mut Unknown,
+) -> Verdict {
+    let calls = status.calls();
+    let requested = bytes as u64;
+    let memory = &mut seen.memory;
+    let mut kernel = |question| probe::ask(question, bytes);
+    let first = ask(literally, calls, memory, &mut kernel);
+    let before = Numbers::read(requested, status);
+    if literally {
+        memory.stack = kernel(Question::Stack).into();
+        if !memory.stack.is(error.errno) {
+            return passed(seen);
+        }
+    }
+    let after = Numbers::read(requested, &Status::read());
+    let second = ask(literally, calls, memory, &mut kernel);
+    if [first, second] == [Place::Nowhere; 2] {
+        return passed(seen);
+    }
+    let facts = Facts {
+        errno: match (literally, first) {
+            // malloc makes ENOMEM of everything.
+            (false, Place::Locked) => Errno::EAGAIN,
+            _ => error.errno,
+        },
+        outside: outside(status),
+        places: [first, second],
+        numbers: [before, after],
+        exempt: is_exempt(status),
+    };
+    let ruling = rule(&facts.checks(), literally);
+    let cause = ruling.named.map(|kind| -> Cause {
+        match kind {
+            CauseKind::MapCount => map_count(false, calls).into(),
+            CauseKind::AddressSpaceExhausted => AddressSpaceExhausted {
+                requested,
+                in_use: status.mapped,
+            }
+            .into(),
+            CauseKind::LockedMemory => LockedMemory::from(after.locked).into(),
+            CauseKind::AddressSpace => AddressSpace::from(after.size).into(),
+            CauseKind::DataSegment => DataSegment::from(after.data).into(),
+            CauseKind::Overcommit => after.commit.into(),
+            _ => Cause::Unknown(*seen),
+        }
+    });
+    Verdict::ruled(&ruling, cause).transient_if(first != second)
+}
+
+fn map_count(split: bool, calls: Calls) -> MapCount {
+    MapCount {
+        maximum: machine::max_map_count(calls),
+        split,
+    }
+}
+
+/// mlock(2) of a stack. It gives ENOMEM for unmapped pages as well, which a stack does not have.
+fn lock(error: &StepError, status: &Status, seen: &mut Unknown) -> Verdict {
+    if is_exempt(status) {
+        return Verdict::UNKNOWN;
+    }
+    let requested = error.bytes as u64;
+    let mut refuses = || {
+        seen.memory.locked = match status.calls() {
+            Calls::Any => probe::locked(error.bytes).into(),
+            Calls::FilesOnly => Answer::NotAsked,
+        };
+        !seen.memory.locked.is(Errno::EINVAL)
+    };
+    let first = refuses();
+    let before = Numbers::read(requested, status).locked;
+    let after = Numbers::read(requested, &Status::read()).locked;
+    let second = refuses();
+    if !first && !second {
+        return passed(seen);
+    }
+    let standing = stands(&before).min(stands(&after));
+    let [tracer, filter] = outside(status);
+    let ruling = rule(
+        &[tracer, filter, (CauseKind::LockedMemory, standing)],
+        first && second,
+    );
+    let cause = ruling.named.map(|_| LockedMemory::from(after).into());
+    Verdict::ruled(&ruling, cause)
+}
+
+/// Pages of a stack that were to be resident: no memory, which is mostly the memory cgroup's.
+fn prefault(status: &Status) -> Verdict {
+    let cgroup = enomem::nearly_full();
+    let standing = match cgroup {
+        Some(_) => Standing::Signed,
+        None => Standing::Open,
+    };
+    let [tracer, filter] = outside(status);
+    let ruling = rule(
+        &[tracer, filter, (CauseKind::KernelMemory, standing)],
+        false,
+    );
+    let cause = cgroup.unwrap_or(KernelMemory {
+        unread: status.error,
+        ..KernelMemory::NO_CGROUP
+    });
+    Verdict::ruled(&ruling, Some(cause.into()))
+}
+
+fn guard(status: &Status, seen: &mut Unknown) -> Verdict {
+    let mut ask = || {
+        let memory = &mut seen.memory;
+        if status.calls() == Calls::Any {
+            memory.number_of_mappings = probe::ask(Question::Count, 0).into();
+        }
+        memory.guard = match memory.number_of_mappings.is(Errno::ENOMEM) {
+            true => Answer::NotAsked,
+            false => probe::guards().map_or(Answer::NotAsked, Answer::from),
+        };
+        (memory.number_of_mappings.is(Errno::ENOMEM), memory.guard)
+    };
+    let (first, second) = (ask(), ask());
+    if [first.1, second.1] == [Answer::Granted; 2] {
+        return passed(seen);
+    }
+    let is_short = |(many, guard): (bool, Answer)| many || guard.is(Errno::ENOMEM);
+    // Making pages inaccessible charges nothing, so that ENOMEM means the split: the number of mappings, or no memory
+    // for the structure that describes one.
+    let memory = enomem::nearly_full();
+    let count = match (is_short(first) && is_short(second), memory) {
+        (true, None) => Standing::Shown,
+        (true, Some(_)) => Standing::Signed,
+        _ => Standing::Open,
+    };
+    let other = match memory {
+        Some(_) => Standing::Open,
+        None => Standing::Remote,
+    };
+    let [tracer, filter] = outside(status);
+    let checks = [
+        tracer,
+        filter,
+        (CauseKind::MapCount, count),
+        (CauseKind::KernelMemory, other),
+    ];
+    let ruling = rule(&checks, is_short(first) && is_short(second));
+    let cause = map_count(!second.0, status.calls());
+    let cause = ruling.named.map(|_| cause.into());
+    Verdict::ruled(&ruling, cause).transient_if(first != second)
 }

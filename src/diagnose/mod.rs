@@ -2,33 +2,27 @@
 //!
 //! Runs while the machine is out of something: no heap, no panic, some KiB of stack (`tests/stack_use.rs`), some
 //! dozen system calls.
-//! A cause is named only with evidence; naming the wrong limit is worse than naming none. What each claim rests
-//! on:
+//! `rule` decides how sure a cause is, from how each check stands; the other files find that out:
 //!
-//! - `probe` asks the kernel how far a clone gets now. Limits near their maximum flicker while other tasks come
-//!   and go, so one answer is not enough: the probes are made before and after a repetition of the refused
-//!   call, and must agree.
-//! - RLIMIT_NPROC has no visible count. It is named by elimination, and excluded where the caller is exempt or
-//!   the whole machine has fewer tasks than the limit.
-//! - A cgroup is proven by its own refusal counter rising over a repeated refusal, and inferred without.
-//! - Under a system-call filter only files are read and the refused call's own number is used, because another
-//!   call may kill the process.
+//! - `probe` asks the kernel how far a clone gets, before and after a repetition of the refused call.
+//! - `limits`, `numbers` and `judge` compare what the files say before and after it.
+//! - `outside` tells who can answer in the kernel's place.
 //!
 //! With `again`, the refused call is repeated one to three times, until it is granted or the answers agree.
-//! Without (`RetryPolicy::never`), nothing that could create a task is called; then a full cgroup is inferred,
-//! not proven.
+//! Without (`RetryPolicy::never`), nothing that could create a task is called, and nothing is proven.
 
 mod again;
 mod cause;
 mod eagain;
 mod enomem;
-mod filter;
 mod headroom;
 mod judge;
 mod limits;
 mod memory;
 mod numbers;
+mod outside;
 mod probe;
+mod rule;
 mod verdict;
 
 use std::time::Instant;
@@ -40,18 +34,20 @@ pub use cause::{
     AddressSpace, AddressSpaceExhausted, Answer, Cause, CauseKind, Causes, Certainty, CgroupPlace,
     DataSegment, DeadlineScheduling, DyingPidNamespace, InvalidAttribute, KernelMemory,
     LockedMemory, MapCount, MemoryOracle, Oracle, Overcommit, PidLevel, PidNumbers, PidsCgroup,
-    Seccomp, SiblingExec, ThreadsMax, Unknown, UnsharedPidNamespace, UnsupportedRuntime,
-    UserProcesses,
+    Seccomp, SecurityModule, SiblingExec, ThreadsMax, Tracer, Unknown, UnsharedPidNamespace,
+    UnsharedTimeNamespace, UnsupportedRuntime, UserProcesses,
 };
 pub use headroom::{Headroom, HeadroomLimit, Unit, headroom, headroom_of};
+use outside::Outside;
+use rule::{Standing, rule};
 pub(crate) use verdict::Verdict;
 
 pub use crate::mem::text::InlinePath;
-use crate::proc::status::{Calls, Status};
-use crate::proc::task::{self, OWN_PID_NAMESPACE, PID_NAMESPACE_FOR_CHILDREN};
+use crate::proc::status::Status;
+use crate::proc::{machine, task};
 pub use crate::step::CloneCall;
 use crate::step::{Step, StepError};
-use crate::sys::clone_probe as calls_of_clone;
+use crate::sys::clone_probe::probe as probe_kernel;
 
 /// Names the cause of a refusal.
 ///
@@ -82,6 +78,9 @@ pub(crate) fn explain(error: &StepError) -> Verdict {
     analyse(error, None)
 }
 
+const NO_CLONE3: &str =
+    "no clone3 (Linux before 5.3, or a filter): the kernel cannot be asked what refused";
+
 fn analyse(error: &StepError, again: Option<Again<'_>>) -> Verdict {
     let start = Instant::now();
     let mut seen = Unknown::NOTHING;
@@ -91,7 +90,10 @@ fn analyse(error: &StepError, again: Option<Again<'_>>) -> Verdict {
     if verdict.certainty == Certainty::Unknown {
         verdict.cause = Cause::Unknown(seen);
     }
-    verdict.silence = seen.oracle.silence();
+    verdict.silence = match (error.step, error.call) {
+        (Step::Clone, CloneCall::Clone) => Some(NO_CLONE3),
+        _ => seen.oracle.silence(),
+    };
     verdict.repeated = repetition.count;
     verdict.spent = start.elapsed();
     verdict
@@ -121,37 +123,84 @@ fn clone(
     seen: &mut Unknown,
     repetition: &mut Repetition<'_>,
 ) -> Result<Verdict, Granted> {
-    seen.oracle.clone3_empty = calls_of_clone::clone3_empty().into();
-    if let Some(verdict) = filter::diagnose(error, status, seen) {
-        return Ok(verdict);
+    let modules = machine::security_modules();
+    let outside = Outside::read(error, status, modules, seen, &mut probe_kernel);
+    let by_outside = |repeated, seen: &Unknown| {
+        let ruling = rule(&outside.checks(), repeated);
+        let cause = |kind| outside::cause(kind, error, status, seen);
+        Verdict::ruled(&ruling, ruling.named.map(cause))
+    };
+    if outside.answers() {
+        // The probe was answered as the refused call was: it is a repetition.
+        return Ok(by_outside(repetition.is_possible(), seen));
     }
     match error.errno {
-        Errno::EAGAIN => eagain::diagnose(status, seen, repetition),
-        Errno::ENOMEM => enomem::diagnose(status, seen, repetition),
-        Errno::EINVAL => Ok(unshared(seen, status.calls())),
-        _ => Ok(Verdict::UNKNOWN),
+        Errno::EAGAIN => eagain::diagnose(error, status, outside, seen, repetition),
+        Errno::ENOMEM => enomem::diagnose(error, status, outside, seen, repetition),
+        Errno::EINVAL => einval(error, status, outside, seen, repetition),
+        // No check of the kernel's gives another errno to these flags.
+        _ => {
+            let repeated = repetition.refused(seen)?;
+            Ok(by_outside(repeated, seen))
+        }
     }
 }
 
-/// EINVAL: the program has unshared its pid namespace, or this kernel does not know the flags.
-fn unshared(seen: &mut Unknown, calls: Calls) -> Verdict {
-    let own = task::namespace(OWN_PID_NAMESPACE, calls);
-    let children = task::namespace(PID_NAMESPACE_FOR_CHILDREN, calls);
-    let cause = |for_children| UnsharedPidNamespace {
-        own: own.ok(),
-        for_children,
+/// EINVAL: the program has unshared a namespace that threads cannot enter, or this kernel does not know the flags.
+fn einval(
+    error: &StepError,
+    status: &Status,
+    outside: Outside,
+    seen: &mut Unknown,
+    repetition: &mut Repetition<'_>,
+) -> Result<Verdict, Granted> {
+    let calls = status.calls();
+    let repeated = repetition.refused(seen)?;
+    let own = task::namespace(task::OWN_PID_NAMESPACE, calls);
+    let children = task::namespace(task::PID_NAMESPACE_FOR_CHILDREN, calls);
+    let pid = match (own, children) {
+        (Ok(own), Ok(children)) => Standing::shown_if(own != children),
+        // A kernel with clone3 has this file, so a missing one means a namespace that no process has entered.
+        (Ok(_), Err(Errno::ENOENT)) => Standing::shown_if(error.call == CloneCall::Clone3),
+        _ => Standing::Open,
     };
-    // A kernel with clone3 has this file, so a missing one means a namespace that no process has entered.
-    let has_clone3 = seen.oracle.clone3_empty.is(Errno::EINVAL);
-    match (own, children) {
-        (Ok(own), Ok(children)) if own != children => Verdict::proven(cause(Some(children))),
-        (Ok(_), Err(Errno::ENOENT)) if has_clone3 => Verdict::proven(cause(None)),
-        (Ok(_), Ok(_)) => Verdict::UNKNOWN,
-        _ => {
-            seen.oracle.until_cgroup = calls_of_clone::until_cgroup().into();
-            Verdict::UNKNOWN
+    let time = task::namespace(task::OWN_TIME_NAMESPACE, calls);
+    let time_of_children = task::namespace(task::TIME_NAMESPACE_FOR_CHILDREN, calls);
+    let time_differs = time.ok().zip(time_of_children.ok());
+    let time_differs = time_differs.is_some_and(|(own, children)| own != children);
+    // Only the kernels before 5.20 refuse for it.
+    let time_stands = match time_differs {
+        true => Standing::Signed,
+        false => Standing::Excluded,
+    };
+    let [tracer, filter, module] = outside.standings();
+    // What two namespaces refuse, whoever else looks on: they stay as they are.
+    let outside_stands = match pid {
+        Standing::Shown => [Standing::Excluded; 2],
+        _ => [tracer, filter],
+    };
+    let checks = [
+        (CauseKind::Tracer, outside_stands[0]),
+        (CauseKind::Seccomp, outside_stands[1]),
+        (CauseKind::UnsharedPidNamespace, pid),
+        (CauseKind::SecurityModule, module.min(Standing::Remote)),
+        (CauseKind::UnsharedTimeNamespace, time_stands),
+    ];
+    let ruling = rule(&checks, repeated);
+    let cause = ruling.named.map(|kind| match kind {
+        CauseKind::UnsharedPidNamespace => UnsharedPidNamespace {
+            own: own.ok(),
+            for_children: children.ok(),
         }
-    }
+        .into(),
+        CauseKind::UnsharedTimeNamespace => UnsharedTimeNamespace {
+            own: time.ok(),
+            for_children: time_of_children.ok(),
+        }
+        .into(),
+        kind => outside::cause(kind, error, status, seen),
+    });
+    Ok(Verdict::ruled(&ruling, cause))
 }
 
 #[cfg(test)]

@@ -6,9 +6,8 @@ use crate::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
-use super::cause::{CauseKind, Causes, PidLevel, PidNumbers, Unknown};
-use super::limits::ProcessLimits;
-use super::verdict::Verdict;
+use super::cause::{PidLevel, PidNumbers, Unknown};
+use super::judge::MARGIN;
 use crate::proc::machine::{self, RESERVED_PIDS};
 use crate::proc::status::Calls;
 use crate::proc::{file, task};
@@ -19,6 +18,8 @@ use crate::sys::clone_probe::number_is_held;
 struct Sample {
     looked: u32,
     free: u32,
+    /// How many numbers each of them stands for.
+    step: u64,
     /// Whether `free` is the kernel's own answer. Otherwise numbers that only a session holds are among them.
     exact: bool,
 }
@@ -40,6 +41,7 @@ impl Sample {
         let exact = answer(NOBODYS) == Some(Err(Errno::ESRCH));
         let mut sample = Sample {
             exact,
+            step,
             ..Sample::default()
         };
         for stride in 0..MOST {
@@ -74,58 +76,73 @@ impl Sample {
 
     /// So many that not all of them can have come free since a refusal.
     fn plenty_free(&self) -> bool {
-        self.exact && self.free > self.looked / 4 && self.free >= 8
+        let free = u64::from(self.free) * self.step;
+        self.exact && self.free > self.looked / 4 && free > 4 * MARGIN
     }
 }
 
-/// What was read of the numbers, and what probing showed.
-fn read(calls: Calls, seen: &mut Unknown) -> (Sample, PidNumbers) {
-    let pid_max = machine::pid_max();
-    seen.pid_max = pid_max;
-    let sample = match (calls, pid_max) {
-        (Calls::Any, Some(pid_max)) => Sample::take(pid_max),
-        _ => Sample::default(),
-    };
-    let initial_namespace = task::in_initial_pid_namespace(calls);
-    let level = match initial_namespace {
-        Some(true) => PidLevel::Own,
-        _ if sample.none_free() => PidLevel::Own,
-        _ if sample.plenty_free() => PidLevel::Ancestor,
-        _ => PidLevel::OwnOrAncestor,
-    };
-    let numbers = PidNumbers {
-        level,
-        pid_max,
-        sampled: sample.looked,
-        free: sample.free,
-        initial_namespace,
-    };
-    (sample, numbers)
+/// What two looks, before and after, have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Numbers {
+    /// None of those that were probed is free in this pid namespace.
+    NoneFree,
+    /// There is no other namespace around, and plenty are free.
+    Plenty,
+    Unclear,
 }
 
-/// The kernel refused at the pid numbers, `agreeing` times.
-pub(super) fn name(
-    limits: &ProcessLimits,
-    calls: Calls,
+/// The numbers of this pid namespace at one moment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Look {
+    sample: Sample,
+    pid_max: Option<u64>,
+    initial_namespace: Option<bool>,
+}
+
+impl Look {
+    pub(super) fn take(calls: Calls) -> Look {
+        let pid_max = machine::pid_max(calls);
+        Look {
+            sample: match (calls, pid_max) {
+                (Calls::Any, Some(pid_max)) => Sample::take(pid_max),
+                _ => Sample::default(),
+            },
+            pid_max,
+            initial_namespace: task::in_initial_pid_namespace(calls),
+        }
+    }
+}
+
+/// What looks before and after show, if there were any.
+pub(super) fn compare(
+    before: Option<Look>,
+    after: Option<Look>,
     seen: &mut Unknown,
-    agreeing: u32,
-) -> Verdict {
-    let (sample, cause) = read(calls, seen);
-    let proven = limits.excluded() || sample.none_free() && agreeing >= 2;
-    Verdict::believed(cause, proven, limits.possible())
-}
-
-/// clone3 is not available, so that pid numbers and cgroup cannot be told apart by probing.
-pub(super) fn name_without_oracle(calls: Calls, seen: &mut Unknown) -> Verdict {
-    let (sample, cause) = read(calls, seen);
-    if !sample.none_free() {
-        return Verdict::UNKNOWN;
-    }
-    Verdict::inferred(cause, Causes::NONE.with(CauseKind::PidsCgroup))
-}
-
-/// Whether numbers cannot have run out at any level.
-pub(super) fn are_excluded(calls: Calls, seen: &mut Unknown) -> bool {
-    let (sample, numbers) = read(calls, seen);
-    numbers.initial_namespace == Some(true) && sample.plenty_free()
+) -> (Numbers, PidNumbers) {
+    let Some((before, after)) = before.zip(after) else {
+        return (Numbers::Unclear, PidNumbers::UNREAD);
+    };
+    seen.pid_max = after.pid_max;
+    let both = |test: fn(&Sample) -> bool| {
+        before.pid_max == after.pid_max && test(&before.sample) && test(&after.sample)
+    };
+    let (none_free, plenty_free) = (both(Sample::none_free), both(Sample::plenty_free));
+    let initial = after.initial_namespace == Some(true);
+    let cause = PidNumbers {
+        level: match (initial || none_free, plenty_free) {
+            (true, _) => PidLevel::Own,
+            (_, true) => PidLevel::Ancestor,
+            _ => PidLevel::OwnOrAncestor,
+        },
+        pid_max: after.pid_max,
+        sampled: after.sample.looked,
+        free: after.sample.free,
+        initial_namespace: after.initial_namespace,
+    };
+    let numbers = match (none_free, initial && plenty_free) {
+        (true, _) => Numbers::NoneFree,
+        (_, true) => Numbers::Plenty,
+        _ => Numbers::Unclear,
+    };
+    (numbers, cause)
 }

@@ -14,8 +14,10 @@
 use crate::errno::Errno;
 
 use super::cause::Oracle;
+use super::outside::Outside;
 use crate::proc::status::Calls;
-use crate::sys::{clone::FLAGS, clone_probe as probe};
+use crate::step::CloneCall;
+use crate::sys::clone_probe::Probe;
 
 /// The first check that refuses, or the last one that is known to pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +28,7 @@ pub(crate) enum Reached {
     ProcessLimitsOrExec,
     /// A sibling is inside execve.
     SiblingExec,
-    /// No pid number, or one of the process limits has come in between.
+    /// No pid number.
     PidNumbers,
     /// ENOMEM before the pid number.
     KernelMemory,
@@ -40,17 +42,43 @@ pub(crate) enum Reached {
     Unusable,
 }
 
-/// Asks the kernel once, and keeps the answers.
-pub(crate) fn ask(oracle: &mut Oracle, calls: Calls) -> Reached {
-    if oracle.clone3_empty.is(Errno::EINVAL) {
-        ask_clone3(oracle)
-    } else {
-        ask_clone(oracle, calls)
+impl Reached {
+    /// Whether it can be that no number is left, and that only the numbers themselves tell.
+    pub(super) fn may_be_numbers(self) -> bool {
+        use Reached::{BeyondThreadPointer, PidNumbers, Unusable};
+        matches!(self, PidNumbers | BeyondThreadPointer | Unusable)
+    }
+
+    /// Whether a cgroup can have refused before or after the probe.
+    pub(super) fn may_be_cgroup(self) -> bool {
+        use Reached::{BeyondPidNumbers, BeyondThreadPointer, SiblingExec, Unusable};
+        matches!(
+            self,
+            SiblingExec | BeyondPidNumbers | BeyondThreadPointer | Unusable
+        )
     }
 }
 
-fn ask_clone3(oracle: &mut Oracle) -> Reached {
-    let answer = probe::until_pid_number(false);
+/// The kernel, or in tests a model of it.
+pub(super) type Kernel<'a> = &'a mut dyn FnMut(Probe) -> Result<(), Errno>;
+
+/// Probes once, and keeps the answers.
+pub(super) fn ask(
+    oracle: &mut Oracle,
+    call: CloneCall,
+    outside: &Outside,
+    calls: Calls,
+    kernel: Kernel<'_>,
+) -> Reached {
+    match call {
+        CloneCall::Clone3 if outside.clone3 => ask_clone3(oracle, kernel),
+        CloneCall::Clone3 => Reached::Unusable,
+        CloneCall::Clone => ask_clone(oracle, calls, kernel),
+    }
+}
+
+fn ask_clone3(oracle: &mut Oracle, kernel: Kernel<'_>) -> Reached {
+    let answer = kernel(Probe::PidNumber { fs: false });
     oracle.until_pid_number = answer.into();
     match answer {
         Err(Errno::EINVAL) => {}
@@ -59,26 +87,27 @@ fn ask_clone3(oracle: &mut Oracle) -> Reached {
         // E2BIG before Linux 5.7: the question is longer than the kernel's structure.
         _ => return Reached::Unusable,
     }
-    let answer = probe::until_cgroup();
+    let answer = kernel(Probe::Cgroup);
     oracle.until_cgroup = answer.into();
-    match answer {
-        Err(Errno::EBADF) => {}
-        Err(Errno::EAGAIN) => return Reached::PidNumbers,
+    let passed = match answer {
+        Err(Errno::EBADF) => Reached::BeyondPidNumbers,
+        Err(Errno::EAGAIN) => Reached::PidNumbers,
         Err(Errno::ENOMEM) => return Reached::PidMemory,
         _ => return Reached::Unusable,
-    }
-    let answer = probe::until_pid_number(true);
+    };
+    // After it, so that another counter that is full for a moment shows here.
+    let answer = kernel(Probe::PidNumber { fs: true });
     oracle.until_pid_number_with_fs = answer.into();
     match answer {
-        Err(Errno::EINVAL) => Reached::BeyondPidNumbers,
+        Err(Errno::EINVAL) => passed,
         Err(Errno::EAGAIN) => Reached::SiblingExec,
         Err(Errno::ENOMEM) => Reached::KernelMemory,
         _ => Reached::Unusable,
     }
 }
 
-fn ask_clone(oracle: &mut Oracle, calls: Calls) -> Reached {
-    let answer = probe::until_thread_pointer(FLAGS, true);
+fn ask_clone(oracle: &mut Oracle, calls: Calls, kernel: Kernel<'_>) -> Reached {
+    let answer = kernel(Probe::ThreadPointer { fs: true });
     oracle.until_thread_pointer = answer.into();
     match answer {
         Err(Errno::EPERM) => return Reached::BeyondThreadPointer,
@@ -90,7 +119,7 @@ fn ask_clone(oracle: &mut Oracle, calls: Calls) -> Reached {
     if calls == Calls::FilesOnly {
         return Reached::ProcessLimitsOrExec;
     }
-    match probe::until_thread_pointer(FLAGS, false) {
+    match kernel(Probe::ThreadPointer { fs: false }) {
         Err(Errno::EPERM) => Reached::SiblingExec,
         Err(Errno::EAGAIN) => Reached::ProcessLimits,
         _ => Reached::Unusable,

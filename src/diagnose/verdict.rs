@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::cause::{Cause, CauseKind, Causes, Certainty, Unknown};
+use super::rule::Ruling;
 
 /// The outcome of a diagnosis.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +41,7 @@ impl Verdict {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn inferred(cause: impl Into<Cause>, alternatives: Causes) -> Verdict {
         let cause = cause.into();
         Verdict {
@@ -50,11 +52,13 @@ impl Verdict {
         }
     }
 
-    pub(super) fn believed(cause: impl Into<Cause>, proven: bool, alternatives: Causes) -> Verdict {
-        if proven {
-            Verdict::proven(cause)
-        } else {
-            Verdict::inferred(cause, alternatives)
+    /// What the rule says. `cause`: the evidence of what it names.
+    pub(super) fn ruled(ruling: &Ruling, cause: Option<Cause>) -> Verdict {
+        Verdict {
+            cause: cause.unwrap_or(Verdict::UNKNOWN.cause),
+            certainty: ruling.certainty,
+            alternatives: ruling.alternatives,
+            ..Verdict::UNKNOWN
         }
     }
 
@@ -66,35 +70,36 @@ impl Verdict {
         self.transient |= yes;
         self
     }
-
-    pub(super) fn at_most_inferred(self, others: Causes) -> Verdict {
-        match self.certainty {
-            Certainty::Unknown => self,
-            _ => Verdict::inferred(self.cause, others).transient_if(self.transient),
-        }
-    }
 }
 
 /// Several lines: the cause, how sure it is, the evidence, what to change.
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "cause: {} ({})", self.cause, self.certainty)?;
+        let also = match self.certainty {
+            Certainty::Unknown => "",
+            _ => "also ",
+        };
         if !self.alternatives.is_empty() {
-            writeln!(f, "could also be: {}", self.alternatives)?;
+            writeln!(f, "could {also}be: {}", self.alternatives)?;
         }
         // An unknown cause has it in its line.
         if let (Certainty::Inferred, Some(why)) = (self.certainty, self.silence) {
             writeln!(f, "not proven: {why}")?;
         }
         writeln!(f, "evidence:")?;
-        self.cause.report(f, self.alternatives.is_empty())?;
+        self.cause.report(f)?;
         f.write_str("what to change:\n  ")?;
         self.cause.remedy(f)?;
+        let counts = self.alternatives.with(self.cause.kind()).has_count();
         if self.transient && self.cause.kind() != CauseKind::SiblingExec {
             f.write_str(
-                "\n  Retrying for some milliseconds is right: what stood in the way may be gone already (threads that have\n  \
-                 ended count until the kernel has reaped them).",
+                "\n  Retrying for some milliseconds is right: what stood in the way may be gone already",
             )?;
+            f.write_str(match counts {
+                true => " (threads that have\n  ended count until the kernel has reaped them).",
+                false => ".",
+            })?;
         }
         Ok(())
     }

@@ -80,10 +80,6 @@ impl Level {
     pub(crate) fn is_full(&self) -> bool {
         matches!((self.current, self.maximum), (Some(current), Some(maximum)) if current >= maximum)
     }
-
-    pub(crate) fn is_limited(&self) -> bool {
-        self.maximum.is_some_and(|maximum| maximum != UNLIMITED)
-    }
 }
 
 /// The visible levels, the thread's own first.
@@ -104,13 +100,13 @@ impl Snapshot {
         self.levels().iter().position(with_controller).unwrap_or(0)
     }
 
-    /// A made-up one that is wholly visible.
+    /// A made-up one.
     #[cfg(test)]
-    pub(crate) fn of(levels: &[Level]) -> Snapshot {
+    pub(crate) fn of(levels: &[Level], hidden: bool) -> Snapshot {
         let mut snapshot = Snapshot {
             levels: [Level::default(); DEEPEST],
             count: levels.len(),
-            hidden: false,
+            hidden,
             unread: false,
         };
         for (to, from) in snapshot.levels.iter_mut().zip(levels) {

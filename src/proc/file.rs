@@ -1,14 +1,18 @@
 //! Opening and reading: no heap, buffers on the stack.
 
 use std::ffi::CStr;
+use std::fmt::Write as _;
 use std::ops::ControlFlow;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 use super::parse;
+use super::status::Calls;
+use crate::mem::text::Text;
 
 /// Signals that may interrupt a call before it is given up.
 const MOST_INTERRUPTIONS: u32 = 8;
@@ -29,6 +33,44 @@ fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> Result<T, Errno
         }
     }
     Err(Errno::EINTR)
+}
+
+/// Opens a file of /proc and makes sure that it is the kernel's own: lxcfs and container engines mount others over
+/// single files. ENODATA if it is not, or if that cannot be told.
+pub(crate) fn open_genuine(path: &CStr, calls: Calls) -> Result<OwnedFd, Errno> {
+    let file = open(path)?;
+    let genuine = match calls {
+        Calls::Any => {
+            let filesystem = fstatfs(&file).map_err(Errno::of)?;
+            filesystem.filesystem_type() == PROC_SUPER_MAGIC
+        }
+        // By reading alone: what is mounted over a file is another mount than its directory's. Since Linux 3.15.
+        Calls::FilesOnly => {
+            let directory = match path.to_bytes().starts_with(b"/proc/sys/") {
+                true => c"/proc/sys",
+                false => c"/proc",
+            };
+            let id = mount_id(&file);
+            id.is_some() && id == mount_id(&open(directory)?)
+        }
+    };
+    genuine.then_some(file).ok_or(Errno::ENODATA)
+}
+
+fn mount_id(file: &OwnedFd) -> Option<u64> {
+    described(file, b"mnt_id:")
+}
+
+/// What /proc/thread-self/fdinfo says of an open file.
+pub(crate) fn described(file: &OwnedFd, key: &[u8]) -> Option<u64> {
+    let mut info = Text::<64>::EMPTY;
+    let _ = write!(info, "/proc/thread-self/fdinfo/{}", file.as_raw_fd());
+    value_in(info.as_c_str()?, key)
+}
+
+/// A sysctl: a file of the kernel's own whose whole content is a number.
+pub(crate) fn sysctl(path: &CStr, calls: Calls) -> Option<u64> {
+    parse_start(&open_genuine(path, calls).ok()?, parse::limit).ok()
 }
 
 /// The start of an open file, parsed; ENODATA if the parser finds nothing.
@@ -72,17 +114,21 @@ pub(crate) fn first<T>(path: &CStr, mut parse: impl FnMut(&[u8]) -> Option<T>) -
 }
 
 /// Calls `each` for every line that fits the buffer; longer ones are skipped, never cut.
-pub(crate) fn lines(
-    path: &CStr,
+pub(crate) fn lines(path: &CStr, each: impl FnMut(&[u8]) -> ControlFlow<()>) -> Result<(), Errno> {
+    lines_of(&open(path)?, each)
+}
+
+/// The same for an open file.
+pub(crate) fn lines_of(
+    file: &OwnedFd,
     mut each: impl FnMut(&[u8]) -> ControlFlow<()>,
 ) -> Result<(), Errno> {
-    let file = open(path)?;
     let mut buffer = [0; 1024];
     let mut filled = 0;
     let mut skipping = false;
     loop {
         let space = buffer.get_mut(filled..).unwrap_or_default();
-        let count = read(&file, space)?;
+        let count = read(file, space)?;
         let end = filled + count;
         let mut rest = buffer.get(..end).unwrap_or_default();
         while let Some(at) = rest.iter().position(|byte| *byte == b'\n') {

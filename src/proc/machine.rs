@@ -4,13 +4,12 @@ use std::ffi::CStr;
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt;
 
-use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::sys::utsname::uname;
 
-use super::file::{self, number_in};
-use super::mounts::Mount;
+use super::file::{self, sysctl};
 use super::parse::{kib, number, value, words};
 use super::status::Calls;
+use crate::mem::text::InlinePath;
 
 const LOADAVG: &CStr = c"/proc/loadavg";
 
@@ -38,27 +37,12 @@ fn split_once(text: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
     Some((text.get(..position)?, text.get(position + 1..)?))
 }
 
-/// All tasks of the machine, as the kernel compares them with `kernel.threads-max`.
-///
-/// lxcfs mounts a file of its own over /proc/loadavg that counts one container: that is not the kernel's
-/// number, and the answer is absent.
+/// All tasks of the machine, as the kernel compares them with `kernel.threads-max`. lxcfs mounts a file of its own over
+/// /proc/loadavg that counts one container; then the number is absent.
 pub(crate) fn tasks(calls: Calls) -> Option<u64> {
-    let file = file::open(LOADAVG).ok()?;
-    let genuine = match calls {
-        Calls::Any => fstatfs(&file).ok()?.filesystem_type() == PROC_SUPER_MAGIC,
-        Calls::FilesOnly => {
-            let mut covered = false;
-            file::lines(c"/proc/thread-self/mountinfo", |line| {
-                let mount = Mount::parse(line);
-                covered |= mount.is_some_and(|mount| mount.point == LOADAVG.to_bytes());
-                ControlFlow::Continue(())
-            })
-            .ok()?;
-            !covered
-        }
-    };
+    let file = file::open_genuine(LOADAVG, calls).ok()?;
     let load = file::parse_start(&file, LoadAverage::parse).ok()?;
-    Some(load.tasks).filter(|tasks| genuine && *tasks > 0)
+    Some(load.tasks).filter(|tasks| *tasks > 0)
 }
 
 /// The number given out last in the reader's pid namespace.
@@ -68,31 +52,52 @@ pub(crate) fn last_pid_number() -> Option<u64> {
     Some(load.last_pid)
 }
 
-pub(crate) fn threads_max() -> Option<u64> {
-    number_in(c"/proc/sys/kernel/threads-max")
+pub(crate) fn threads_max(calls: Calls) -> Option<u64> {
+    sysctl(c"/proc/sys/kernel/threads-max", calls)
 }
 
 /// That of the reader's pid namespace since Linux 6.14.
 pub(crate) const PID_MAX: &CStr = c"/proc/sys/kernel/pid_max";
 
-pub(crate) fn pid_max() -> Option<u64> {
-    number_in(PID_MAX)
+pub(crate) fn pid_max(calls: Calls) -> Option<u64> {
+    sysctl(PID_MAX, calls)
 }
 
 /// Below this no pid number is given out again after the first wrap (the kernel's `RESERVED_PIDS`).
 pub(crate) const RESERVED_PIDS: u64 = 300;
 
 /// The mappings that a process can have.
-pub(crate) fn max_map_count() -> Option<u64> {
-    number_in(c"/proc/sys/vm/max_map_count")
+pub(crate) const MAX_MAP_COUNT: &CStr = c"/proc/sys/vm/max_map_count";
+
+pub(crate) fn max_map_count(calls: Calls) -> Option<u64> {
+    sysctl(MAX_MAP_COUNT, calls)
 }
 
-pub(crate) fn overcommit_memory() -> Option<u64> {
-    number_in(c"/proc/sys/vm/overcommit_memory")
+pub(crate) fn overcommit_memory(calls: Calls) -> Option<u64> {
+    sysctl(c"/proc/sys/vm/overcommit_memory", calls)
+}
+
+/// Kept back in overcommit mode 2 for root, and for each process, in bytes.
+pub(crate) fn reserves(calls: Calls) -> Option<(u64, u64)> {
+    let admin = sysctl(c"/proc/sys/vm/admin_reserve_kbytes", calls)?;
+    let user = sysctl(c"/proc/sys/vm/user_reserve_kbytes", calls)?;
+    Some((admin.checked_mul(1024)?, user.checked_mul(1024)?))
 }
 
 pub(crate) fn mmap_min_addr() -> Option<u64> {
-    number_in(c"/proc/sys/vm/mmap_min_addr")
+    sysctl(c"/proc/sys/vm/mmap_min_addr", Calls::Any)
+}
+
+/// The security modules in force; `None` where securityfs is not mounted, as in most containers.
+pub(crate) fn security_modules() -> Option<InlinePath> {
+    let file = file::open(c"/sys/kernel/security/lsm").ok()?;
+    let mut modules = None;
+    file::lines_of(&file, |line| {
+        modules = Some(InlinePath::new(line));
+        ControlFlow::Break(())
+    })
+    .ok()?;
+    modules
 }
 
 /// /proc/meminfo, in bytes.
@@ -105,12 +110,15 @@ pub(crate) struct MemInfo {
 }
 
 impl MemInfo {
-    pub(crate) fn read() -> MemInfo {
+    /// lxcfs mounts a file of its own over it that speaks of one container; then the numbers are absent.
+    pub(crate) fn read(calls: Calls) -> MemInfo {
         let mut info = MemInfo::default();
-        let _ = file::lines(c"/proc/meminfo", |line| {
-            info.take(line);
-            ControlFlow::Continue(())
-        });
+        if let Ok(file) = file::open_genuine(c"/proc/meminfo", calls) {
+            let _ = file::lines_of(&file, |line| {
+                info.take(line);
+                ControlFlow::Continue(())
+            });
+        }
         info
     }
 

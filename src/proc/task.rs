@@ -1,8 +1,6 @@
 //! A task's namespaces and its scheduling.
 
 use std::ffi::CStr;
-use std::fmt::Write as _;
-use std::os::fd::AsRawFd;
 
 use crate::errno::Errno;
 use nix::sys::stat::stat;
@@ -10,7 +8,6 @@ use nix::sys::stat::stat;
 use super::file;
 use super::parse::number;
 use super::status::Calls;
-use crate::mem::text::Text;
 
 /// Inode of the initial user namespace, fixed by the kernel (`PROC_USER_INIT_INO`).
 const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
@@ -22,19 +19,18 @@ pub(crate) const OWN_PID_NAMESPACE: &CStr = c"/proc/thread-self/ns/pid";
 /// The one that the process has unshared or entered for its children.
 pub(crate) const PID_NAMESPACE_FOR_CHILDREN: &CStr = c"/proc/thread-self/ns/pid_for_children";
 
+/// The time namespace of the calling thread; since Linux 5.6.
+pub(crate) const OWN_TIME_NAMESPACE: &CStr = c"/proc/thread-self/ns/time";
+/// The one that the process has unshared for its children.
+pub(crate) const TIME_NAMESPACE_FOR_CHILDREN: &CStr = c"/proc/thread-self/ns/time_for_children";
+
 /// The inode that identifies a namespace.
 pub(crate) fn namespace(path: &CStr, calls: Calls) -> Result<u64, Errno> {
     match calls {
         Calls::Any => stat(path).map(|status| status.st_ino).map_err(Errno::of),
         Calls::FilesOnly => {
             // The same number by reading alone; since Linux 5.14.
-            let file = file::open(path)?;
-            let mut info = Text::<64>::EMPTY;
-            let _ = write!(info, "/proc/thread-self/fdinfo/{}", file.as_raw_fd());
-            let inode = info
-                .as_c_str()
-                .and_then(|info| file::value_in(info, b"ino:"));
-            inode.ok_or(Errno::ENODATA)
+            file::described(&file::open(path)?, b"ino:").ok_or(Errno::ENODATA)
         }
     }
 }

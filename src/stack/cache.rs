@@ -8,11 +8,12 @@ use super::ledger::{Budget, Entry, Ledger, State, Stats, Victims};
 use super::record::{self, Stack};
 use crate::errno::Errno;
 use crate::mem::Shared;
-use crate::proc::status::Status;
-use crate::step::{Step, StepError};
+use crate::proc::status::{Calls, Status};
+use crate::step::{CloneCall, Step, StepError};
 use crate::sync::{Latch, Lock, forked_bare, notice_fork};
-use crate::sys::map_probe::{self, Kind};
-use crate::sys::{NoCancellation, clone_probe};
+use crate::sys::NoCancellation;
+use crate::sys::clone_probe::{Probe, probe};
+use crate::sys::map_probe::{self, Question};
 use crate::tcb::Runtime;
 use nix::sys::resource::{Resource, getrlimit};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -554,22 +555,29 @@ impl StackCache {
         }
         // What is missing even then. Every limit but that on the number of mappings is a sum of sizes.
         let missing = error.bytes.saturating_sub(idle);
-        let passes = |kind| missing == 0 || map_probe::map(missing, kind).is_ok();
-        let full = || map_probe::number_of_mappings() == Err(Errno::ENOMEM);
+        let passes = |how| missing == 0 || map_probe::ask(how, missing).is_ok();
+        // A filter can kill for a call with other arguments than the refused one's; then it has to be tried.
+        let is_filtered = || {
+            // Reading files is a cancellation point.
+            let _cancellation = NoCancellation::new();
+            Status::read().calls() == Calls::FilesOnly
+        };
+        let full = || map_probe::ask(Question::Count, 0) == Err(Errno::ENOMEM);
         match (error.step, error.errno) {
             _ if idle == 0 => false,
             // A cgroup counts the memory of cached stacks together with the kernel's for a task. EINVAL: there is
             // enough of it, and what refuses comes later.
             (Step::Clone, Errno::ENOMEM) => {
-                clone_probe::until_pid_number(true) != Err(Errno::EINVAL)
+                error.call == CloneCall::Clone
+                    || probe(Probe::PidNumber { fs: true }) != Err(Errno::EINVAL)
             }
             (Step::Clone, _) => false,
             (Step::PrepareStack, Errno::ENOMEM | Errno::EAGAIN) => {
                 locked > 0 && fits_locked(error.bytes, locked)
             }
             // Locked with its creation (mlockall's MCL_FUTURE): without access, so that nothing is made resident.
-            (_, Errno::EAGAIN) => passes(Kind::Inaccessible),
-            (_, Errno::ENOMEM) => passes(Kind::Stack) || full(),
+            (_, Errno::EAGAIN) => is_filtered() || passes(Question::Inaccessible),
+            (_, Errno::ENOMEM) => passes(Question::Stack) || is_filtered() || full(),
             _ => false,
         }
     }

@@ -67,7 +67,8 @@ pub(super) fn note_protected_guard() {
     if MAP_COUNT.load(Ordering::Relaxed) == 0 {
         /// The kernel's default (`DEFAULT_MAX_MAP_COUNT`).
         const DEFAULT: u64 = 65_530;
-        let maximum = crate::proc::machine::max_map_count().unwrap_or(DEFAULT);
+        let maximum =
+            crate::proc::file::number_in(crate::proc::machine::MAX_MAP_COUNT).unwrap_or(DEFAULT);
         let maximum = usize::try_from(maximum).unwrap_or(usize::MAX).max(1);
         MAP_COUNT.store(maximum, Ordering::Relaxed);
     }

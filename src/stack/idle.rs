@@ -206,7 +206,10 @@ impl Idle {
             // The flag first: even a refused mlock can have locked a part.
             stack.locked.store(true, Ordering::Relaxed);
             // SAFETY: the usable range of an idle stack, above its guard.
-            unsafe { mapping::lock(bottom, size) }.map_err(refused(size))?;
+            unsafe { mapping::lock(bottom, size) }.map_err(|errno| StepError {
+                locks: true,
+                ..refused(size)(errno)
+            })?;
         } else if stack.locked.swap(false, Ordering::Relaxed) {
             // A stack that an earlier thread had locked: its memory is wanted back.
             // SAFETY: as above.

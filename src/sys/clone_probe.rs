@@ -14,9 +14,7 @@ use std::cell::UnsafeCell;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::errno::Errno;
-use libc::{
-    CLONE_FILES, CLONE_FS, CLONE_SETTLS, CLONE_SIGHAND, CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM,
-};
+use libc::{CLONE_FILES, CLONE_FS, CLONE_SIGHAND, CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM};
 
 /// What a thread shares, except the `fs_struct`.
 const SHARED: u64 = (CLONE_VM | CLONE_FILES | CLONE_SYSVSEM | CLONE_SIGHAND | CLONE_THREAD) as u64;
@@ -109,45 +107,36 @@ fn clone3(flags: u64, bad_number: bool) -> Result<(), Errno> {
     }
 }
 
-/// `clone3(NULL, 0)`: EINVAL from a kernel that has clone3 and lets the call through.
-pub(crate) fn clone3_empty() -> Result<(), Errno> {
-    // SAFETY: without arguments there is nothing to create; a size of 0 is refused before anything is read.
-    unsafe { refused(libc::SYS_clone3, [0; 5]) }
+/// A clone that the kernel always refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Probe {
+    /// `clone3(NULL, 0)`: EINVAL from a kernel that has clone3 and lets the call through.
+    Clone3Empty,
+    /// clone3 without `CLONE_SIGHAND`: EINVAL before any limit is looked at. Its registers are those of a real one.
+    Clone3Flags,
+    /// clone3 with thread number 0: EINVAL inside `alloc_pid`, when everything before it passed. Without `fs`,
+    /// `copy_fs` is skipped, and with it the check for a sibling inside execve.
+    PidNumber { fs: bool },
+    /// clone3 into a cgroup that is not open: EBADF right after `alloc_pid`, when everything before it passed.
+    /// `copy_fs` is skipped.
+    Cgroup,
+    /// clone with the flags of every thread and a thread pointer outside user space: EPERM in `copy_thread`, when
+    /// everything before it passed. Without `fs`, `copy_fs` is skipped.
+    ThreadPointer { fs: bool },
 }
 
-/// Asks for thread number 0: EINVAL inside `alloc_pid`, when everything before it passed.
-///
-/// With `fs` false, `copy_fs` is skipped, and with it the check for a sibling inside execve.
-pub(crate) fn until_pid_number(fs: bool) -> Result<(), Errno> {
-    clone3(SHARED | if fs { CLONE_FS as u64 } else { 0 }, true)
-}
-
-/// Asks for a cgroup that is not open: EBADF right after `alloc_pid`, when everything before it passed.
-/// `copy_fs` is skipped.
-pub(crate) fn until_cgroup() -> Result<(), Errno> {
-    clone3(SHARED, false)
-}
-
-/// clone3 without `CLONE_SIGHAND`: EINVAL before any limit is looked at. A supervisor that lets pass what has no
-/// arguments, or a filter that looks at their address, shows here.
-pub(crate) fn until_clone3_flags() -> Result<(), Errno> {
-    clone3(SHARED & !(CLONE_SIGHAND as u64), true)
-}
-
-/// The caller's own clone flags with a thread pointer outside user space: EPERM in `copy_thread`, when
-/// everything before it passed. With `fs` false, `copy_fs` is skipped.
-pub(crate) fn until_thread_pointer(flags: u64, fs: bool) -> Result<(), Errno> {
-    let required = SHARED | CLONE_SETTLS as u64;
-    let fs_bit = CLONE_FS as u64;
-    let flags = (flags | required) & !fs_bit | if fs { fs_bit } else { 0 };
-    legacy(flags, usize::MAX)
-}
-
-/// The caller's own clone flags without `CLONE_SIGHAND`: EINVAL at the head of `copy_process`, before any
-/// limit is looked at. Any other answer is not the kernel's.
-pub(crate) fn until_flags(flags: u64) -> Result<(), Errno> {
-    let flags = (flags | SHARED | CLONE_FS as u64) & !(CLONE_SIGHAND as u64);
-    legacy(flags, usize::MAX)
+/// Makes a probe.
+pub(crate) fn probe(probe: Probe) -> Result<(), Errno> {
+    const FS: u64 = CLONE_FS as u64;
+    let with_fs = |fs| if fs { FS } else { 0 };
+    match probe {
+        // SAFETY: without arguments there is nothing to create; a size of 0 is refused before anything is read.
+        Probe::Clone3Empty => unsafe { refused(libc::SYS_clone3, [0; 5]) },
+        Probe::Clone3Flags => clone3(SHARED & !(CLONE_SIGHAND as u64), true),
+        Probe::PidNumber { fs } => clone3(SHARED | with_fs(fs), true),
+        Probe::Cgroup => clone3(SHARED, false),
+        Probe::ThreadPointer { fs } => legacy(super::clone::FLAGS & !FS | with_fs(fs), usize::MAX),
+    }
 }
 
 fn legacy(flags: u64, thread_pointer: usize) -> Result<(), Errno> {

@@ -8,53 +8,54 @@ use std::ptr;
 
 use crate::errno::Errno;
 use libc::{
-    MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MAP_STACK,
+    MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MAP_LOCKED, MAP_NORESERVE, MAP_PRIVATE, MAP_STACK,
     PROT_NONE, PROT_READ, PROT_WRITE, c_int,
 };
 
-/// What the pages of a probe may be used for.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Kind {
+/// What is asked of mmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Question {
+    /// A page that is in use already: EEXIST, or ENOMEM when the process has more mappings than `vm.max_map_count`.
+    /// No other limit is looked at before.
+    Count,
+    /// A mapping that is neither private nor shared: EINVAL, or before that ENOMEM when no range of free addresses
+    /// is long enough, or EAGAIN when it would exceed RLIMIT_MEMLOCK.
+    Addresses,
     /// PROT_NONE: counts for RLIMIT_AS only.
     Inaccessible,
     /// Writable with MAP_NORESERVE: counts for RLIMIT_DATA as well, not for the commit limit of modes 0 and 1.
     Unreserved,
-    /// Writable and shared with MAP_NORESERVE: counts for the commit limit of mode 2, not for RLIMIT_DATA.
-    Shared,
-    /// Writable, as a stack is: counts for everything.
+    /// Writable, exactly as a stack is mapped: counts for everything.
     Stack,
 }
 
-/// Maps `bytes` and unmaps them: whether such a mapping is granted at this moment.
-pub(crate) fn map(bytes: usize, kind: Kind) -> Result<(), Errno> {
-    let (protection, flags) = match kind {
-        Kind::Inaccessible => (PROT_NONE, MAP_PRIVATE),
-        Kind::Unreserved => (PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE),
-        Kind::Shared => (PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE),
-        Kind::Stack => (PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_STACK),
+/// Maps `bytes` in one of these ways, and unmaps them if that is granted.
+pub(crate) fn ask(question: Question, bytes: usize) -> Result<(), Errno> {
+    let anywhere = ptr::null_mut();
+    const WRITABLE: c_int = PROT_READ | PROT_WRITE;
+    let (address, bytes, protection, flags) = match question {
+        Question::Count => {
+            let marker = 0_u8;
+            let page = (&raw const marker).cast_mut();
+            let page = page.map_addr(|address| address & !(PAGE - 1)).cast();
+            (page, PAGE, PROT_NONE, MAP_PRIVATE | MAP_FIXED_NOREPLACE)
+        }
+        Question::Addresses => (anywhere, bytes, PROT_NONE, 0),
+        Question::Inaccessible => (anywhere, bytes, PROT_NONE, MAP_PRIVATE),
+        Question::Unreserved => (anywhere, bytes, WRITABLE, MAP_PRIVATE | MAP_NORESERVE),
+        Question::Stack => (anywhere, bytes, WRITABLE, MAP_PRIVATE | MAP_STACK),
     };
-    once(ptr::null_mut(), bytes, protection, MAP_ANONYMOUS | flags)
+    once(address, bytes, protection, MAP_ANONYMOUS | flags)
 }
 
-/// Asks for a page that is in use already: EEXIST, or ENOMEM when the process has more mappings than
-/// `vm.max_map_count`. No other limit is looked at before.
-pub(crate) fn number_of_mappings() -> Result<(), Errno> {
-    let marker = 0_u8;
-    let page = (&raw const marker)
-        .cast_mut()
-        .map_addr(|address| address & !(PAGE - 1));
+/// [`Question::Addresses`] of locked pages: EAGAIN, or EPERM where nothing may be locked, before the EINVAL.
+pub(crate) fn locked(bytes: usize) -> Result<(), Errno> {
     once(
-        page.cast(),
-        PAGE,
+        ptr::null_mut(),
+        bytes,
         PROT_NONE,
-        MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE,
+        MAP_ANONYMOUS | MAP_LOCKED,
     )
-}
-
-/// Asks for a mapping that is neither private nor shared: EINVAL, or before that ENOMEM when no range of
-/// free addresses is long enough, or EAGAIN when it would exceed RLIMIT_MEMLOCK.
-pub(crate) fn free_addresses(bytes: usize) -> Result<(), Errno> {
-    once(ptr::null_mut(), bytes, PROT_NONE, MAP_ANONYMOUS)
 }
 
 /// Maps four pages and takes access to two of them away, as the guards of a stack are made: ENOMEM at
@@ -68,7 +69,8 @@ pub(crate) fn guards() -> Option<Result<(), Errno>> {
             ptr::null_mut(),
             bytes,
             PROT_READ | PROT_WRITE,
-            MAP_PRIVATE | MAP_ANONYMOUS,
+            // As for a stack: a filter compares the flags.
+            MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK,
             -1,
             0,
         )

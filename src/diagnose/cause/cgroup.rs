@@ -52,7 +52,7 @@ impl Evidence for PidsCgroup {
         }
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         let which = match self.place {
             CgroupPlace::Own => "the cgroup of this thread",
             CgroupPlace::Ancestor => "an ancestor of this thread's cgroup",

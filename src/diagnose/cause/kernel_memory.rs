@@ -45,7 +45,7 @@ impl Evidence for KernelMemory {
         write!(f, "memory cgroup {directory}: {usage} of {limit} bytes")
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         if let Some(errno) = self.unread {
             let why = errno.meaning();
             return writeln!(

@@ -55,7 +55,7 @@ macro_rules! limit_of_bytes {
                 Fill { requested, in_use, limit }.line(f, $limit, $used)
             }
 
-            fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+            fn report(&self, f: &mut Formatter<'_>) -> Result {
                 line(f, "requested", Size(Some(self.requested)))?;
                 line(f, concat!("/proc/thread-self/status, ", $field), Size(self.in_use))?;
                 line(f, $limit, Size(self.limit))
@@ -121,7 +121,7 @@ impl Evidence for MapCount {
         }
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, "/proc/sys/vm/max_map_count", Value(self.maximum))?;
         let many = match self.split {
             true => "exactly that many; a guard splits one",
@@ -160,6 +160,8 @@ pub struct Overcommit {
     pub in_use: Option<u64>,
     /// Mode 2: CommitLimit. Mode 0: memory and swap of the machine.
     pub limit: Option<u64>,
+    /// Mode 2: what of it is kept back from this process, by vm.admin_reserve_kbytes and vm.user_reserve_kbytes.
+    pub reserved: Option<u64>,
 }
 
 impl Evidence for Overcommit {
@@ -189,12 +191,13 @@ impl Evidence for Overcommit {
         }
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, "requested", Size(Some(self.requested)))?;
         line(f, "/proc/sys/vm/overcommit_memory", Value(self.mode))?;
         if self.mode == Some(2) {
             line(f, "/proc/meminfo, Committed_AS", Size(self.in_use))?;
-            line(f, "/proc/meminfo, CommitLimit", Size(self.limit))
+            line(f, "/proc/meminfo, CommitLimit", Size(self.limit))?;
+            line(f, "of these kept back in reserve", Size(self.reserved))
         } else {
             line(f, "/proc/meminfo, MemTotal and SwapTotal", Size(self.limit))
         }
@@ -224,6 +227,7 @@ impl Evidence for Overcommit {
             requested: 8 << 20,
             in_use,
             limit,
+            reserved: mode.map(|mode| mode << 20),
         };
         vec![
             of(Some(2), Some(100 << 20), Some(104 << 20)),
@@ -249,7 +253,7 @@ impl Evidence for AddressSpaceExhausted {
         write!(f, "no {requested} bytes of free addresses in one piece")
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, "requested", Size(Some(self.requested)))?;
         line(f, "/proc/thread-self/status, VmSize", Size(self.in_use))
     }

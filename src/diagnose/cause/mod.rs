@@ -19,14 +19,16 @@ mod unknown;
 use std::fmt;
 
 pub use cgroup::{CgroupPlace, PidsCgroup};
-pub use filter::Seccomp;
+pub use filter::{Seccomp, SecurityModule, Tracer};
 pub use kernel_memory::KernelMemory;
 pub(super) use mapping::Fill;
 pub use mapping::{
     AddressSpace, AddressSpaceExhausted, DataSegment, LockedMemory, MapCount, Overcommit,
 };
 pub use oracle::{Answer, MemoryOracle, Oracle};
-pub use pid::{DyingPidNamespace, PidLevel, PidNumbers, UnsharedPidNamespace};
+pub use pid::{
+    DyingPidNamespace, PidLevel, PidNumbers, UnsharedPidNamespace, UnsharedTimeNamespace,
+};
 pub use request::{InvalidAttribute, UnsupportedRuntime};
 use show::Evidence;
 pub use tasks::{ThreadsMax, UserProcesses};
@@ -119,6 +121,8 @@ causes! {
     InvalidAttribute: "invalid attribute",
     UnsupportedRuntime: "unsupported C library",
     Seccomp: "a system-call filter (seccomp)",
+    Tracer: "a tracer (ptrace)",
+    SecurityModule: "a security module",
     UserProcesses: "RLIMIT_NPROC, the user's number of processes",
     ThreadsMax: "kernel.threads-max",
     DeadlineScheduling: "SCHED_DEADLINE without reset-on-fork",
@@ -126,6 +130,7 @@ causes! {
     PidNumbers: "pid numbers (kernel.pid_max)",
     DyingPidNamespace: "a pid namespace whose init is gone",
     UnsharedPidNamespace: "an unshared pid namespace",
+    UnsharedTimeNamespace: "an unshared time namespace",
     PidsCgroup: "pids.max of a cgroup",
     KernelMemory: "kernel memory",
     AddressSpace: "RLIMIT_AS",
@@ -138,8 +143,8 @@ causes! {
 }
 
 impl Cause {
-    pub(super) fn report(&self, f: &mut fmt::Formatter<'_>, alone: bool) -> fmt::Result {
-        self.evidence().report(f, alone)
+    pub(super) fn report(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.evidence().report(f)
     }
 
     pub(super) fn remedy(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -164,11 +169,11 @@ impl fmt::Display for CauseKind {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Certainty {
-    /// The kernel's own answers and what was read leave no other cause.
+    /// There is evidence about the refused call that only this check leaves, and nothing can have refused before.
     Proven,
-    /// The best candidate; what else it could be stands beside it.
+    /// The one that a sign points to, or that is left; what else it could be stands beside it.
     Inferred,
-    /// Nothing could be named; all that was read is kept.
+    /// Nothing could be named; all that was read is kept, and what it could be stands beside it.
     Unknown,
 }
 

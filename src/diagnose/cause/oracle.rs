@@ -76,12 +76,13 @@ impl Oracle {
     /// Why the answers show nothing, if they do not.
     pub(crate) fn silence(&self) -> Option<&'static str> {
         const ANSWERED: &str = "a filter or a tracer answers clone3 for the kernel, which cannot be asked what refused";
-        const MISSING: &str =
-            "no clone3 (Linux before 5.3, or a filter): the kernel cannot be asked what refused";
         const OLD: &str = "Linux before 5.7: its clone3 does not know the questions";
-        match (self.clone3_empty, self.until_pid_number) {
+        let empty = match self.clone3_empty {
+            Answer::NotAsked => self.until_flags,
+            answer => answer,
+        };
+        match (empty, self.until_pid_number) {
             (Answer::NotAsked, _) => None,
-            (Answer::Refused(Errno::ENOSYS), _) => Some(MISSING),
             // Larger than the structure that the kernel knows.
             (Answer::Refused(Errno::EINVAL), Answer::Refused(Errno::E2BIG)) => Some(OLD),
             (
@@ -105,8 +106,8 @@ pub struct MemoryOracle {
     pub inaccessible: Answer,
     /// The same length, writable, MAP_NORESERVE.
     pub unreserved: Answer,
-    /// The same length, writable, MAP_NORESERVE, shared: probed where RLIMIT_DATA cannot be read.
-    pub shared: Answer,
+    /// An invalid mapping of the same length, locked. EAGAIN or EPERM: RLIMIT_MEMLOCK.
+    pub locked: Answer,
     /// The same length, as a stack is mapped.
     pub stack: Answer,
     /// Two guards made by mprotect in a fresh mapping of four pages.
@@ -119,7 +120,7 @@ impl MemoryOracle {
         free_addresses: Answer::NotAsked,
         inaccessible: Answer::NotAsked,
         unreserved: Answer::NotAsked,
-        shared: Answer::NotAsked,
+        locked: Answer::NotAsked,
         stack: Answer::NotAsked,
         guard: Answer::NotAsked,
     };
@@ -133,12 +134,10 @@ mod tests {
     #[test]
     fn a_kernel_that_cannot_be_asked_is_known_as_such() {
         const ANSWERED: Option<&str> = Some("a filter or a tracer answers clone3");
-        const MISSING: Option<&str> = Some("no clone3 (Linux before 5.3, or a filter)");
         for (clone3_empty, until_pid_number, why) in [
             (Refused(Errno::EPERM), NotAsked, ANSWERED),
             (Granted, NotAsked, ANSWERED),
             (Refused(Errno::EINVAL), Refused(Errno::EPERM), ANSWERED),
-            (Refused(Errno::ENOSYS), NotAsked, MISSING),
             (
                 Refused(Errno::EINVAL),
                 Refused(Errno::E2BIG),

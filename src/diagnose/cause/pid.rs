@@ -32,6 +32,16 @@ pub struct PidNumbers {
     pub initial_namespace: Option<bool>,
 }
 
+impl PidNumbers {
+    pub(crate) const UNREAD: PidNumbers = PidNumbers {
+        level: PidLevel::OwnOrAncestor,
+        pid_max: None,
+        sampled: 0,
+        free: 0,
+        initial_namespace: None,
+    };
+}
+
 impl Evidence for PidNumbers {
     fn line(&self, f: &mut Formatter<'_>) -> Result {
         let pid_max = Value(self.pid_max);
@@ -49,7 +59,7 @@ impl Evidence for PidNumbers {
         }
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         let level = match self.level {
             PidLevel::Own => "the pid namespace of this process",
             PidLevel::Ancestor => "a pid namespace around that of this process",
@@ -116,7 +126,7 @@ impl Evidence for DyingPidNamespace {
         f.write_str("the pid namespace has lost its init process")
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, "/proc/thread-self/ns/pid", Value(self.namespace))
     }
 
@@ -149,7 +159,7 @@ impl Evidence for UnsharedPidNamespace {
         f.write_str("the process has unshared its pid namespace; threads cannot enter the new one")
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         const CHILDREN: &str = "/proc/thread-self/ns/pid_for_children";
         line(f, "/proc/thread-self/ns/pid", Value(self.own))?;
         match self.for_children {
@@ -170,5 +180,41 @@ impl Evidence for UnsharedPidNamespace {
         [Some(4026532000), None]
             .map(|for_children| UnsharedPidNamespace { own, for_children })
             .into()
+    }
+}
+
+/// The process has unshared its time namespace, which threads cannot enter: Linux 5.6 to 5.19 refuse them.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct UnsharedTimeNamespace {
+    /// Inode of /proc/thread-self/ns/time.
+    pub own: Option<u64>,
+    /// Inode of /proc/thread-self/ns/time_for_children.
+    pub for_children: Option<u64>,
+}
+
+impl Evidence for UnsharedTimeNamespace {
+    fn line(&self, f: &mut Formatter<'_>) -> Result {
+        f.write_str("the process has unshared its time namespace; threads cannot enter the new one")
+    }
+
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
+        const CHILDREN: &str = "/proc/thread-self/ns/time_for_children";
+        line(f, "/proc/thread-self/ns/time", Value(self.own))?;
+        line(f, CHILDREN, Value(self.for_children))
+    }
+
+    fn remedy(&self, f: &mut Formatter<'_>) -> Result {
+        f.write_str(
+            "Start threads before unshare(CLONE_NEWTIME), or fork after it and start them in the child.",
+        )
+    }
+
+    #[cfg(test)]
+    fn samples() -> Vec<Self> {
+        vec![UnsharedTimeNamespace {
+            own: Some(4026531834),
+            for_children: Some(4026532000),
+        }]
     }
 }

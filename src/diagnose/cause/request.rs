@@ -19,7 +19,7 @@ impl Evidence for InvalidAttribute {
         write!(f, "invalid {}: {}", self.what, self.value)
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, self.what, self.value)
     }
 
@@ -49,7 +49,7 @@ impl Evidence for UnsupportedRuntime {
         write!(f, "unsupported C library: {}", self.what)
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, "failed check", self.what)
     }
 

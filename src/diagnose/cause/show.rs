@@ -10,9 +10,8 @@ pub(super) trait Evidence {
     /// One line: the limit, how full it is, and where it is set.
     fn line(&self, f: &mut Formatter<'_>) -> Result;
 
-    /// The lines of the evidence: each value, and the file or call it was read from. `alone`: every other
-    /// cause is excluded.
-    fn report(&self, f: &mut Formatter<'_>, alone: bool) -> Result;
+    /// The lines of the evidence: each value, and the file or call it was read from.
+    fn report(&self, f: &mut Formatter<'_>) -> Result;
 
     /// What to change, as an administrator would.
     fn remedy(&self, f: &mut Formatter<'_>) -> Result;

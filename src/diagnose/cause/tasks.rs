@@ -19,6 +19,8 @@ pub struct UserProcesses {
     pub initial_user_namespace: Option<bool>,
     /// All tasks of the machine: an upper bound of the user's.
     pub tasks: Option<u64>,
+    /// Threads of this process: a lower bound of the user's.
+    pub own_threads: Option<u64>,
 }
 
 impl Evidence for UserProcesses {
@@ -30,22 +32,18 @@ impl Evidence for UserProcesses {
         write!(f, " (soft limit {})", Value(self.soft))
     }
 
-    fn report(&self, f: &mut Formatter<'_>, alone: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         let uid = Value(self.uid.map(u64::from));
         line(f, "/proc/thread-self/status, real Uid", uid)?;
         line(f, "RLIMIT_NPROC, soft", Value(self.soft))?;
         line(f, "RLIMIT_NPROC, hard", Value(self.hard))?;
+        let own = Value(self.own_threads);
+        line(f, "/proc/thread-self/status, Threads", own)?;
         line(f, "/proc/loadavg, tasks of all users", Value(self.tasks))?;
         if self.initial_user_namespace != Some(true) {
             f.write_str("  A user namespace also enforces the RLIMIT_NPROC it was created under, which may be\n  lower than the one above; no file shows it.\n")?;
         }
-        f.write_str("  The kernel refused before pid allocation")?;
-        if alone {
-            f.write_str(
-                ", and neither kernel.threads-max nor\n  SCHED_DEADLINE nor execve did it",
-            )?;
-        }
-        f.write_str(". It exports no count of a user's tasks.\n")
+        f.write_str("  The kernel exports no count of a user's tasks.\n")
     }
 
     fn remedy(&self, f: &mut Formatter<'_>) -> Result {
@@ -76,6 +74,7 @@ impl Evidence for UserProcesses {
             hard: Some(1000),
             initial_user_namespace,
             tasks: Some(4321),
+            own_threads: Some(480),
         };
         vec![user(Some(1234), Some(true)), user(None, Some(false))]
     }
@@ -97,7 +96,7 @@ impl Evidence for ThreadsMax {
         write!(f, "kernel.threads-max: {tasks} of {maximum} tasks")
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, "/proc/loadavg, tasks of all users", Value(self.tasks))?;
         line(f, "/proc/sys/kernel/threads-max", Value(self.maximum))
     }

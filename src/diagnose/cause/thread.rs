@@ -19,7 +19,7 @@ impl Evidence for DeadlineScheduling {
         f.write_str("the calling thread is under SCHED_DEADLINE without reset-on-fork")
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, "scheduling policy (6 is SCHED_DEADLINE)", self.policy)?;
         let what = "sched_getattr, flags (bit 0 is reset-on-fork)";
         line(f, what, Value(self.flags))
@@ -52,7 +52,7 @@ impl Evidence for SiblingExec {
         f.write_str("another thread of this process is inside execve")
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         line(f, "/proc/thread-self/status, Threads", Value(self.threads))?;
         f.write_str(
             "  The kernel refused a clone that shares the file-system state and let one pass that does not.\n",

@@ -23,6 +23,8 @@ pub struct Unknown {
     pub pid_max: Option<u64>,
     /// Field `Seccomp` of /proc/thread-self/status.
     pub seccomp: Option<u64>,
+    /// It was short at the refusal, and is not now: the same call would be granted.
+    pub passed: bool,
 }
 
 impl Unknown {
@@ -34,6 +36,7 @@ impl Unknown {
         nproc: None,
         pid_max: None,
         seccomp: None,
+        passed: false,
     };
 }
 
@@ -41,11 +44,12 @@ impl Evidence for Unknown {
     fn line(&self, f: &mut Formatter<'_>) -> Result {
         match self.oracle.silence() {
             Some(why) => write!(f, "unknown: {why}"),
+            None if self.passed => f.write_str("unknown: something was short, and is not now"),
             None => f.write_str("unknown"),
         }
     }
 
-    fn report(&self, f: &mut Formatter<'_>, _: bool) -> Result {
+    fn report(&self, f: &mut Formatter<'_>) -> Result {
         let Unknown { oracle, memory, .. } = self;
         for (what, answer) in [
             ("clone3(NULL, 0)", oracle.clone3_empty),
@@ -65,7 +69,7 @@ impl Evidence for Unknown {
             ("mmap, invalid, same length", memory.free_addresses),
             ("mmap, PROT_NONE, same length", memory.inaccessible),
             ("mmap, MAP_NORESERVE, same length", memory.unreserved),
-            ("mmap, shared, same length", memory.shared),
+            ("mmap, invalid, locked, same length", memory.locked),
             ("mmap, as a stack, same length", memory.stack),
             ("guards in a mapping of four pages", memory.guard),
         ] {
@@ -106,6 +110,10 @@ impl Evidence for Unknown {
         everything.memory.stack = Answer::Granted;
         let mut unavailable = Unknown::NOTHING;
         unavailable.oracle.clone3_empty = Answer::Refused(Errno::ENOSYS);
-        vec![everything, unavailable]
+        let over = Unknown {
+            passed: true,
+            ..Unknown::NOTHING
+        };
+        vec![everything, unavailable, over]
     }
 }
