@@ -6,7 +6,7 @@ mod measured;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use measured::measure::workload::{self, COLD_TUNABLE, Workload};
+use measure::workload::{self, COLD_TUNABLE, Workload};
 
 fn main() {
     let (name, value) = COLD_TUNABLE;

@@ -4,9 +4,6 @@
 //! the rules (docs/glibc.md), whatever its user space costs. Then the same without a cache, where
 //! each thread also has its mapping made and undone.
 
-#[path = "../examples/measure/mod.rs"]
-mod measure;
-
 use std::io;
 use std::process::Command;
 use std::sync::Mutex;

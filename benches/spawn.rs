@@ -6,7 +6,7 @@
 
 mod measured;
 
-use measured::measure::workload::{self, Workload};
+use measure::workload::{self, Workload};
 
 fn main() {
     let mut criterion = measured::criterion();

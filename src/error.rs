@@ -101,7 +101,7 @@ impl fmt::Display for Report<'_> {
 /// first step is taken, because at the moment of a refusal the machine is out of something.
 ///
 /// A spawn, refused or not, takes at most 16 KiB of the caller's stack with the whole analysis, 64 KiB
-/// in a build without optimisation (`tests/stack_use.rs` measures both), and a refusal allocates
+/// in a build without optimisation (`tests/refusal/stack_use.rs` measures both), and a refusal allocates
 /// nothing.
 ///
 /// ```

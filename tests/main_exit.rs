@@ -5,8 +5,6 @@
 //! `catch_unwind` no forced unwind can pass.
 #![no_main]
 
-mod support;
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 

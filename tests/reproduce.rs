@@ -2,8 +2,6 @@
 //! certainty, and never a wrong name. Then two limits close together, and limits that flicker because other
 //! processes come and go.
 
-mod support;
-
 #[path = "../examples/reproduce/scenarios/mod.rs"]
 mod scenarios;
 

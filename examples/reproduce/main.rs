@@ -7,40 +7,67 @@
 //! Exit code 1: an answer was wrong. 2: a name or an option is unknown.
 
 mod scenarios;
-#[path = "../../tests/support/mod.rs"]
-mod support;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
 use serde::Serialize;
 
 use scenarios::{Outcome, Scenario, Verdict};
 
-/// Provoke every cause of a refused thread for real, each in a process of its own, and ask pthread_create,
-/// std::thread and nptl what is wrong.
-#[derive(Parser)]
+const HELP: &str = "\
+Provoke every cause of a refused thread for real, each in a process of its own, and ask pthread_create, std::thread and
+nptl what is wrong.
+
+  --list          print the scenarios and what each needs, and stop
+  --only NAME     only this scenario; may be repeated
+  --json          print everything as JSON
+  --report        print nptl's whole report of each refusal
+  --rounds N      how often nptl is asked under each limit (default: 1)
+  --machine-wide  run also what changes the whole machine for some milliseconds
+                  (kernel.threads-max, vm.overcommit_memory)
+";
+
+#[derive(Default)]
 struct Arguments {
-    /// Print the scenarios and what each needs, and stop.
-    #[arg(long)]
     list: bool,
-    /// Only this scenario; may be repeated.
-    #[arg(long, value_name = "NAME")]
     only: Vec<String>,
-    /// Print everything as JSON.
-    #[arg(long)]
     json: bool,
-    /// How often nptl is asked under each limit.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    rounds: usize,
-    /// Run also what changes the whole machine for some milliseconds (kernel.threads-max,
-    /// vm.overcommit_memory).
-    #[arg(long)]
-    machine_wide: bool,
-    /// Print nptl's whole report of each refusal.
-    #[arg(long)]
     report: bool,
+    rounds: Option<usize>,
+    machine_wide: bool,
+}
+
+impl Arguments {
+    /// `Ok(None)` if only the help is wanted.
+    fn parse(words: impl Iterator<Item = String>) -> Result<Option<Arguments>, String> {
+        let mut arguments = Arguments::default();
+        // `--option=value` is two words.
+        let mut words = words.flat_map(|word| match word.split_once('=') {
+            Some((option, value)) if word.starts_with("--") => {
+                vec![option.to_owned(), value.to_owned()]
+            }
+            _ => vec![word],
+        });
+        while let Some(word) = words.next() {
+            let mut value = || words.next().ok_or_else(|| format!("{word} needs a value"));
+            match &*word {
+                "--list" => arguments.list = true,
+                "--only" => arguments.only.push(value()?),
+                "--json" => arguments.json = true,
+                "--report" => arguments.report = true,
+                "--rounds" => {
+                    let text = value()?;
+                    let rounds = text.parse();
+                    arguments.rounds = Some(rounds.map_err(|_| format!("{text:?} is no number"))?);
+                }
+                "--machine-wide" => arguments.machine_wide = true,
+                "--help" | "-h" => return Ok(None),
+                _ => return Err(format!("there is no option {word:?}; --help prints all")),
+            }
+        }
+        Ok(Some(arguments))
+    }
 }
 
 #[derive(Serialize)]
@@ -56,13 +83,21 @@ fn main() -> ExitCode {
         scenarios::play(&case, &support::program);
         return ExitCode::SUCCESS;
     }
-    let arguments = Arguments::parse();
+    let usage = |why: String| {
+        eprintln!("{why}");
+        ExitCode::from(2)
+    };
+    let arguments = match Arguments::parse(std::env::args().skip(1)) {
+        Ok(Some(arguments)) => arguments,
+        Ok(None) => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Err(why) => return usage(why),
+    };
     let chosen = match chosen(&arguments.only) {
         Ok(chosen) => chosen,
-        Err(why) => {
-            eprintln!("{why}");
-            return ExitCode::from(2);
-        }
+        Err(why) => return usage(why),
     };
     if arguments.list {
         return match list(&chosen) {
@@ -79,7 +114,7 @@ fn main() -> ExitCode {
         if !arguments.json {
             println!("{}: {}", scenario.name, scenario.what);
         }
-        let rounds = arguments.rounds.clamp(1, 5000);
+        let rounds = arguments.rounds.unwrap_or(1).clamp(1, 5000);
         let outcome = scenarios::run(scenario, rounds, arguments.machine_wide, &support::program);
         if !arguments.json {
             print(&outcome, arguments.report);

@@ -1,6 +1,6 @@
 //! From a refused step to a [`Cause`].
 //!
-//! Runs while the machine is out of something: no heap, no panic, some KiB of stack (`tests/stack_use.rs`), some
+//! Runs while the machine is out of something: no heap, no panic, some KiB of stack (`tests/refusal/stack_use.rs`), some
 //! dozen system calls.
 //! `rule` decides how sure a cause is, from how each check stands; the other files find that out:
 //!

@@ -1,10 +1,10 @@
 //! Many threads one after another and beside each other: in this process for valgrind to look at, and in a
-//! child process of its own for counting what they leave behind. (tests/soak.rs has the large numbers.)
+//! child process of its own for counting what they leave behind. (tests/cache/soak.rs has the large numbers.)
 
-use crate::support::{Snapshot, await_reaping, case, child, malloc_in_use, or_skip};
 use crate::{private_cache, rounds, wait_until, wait_until_unused};
 use nptl::{Builder, StackCache, StackCacheConfig};
 use std::hint::black_box;
+use support::{Snapshot, await_reaping, case, child, malloc_in_use, or_skip};
 
 /// Leaves what it allocated in the thread's heap cache, in bins of every size.
 fn allocate() {

@@ -1,10 +1,10 @@
 //! clone3 is preferred, and done without where it is not to be had. (Under valgrind, which knows no clone3,
 //! all other tests prove the same.)
 
-use crate::support::{case, child, deny, or_skip, report};
 use crate::under_valgrind;
 use nix::errno::Errno;
 use nptl::{Cause, Certainty, Step};
+use support::{case, child, deny, or_skip, report};
 
 /// What clone3 answers here without making a thread.
 fn clone3_says() -> Errno {

@@ -1,6 +1,5 @@
 //! The public face: names and bounds as callers use them, and what they say in cases that std knows, too.
 
-use crate::support::{self, deny};
 use crate::{rounds, wait_until};
 use nptl::{Builder, JoinHandle, ScopedJoinHandle, SpawnError, Step};
 use std::any::Any;
@@ -8,6 +7,7 @@ use std::hint::black_box;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{TryRecvError, channel};
 use std::time::Duration;
+use support::deny;
 
 fn text(payload: Box<dyn Any + Send>) -> String {
     let text = payload.downcast_ref::<String>();

@@ -3,12 +3,12 @@
 
 use super::own_state::{allowed_cpus, pin_to};
 use super::{under_valgrind, wait_until};
-use crate::support::{Snapshot, case, child, or_skip, report, skip};
 use nptl::{Cause, Certainty, Step, diagnose};
 use std::ffi::CString;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
+use support::{Snapshot, case, child, or_skip, report, skip};
 
 const SOURCE: &str = r#"
 #define _GNU_SOURCE

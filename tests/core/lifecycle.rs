@@ -1,6 +1,5 @@
 //! From spawn to join: results, panics, every way to wait and every way not to.
 
-use crate::support::{kernel_at_least, skip};
 use crate::{private_cache, rounds, under_valgrind, wait_until, wait_until_unused};
 use nptl::{Builder, JoinHandle};
 use std::any::Any;
@@ -11,6 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, panic_any, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, mpsc};
 use std::time::Duration;
+use support::{kernel_at_least, skip};
 
 fn payload<T>(body: impl FnOnce() -> T + Send + 'static) -> Box<dyn Any + Send>
 where
@@ -305,13 +305,13 @@ fn a_probe_finds_a_living_thread_and_no_ended_one() {
         handle.kill(0).unwrap();
         drop(open);
         wait_until("the end", || handle.is_finished());
-        assert_eq!(crate::support::errno(handle.kill(0)), Some(libc::ESRCH));
+        assert_eq!(support::errno(handle.kill(0)), Some(libc::ESRCH));
         assert_eq!(
-            crate::support::errno(handle.kill(libc::SIGKILL)),
+            support::errno(handle.kill(libc::SIGKILL)),
             Some(libc::ESRCH)
         );
         assert_eq!(
-            crate::support::errno(handle.kill(libc::SIGRTMIN())),
+            support::errno(handle.kill(libc::SIGRTMIN())),
             Some(libc::ESRCH)
         );
         handle.join().unwrap();
@@ -323,7 +323,7 @@ fn signals_that_belong_to_glibc_or_do_not_exist_are_refused() {
     let (open, handle) = gated(());
     for signal in [32, 33, -1, 65, libc::SIGRTMAX() + 1] {
         assert_eq!(
-            crate::support::errno(handle.kill(signal)),
+            support::errno(handle.kill(signal)),
             Some(libc::EINVAL),
             "{signal}"
         );
@@ -381,7 +381,7 @@ fn a_pidfd_is_readable_when_the_thread_has_ended() {
     drop(open);
     assert!(is_readable(&pidfd, 60_000));
     wait_until("the end", || handle.is_finished());
-    assert_eq!(crate::support::errno(handle.pidfd()), Some(libc::ESRCH));
+    assert_eq!(support::errno(handle.pidfd()), Some(libc::ESRCH));
     assert_eq!(handle.join().unwrap(), 5);
     assert!(is_readable(&pidfd, 0), "and stays so after the join");
 }

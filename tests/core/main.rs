@@ -3,9 +3,6 @@
 //! Runs on the system's glibc and on newer ones, with another malloc, and under valgrind; so every test is
 //! quick, and what must be undisturbed, or may die, runs in a child process.
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod churn;
 mod clone3;
 mod face;

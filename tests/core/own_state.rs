@@ -1,7 +1,6 @@
 //! Each thread has its own of everything that libc and Rust keep for a thread, and finds it as new, also on
 //! the stack and TLS block of a thread that has ended.
 
-use crate::support::{case, child, or_skip, skip};
 use crate::{on_one_block, private_cache, rounds, wait_until};
 use libc::{c_char, c_int, c_void};
 use nix::errno::Errno;
@@ -11,6 +10,7 @@ use std::ffi::CStr;
 use std::net::ToSocketAddrs;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
+use support::{case, child, or_skip, skip};
 
 unsafe extern "C" {
     fn __res_init() -> c_int;

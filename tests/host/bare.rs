@@ -2,12 +2,12 @@
 
 use super::process::{BARE, Fork, fork, forked, in_child, is_good, wait};
 use super::{spawn_and_join, wait_until};
-use crate::support::{alone, burst, deny, report};
 use nptl::diagnose::CauseKind;
 use nptl::{Builder, JoinHandle, SpawnError, StackCache, StackCacheConfig, Step};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
+use support::{alone, burst, deny, report};
 
 #[track_caller]
 pub fn assert_refused(error: &SpawnError) {
@@ -20,12 +20,12 @@ pub fn assert_refused(error: &SpawnError) {
 fn answers_at_once(living: [JoinHandle<()>; 4], ended: [JoinHandle<u8>; 2]) {
     for handle in &living {
         assert!(handle.is_finished());
-        assert_eq!(crate::support::errno(handle.kill(0)), Some(libc::ESRCH));
+        assert_eq!(support::errno(handle.kill(0)), Some(libc::ESRCH));
         assert_eq!(
-            crate::support::errno(handle.kill(libc::SIGTERM)),
+            support::errno(handle.kill(libc::SIGTERM)),
             Some(libc::ESRCH)
         );
-        assert_eq!(crate::support::errno(handle.pidfd()), Some(libc::ESRCH));
+        assert_eq!(support::errno(handle.pidfd()), Some(libc::ESRCH));
     }
     let [joined, tried, timed, dropped] = living;
     assert!(joined.join().is_err());

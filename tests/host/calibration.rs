@@ -1,13 +1,14 @@
 //! The first spawn of a process, which looks at glibc by means of a thread of glibc's, wherever a host
 //! program makes it and whatever the program's other threads do meanwhile.
 
-use crate::support::{Call, alone, case, child, deny, or_skip, skip, supervised, tid};
+use super::shared_object::plugin;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
+use support::{Call, alone, case, child, deny, or_skip, skip, supervised, tid};
 
 /// Spawns and joins, and does so again: the second thread gets what the first one left.
 #[track_caller]
@@ -142,25 +143,6 @@ fn neighbours_on_the_list_may_come() {
     });
 }
 
-/// Builds the plugin of tests/shared_object and says where it is.
-fn plugin() -> CString {
-    let build = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--example", "shared_object_plugin"])
-        .args(["--message-format", "json"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .output()
-        .expect("cargo");
-    assert!(
-        build.status.success(),
-        "{}",
-        String::from_utf8_lossy(&build.stderr)
-    );
-    let stdout = String::from_utf8_lossy(&build.stdout);
-    let mut files = stdout.split('"');
-    let file = files.find(|word| word.ends_with("libshared_object_plugin.so"));
-    CString::new(file.expect("the plugin's file")).expect("a path")
-}
-
 fn open(path: &CStr) -> *mut c_void {
     // SAFETY: a library of these tests, whose constructors may be run.
     let object = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
@@ -177,8 +159,7 @@ fn open(path: &CStr) -> *mut c_void {
 fn two_copies_may_calibrate_at_once() {
     let name = "calibration::two_copies_may_calibrate_at_once";
     let Some(path) = case() else {
-        let path = plugin();
-        or_skip!(child(name, path.to_str().expect("UTF-8")).run()).success();
+        or_skip!(child(name, &plugin()).run()).success();
         return;
     };
     let object = open(&CString::new(path).expect("a path"));

@@ -2,7 +2,6 @@
 
 use super::process::{fork, forked, is_good, wait};
 use super::{spawn_and_join, wait_until};
-use crate::support::{Warden, alone, listed_threads, or_skip};
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -11,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Barrier, Condvar, Mutex};
 use std::time::Duration;
+use support::{Warden, alone, listed_threads, or_skip};
 
 /// Nested threads, scoped ones, and a detached one.
 pub fn use_threads() {
@@ -135,12 +135,12 @@ impl Crowd {
     fn check_copies(self) {
         for handle in self.running {
             assert!(handle.is_finished());
-            assert_eq!(crate::support::errno(handle.kill(0)), Some(libc::ESRCH));
+            assert_eq!(support::errno(handle.kill(0)), Some(libc::ESRCH));
             assert_eq!(
-                crate::support::errno(handle.kill(libc::SIGTERM)),
+                support::errno(handle.kill(libc::SIGTERM)),
                 Some(libc::ESRCH)
             );
-            assert_eq!(crate::support::errno(handle.pidfd()), Some(libc::ESRCH));
+            assert_eq!(support::errno(handle.pidfd()), Some(libc::ESRCH));
             assert!(handle.join().is_err());
         }
         for handle in self.ending {
@@ -235,7 +235,7 @@ fn a_thread_forks_beside_others_in_every_state() {
 #[test]
 fn the_caches_serve() {
     alone("child::the_caches_serve", || {
-        crate::support::burst(&Builder::new(), 6);
+        support::burst(&Builder::new(), 6);
         let (end, wait) = channel::<()>();
         let living = nptl::spawn(move || wait.recv().is_err()).unwrap();
         let ended = nptl::spawn(|| 8).unwrap();
@@ -328,7 +328,7 @@ fn a_detached_thread_outlives_the_forking_one() {
                 }
                 // SAFETY: a function of this program; only exit(3) calls it.
                 unsafe { libc::atexit(exited) };
-                let first = crate::support::tid();
+                let first = support::tid();
                 let outlive = move || {
                     while task_exists(first) {
                         std::thread::yield_now();

@@ -1,10 +1,10 @@
 //! A thread's end, like that of nptl's threads.
 
 use super::{spawn_and_join, wait_until};
-use crate::support::{alone, malloc_in_use};
 use nptl::{Builder, StackCache, StackCacheConfig};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use support::{alone, malloc_in_use};
 
 /// Blocks or unblocks SIGSETXID, the signal of a set-id broadcast. glibc's functions refuse to block it.
 fn change_setxid(how: i32) {
@@ -46,7 +46,7 @@ fn a_thread_does_not_wait_for_set_id_broadcasts() {
                 let thread = thread.unwrap();
                 wait_until("a thread does not answer", || is_set(&silent));
                 scope.spawn(|| {
-                    broadcaster.store(crate::support::tid(), Ordering::SeqCst);
+                    broadcaster.store(support::tid(), Ordering::SeqCst);
                     // SAFETY: the user that it is already.
                     assert_eq!(unsafe { libc::seteuid(libc::geteuid()) }, 0);
                     done.store(true, Ordering::SeqCst);

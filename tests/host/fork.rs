@@ -5,15 +5,13 @@ use super::child::{hold_many, use_threads};
 use super::interposed::Packets;
 use super::process::{_Fork, BARE, Fork, fork, forked, in_child, is_good, wait};
 use super::{spawn_and_join, wait_until};
-use crate::support::{
-    MADV_GUARD_INSTALL, Warden, alone, case, child, deny, or_skip, supervised, tid,
-};
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
 use std::ffi::c_void;
 use std::hint::black_box;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use support::{MADV_GUARD_INSTALL, Warden, alone, case, child, deny, or_skip, supervised, tid};
 
 type Handler = extern "C" fn();
 
@@ -104,7 +102,7 @@ extern "C" fn use_the_crate_in_another_thread() {
 fn another_thread_notices_the_fork_first() {
     alone("fork::another_thread_notices_the_fork_first", || {
         register(nothing, nothing, use_the_crate_in_another_thread);
-        crate::support::burst(&Builder::new(), 3);
+        support::burst(&Builder::new(), 3);
         ARMED.store(true, Ordering::SeqCst);
         let forks = || {
             let mut pattern = black_box([0xa5_u8; 2048]);
@@ -310,8 +308,8 @@ fn kill_and_pidfd_of_a_copied_handle_do_not_wait() {
             while_a_sender_is_held(|target, _| {
                 for how in [fork as Fork].into_iter().chain(BARE) {
                     assert!(is_good(how, || {
-                        assert_eq!(crate::support::errno(target.kill(0)), Some(libc::ESRCH));
-                        assert_eq!(crate::support::errno(target.pidfd()), Some(libc::ESRCH));
+                        assert_eq!(support::errno(target.kill(0)), Some(libc::ESRCH));
+                        assert_eq!(support::errno(target.pidfd()), Some(libc::ESRCH));
                         assert!(target.is_finished());
                     }));
                 }

@@ -2,10 +2,10 @@
 
 use super::process::{_Fork, fork, in_child, is_good};
 use super::{spawn_and_join, wait_until};
-use crate::support::{alone, case, child, or_skip, report};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use support::{alone, case, child, or_skip, report};
 
 /// As if another thread had held malloc's locks in the moment of `_Fork`: who asks for them waits for ever.
 static HEAP_IS_HELD: AtomicBool = AtomicBool::new(false);
@@ -152,7 +152,7 @@ fn a_bare_child_needs_no_heap() {
         wait_until("its end", || !std::path::Path::new(&task).exists());
         let cache = nptl::StackCache::new(nptl::StackCacheConfig::default());
         let builder = nptl::Builder::new().stack_cache(&cache);
-        crate::support::burst(&builder, 3);
+        support::burst(&builder, 3);
         let mut owned = Some((builder, living));
         let good = is_good(_Fork, || {
             let (builder, living) = owned.take().unwrap();
@@ -161,7 +161,7 @@ fn a_bare_child_needs_no_heap() {
             let answers = [
                 error.step() == nptl::Step::Runtime,
                 living.is_finished(),
-                crate::support::errno(living.kill(0)) == Some(libc::ESRCH),
+                support::errno(living.kill(0)) == Some(libc::ESRCH),
             ];
             drop((living, error));
             cache.trim(0);

@@ -3,16 +3,22 @@
 //!
 //! Runs on the system's glibc and on newer ones. Everything happens in child processes.
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod bare;
 mod calibration;
+mod chain;
 mod child;
+mod dlopen;
 mod ending;
+mod endings;
 mod fork;
+mod gdb;
 mod interposed;
+mod overflow;
 mod process;
+mod recycled_tid;
+mod setid;
+mod shared_object;
+mod signals;
 mod storm;
 
 use std::ffi::{CString, c_void};

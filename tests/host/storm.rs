@@ -3,11 +3,11 @@
 use super::child::use_threads;
 use super::process::{_Fork, fork, in_child};
 use super::spawn_and_join;
-use crate::support::{alone, case, child, or_skip, report};
 use nptl::{Builder, StackCache, StackCacheConfig, Step};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
+use support::{alone, case, child, or_skip, report};
 
 static STOP: AtomicBool = AtomicBool::new(false);
 static IN_HANDLER: AtomicUsize = AtomicUsize::new(0);

@@ -1,6 +1,6 @@
 //! A child process that runs one case of one test in a sandbox, under a time limit.
 
-use std::ffi::{CString, OsString};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

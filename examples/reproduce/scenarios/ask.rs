@@ -14,7 +14,7 @@ use nptl::{Builder, Cause, Certainty, RetryPolicy, SpawnError, StackCache, Step}
 use serde::{Deserialize, Serialize};
 
 use super::Start;
-use crate::support::report;
+use support::report;
 
 /// How often one was asked, and what it said.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]

@@ -21,7 +21,7 @@ use super::ask::{
     same, tell_answer, tell_failure, tell_granted, tell_note, tell_pthread, tell_std, threads,
 };
 use super::{Need, Scenario, number_in, plain, privileged};
-use crate::support::{
+use support::{
     Cgroup, CgroupDir, Sleepers, become_unused_user, deny, inherited_cgroup, is_root,
     kernel_at_least, set_rlimit,
 };

@@ -14,7 +14,7 @@ use nptl::{Cause, Certainty, SpawnError, Step, diagnose};
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::clone::become_limited_user;
 use super::{Need, Scenario, memory_v2, number_in, plain, write};
-use crate::support::{Cgroup, Mappings, inherited_cgroup, set_rlimit};
+use support::{Cgroup, Mappings, inherited_cgroup, set_rlimit};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {

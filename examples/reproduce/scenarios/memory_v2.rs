@@ -22,7 +22,7 @@ use nptl::{Cause, Certainty, SpawnError, Step, diagnose};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
 use super::{number_in, write};
-use crate::support::{Cgroup, Child, inherited_cgroup};
+use support::{Cgroup, Child, inherited_cgroup};
 
 /// What the limit leaves nptl: room for the files of the evidence, but not for a task. Its stack alone takes as much, and
 /// its structure another 10 KiB.

@@ -19,8 +19,8 @@ use serde::Serialize;
 
 pub use ask::{Answer, Tally};
 
-use crate::support::{Child, Output, is_root};
 use ask::{Asker, tell_failure, tell_skip};
+use support::{Child, Output, is_root};
 
 /// Starts this program again for the case of that name.
 pub type Start<'a> = dyn Fn(&str) -> Child + Sync + 'a;
@@ -250,7 +250,7 @@ pub fn play(case: &str, start: &Start<'_>) {
             if let Err(why) = (scenario.provoke)(&mut Asker::new(rounds, start)) {
                 tell_skip(&why);
             }
-            crate::support::report("done", "yes");
+            support::report("done", "yes");
         }
         (Some(_), role) => virtual_machines::play(role, rounds),
         (None, _) => tell_failure(&format!("no scenario is named {name}")),

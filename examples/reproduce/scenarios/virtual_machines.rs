@@ -17,7 +17,7 @@ use super::ask::{
     tell_note,
 };
 use super::{Need, Scenario, privileged, write};
-use crate::support::{Running, report};
+use support::{Running, report};
 
 pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: NAME,

@@ -2,8 +2,8 @@
 //! had.
 //!
 //! It makes no system call but its lock's (and that only if the lock is contended) and [`Entry::measure`], allocates
-//! nothing and knows nothing of mappings, so that it can be checked alone (`tests/loom_ledger.rs`,
-//! `tests/ledger.rs`).
+//! nothing and knows nothing of mappings, so that it can be checked alone (`tests/model/loom_ledger.rs`,
+//! `tests/model/ledger.rs`).
 //!
 //! ```text
 //!            adopt              give, word not yet cleared
