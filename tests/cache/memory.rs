@@ -360,7 +360,7 @@ fn heap_burst(builder: &Builder, count: usize) {
 /// What malloc keeps for ended threads goes with their stacks, to malloc and from there to the kernel.
 #[test]
 fn trim_and_clear_give_back_what_malloc_keeps() {
-    alone("trim_and_clear_give_back_what_malloc_keeps", || {
+    alone("memory::trim_and_clear_give_back_what_malloc_keeps", || {
         const THREADS: usize = 200;
         let (cache, builder) = private(StackCacheConfig::default());
         // Arenas, and the test's own lists.
@@ -401,39 +401,42 @@ fn trim_and_clear_give_back_what_malloc_keeps() {
 /// Where no thread can be created the heap caches stay, and serve later threads or go with a later call.
 #[test]
 fn trim_returns_where_no_thread_can_be_created() {
-    alone("trim_returns_where_no_thread_can_be_created", || {
-        const THREADS: usize = 20;
-        let (cache, builder) = private(StackCacheConfig::default());
-        heap_burst(&builder, THREADS);
-        cache.clear();
-        let heap = malloc_in_use();
-        heap_burst(&builder, THREADS);
-        or_skip!(support::become_unused_user());
-        let limit_tasks = |soft: fn(libc::rlim_t) -> libc::rlim_t| {
-            let mut limit = libc::rlimit {
-                rlim_cur: 0,
-                rlim_max: 0,
+    alone(
+        "memory::trim_returns_where_no_thread_can_be_created",
+        || {
+            const THREADS: usize = 20;
+            let (cache, builder) = private(StackCacheConfig::default());
+            heap_burst(&builder, THREADS);
+            cache.clear();
+            let heap = malloc_in_use();
+            heap_burst(&builder, THREADS);
+            or_skip!(support::become_unused_user());
+            let limit_tasks = |soft: fn(libc::rlim_t) -> libc::rlim_t| {
+                let mut limit = libc::rlimit {
+                    rlim_cur: 0,
+                    rlim_max: 0,
+                };
+                // SAFETY: a place for one limit, read and written.
+                unsafe {
+                    assert_eq!(libc::getrlimit(libc::RLIMIT_NPROC, &raw mut limit), 0);
+                    limit.rlim_cur = soft(limit.rlim_max);
+                    assert_eq!(libc::setrlimit(libc::RLIMIT_NPROC, &raw const limit), 0);
+                }
             };
-            // SAFETY: a place for one limit, read and written.
-            unsafe {
-                assert_eq!(libc::getrlimit(libc::RLIMIT_NPROC, &raw mut limit), 0);
-                limit.rlim_cur = soft(limit.rlim_max);
-                assert_eq!(libc::setrlimit(libc::RLIMIT_NPROC, &raw const limit), 0);
-            }
-        };
-        limit_tasks(|_| 0);
-        let kept = malloc_in_use() - heap;
-        cache.trim(0);
-        cache.clear();
-        assert_eq!(cache.stats().mapped_stacks, 0);
-        let left = malloc_in_use() - heap;
-        assert!(left > kept / 2, "{left} bytes of {kept}: freed by whom?");
-        limit_tasks(|most| most);
-        builder.spawn(|| ()).unwrap().join().unwrap();
-        cache.clear();
-        let left = malloc_in_use() - heap;
-        assert!(left < 200_000, "{left} bytes of {kept}");
-    });
+            limit_tasks(|_| 0);
+            let kept = malloc_in_use() - heap;
+            cache.trim(0);
+            cache.clear();
+            assert_eq!(cache.stats().mapped_stacks, 0);
+            let left = malloc_in_use() - heap;
+            assert!(left > kept / 2, "{left} bytes of {kept}: freed by whom?");
+            limit_tasks(|most| most);
+            builder.spawn(|| ()).unwrap().join().unwrap();
+            cache.clear();
+            let left = malloc_in_use() - heap;
+            assert!(left < 200_000, "{left} bytes of {kept}");
+        },
+    );
 }
 
 /// A catalogue of gettext's with one translation.
