@@ -2,8 +2,11 @@
 //! back what it holds before a spawn is refused, and loses nothing that the kernel does not take.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
-use nptl::{Builder, StackCache, StackCacheConfig, StackFate, StackOrigin, StackOutcome, Step};
+use nptl::{
+    Builder, RetryPolicy, StackCache, StackCacheConfig, StackFate, StackOrigin, StackOutcome, Step,
+};
 use support::{
     MADV_GUARD_INSTALL, Mappings, alone, become_unused_user, burst, deny_guard_marks, is_mapped,
     or_skip, private, resident_pages, set_rlimit, supervised,
@@ -518,6 +521,8 @@ fn a_spawn_is_counted_once() {
         or_skip!(become_unused_user());
         set_rlimit(libc::RLIMIT_NPROC, 0);
         let before = cache.stats();
+        // The default's time is over after two attempts where the processors are busy.
+        let builder = builder.retry(RetryPolicy::within(Duration::from_millis(500)));
         let error = builder.clone().spawn(|| ()).expect_err("no task");
         assert!(error.attempts() > 2, "{error}");
         let after = cache.stats();
