@@ -1,13 +1,12 @@
-//! Sixteen threads on one cache for half a minute: no stack is in two hands, and nothing is left.
+//! Sixteen threads on one cache: no stack is in two hands, and nothing is left.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nptl::{Builder, StackCache, StackCacheConfig};
-use support::{Snapshot, case, child, or_skip, report};
+use support::{Snapshot, case, child, or_skip, report, short_or_long};
 
 const SPAWNERS: usize = 16;
-const TIME: Duration = Duration::from_secs(30);
 const SIZES: [usize; 3] = [16 << 10, 32 << 10, 64 << 10];
 
 /// A small random number generator (xorshift): its state must not be shared between spawners.
@@ -111,7 +110,8 @@ fn disturber(cache: &StackCache, stop: &AtomicBool) {
     }
 }
 
-fn run(cache: &StackCache, time: Duration) {
+/// Until so many threads more have looked at their stamps.
+fn run(cache: &StackCache, threads: usize) {
     let stop = &AtomicBool::new(false);
     let builder = &Builder::new().stack_cache(cache);
     std::thread::scope(|scope| {
@@ -119,9 +119,9 @@ fn run(cache: &StackCache, time: Duration) {
         for seed in 1..=SPAWNERS as u64 {
             scope.spawn(move || spawner(seed << 32 | seed, builder, stop));
         }
-        let begin = Instant::now();
-        while begin.elapsed() < time {
-            std::thread::sleep(Duration::from_millis(50));
+        let enough = CHECKED.load(Ordering::Relaxed) + threads;
+        while CHECKED.load(Ordering::Relaxed) < enough {
+            std::thread::sleep(Duration::from_millis(10));
         }
         stop.store(true, Ordering::Relaxed);
     });
@@ -153,10 +153,10 @@ fn no_stack_is_in_two_hands_and_nothing_is_left() {
             }
         };
         // malloc's arenas, and the records of as many stacks as there will be.
-        run(&cache, Duration::from_secs(1));
+        run(&cache, 2_000);
         settle();
         let before = Snapshot::take();
-        run(&cache, TIME);
+        run(&cache, short_or_long(20_000, 300_000));
         settle();
         let stats = cache.stats();
         assert_eq!(
@@ -168,7 +168,7 @@ fn no_stack_is_in_two_hands_and_nothing_is_left() {
         report("change", &change);
         let left = (change.fds, change.kernel_threads, change.glibc_threads);
         assert_eq!(left, (0, 0, 0), "{change}");
-        // The heap may have grown by a mapping; a lost stack a second would be thirty.
+        // The heap may have grown by a mapping.
         assert!(change.mappings <= 2, "{change}");
         report("checked", CHECKED.load(Ordering::Relaxed));
         report("hits", stats.hits);
@@ -188,7 +188,6 @@ fn no_stack_is_in_two_hands_and_nothing_is_left() {
             .expect("a number")
     };
     // Else nothing was tried.
-    assert!(number("checked") > 10_000, "{output}");
     assert!(number("hits") > number("checked") / 4, "{output}");
     println!("{} threads, {} hits", number("checked"), number("hits"));
 }

@@ -261,12 +261,11 @@ fn a_core_file_tells_the_cause_and_the_stacks() {
 }
 
 /// A program as it is shipped: of another package, optimised, without debug information.
-fn shipped_program(strip: &str) -> PathBuf {
+fn shipped_program() -> PathBuf {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("shipped");
     let manifest = format!(
         "[package]\nname = \"shipped\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n\
-         [dependencies]\nnptl = {{ path = {:?} }}\n\n\
-         [profile.release]\nstrip = {strip:?}\n\n[workspace]\n",
+         [dependencies]\nnptl = {{ path = {:?} }}\n\n[workspace]\n",
         env!("CARGO_MANIFEST_DIR")
     );
     let main = r#"
@@ -303,8 +302,15 @@ fn shipped_program(strip: &str) -> PathBuf {
 /// rustc embeds the script into programs with debug information alone.
 #[test]
 fn a_shipped_program_brings_the_commands_itself() {
-    for strip in ["debuginfo", "symbols"] {
-        let program = shipped_program(strip);
+    let built = shipped_program();
+    for (strip, option) in [("debug", "--strip-debug"), ("symbols", "--strip-all")] {
+        let program = built.with_file_name(format!("shipped-{strip}"));
+        let mut command = Command::new("strip");
+        let stripped = command
+            .args([option, "-o"])
+            .args([&program, &built])
+            .status();
+        assert!(or_skip!(stripped.map_err(|e| format!("no strip: {e}"))).success());
         let directory = or_skip!(scratch(strip));
         let status = Command::new("sh")
             .args(["-c", "ulimit -c unlimited && exec \"$0\""])

@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::time::Duration;
-use support::{case, child, or_skip, report};
+use support::{case, child, or_skip, report, short_or_long};
 
 static HANDLED: AtomicU64 = AtomicU64::new(0);
 
@@ -57,10 +57,11 @@ fn run(test: &str) -> Option<support::Output> {
     }
 }
 
-/// Threads that start and end until `threads` of them are joined, while `disturb` is called over and over from
-/// another thread with the handles of the latest.
-fn churn(threads: usize, disturb: impl Fn(&JoinHandle<usize>) -> bool + Sync) -> u64 {
+/// Threads that start and end, while `disturb` is called over and over from other threads with the handles of the
+/// latest: until many threads are joined, and `disturb` has said often enough that it met a living one.
+fn churn(disturb: impl Fn(&JoinHandle<usize>) -> bool + Sync) -> u64 {
     const LATEST: usize = 4;
+    let enough = short_or_long(400, 4_000);
     let shown: [Mutex<Option<Arc<JoinHandle<usize>>>>; LATEST] = Default::default();
     let over = AtomicBool::new(false);
     let delivered = AtomicU64::new(0);
@@ -77,7 +78,9 @@ fn churn(threads: usize, disturb: impl Fn(&JoinHandle<usize>) -> bool + Sync) ->
                 }
             });
         }
-        for number in 0..threads {
+        let is_enough =
+            |number| number >= enough && delivered.load(Ordering::Relaxed) >= enough as u64;
+        for number in (0..).take_while(|&number| !is_enough(number)) {
             let handle = Arc::new(nptl::spawn(move || number).unwrap());
             let earlier = shown[number % LATEST].lock().unwrap().replace(handle);
             let Some(mut earlier) = earlier else { continue };
@@ -104,13 +107,13 @@ fn signals_to_threads_that_start_and_end_lose_no_join() {
     if case().is_some() {
         handle(libc::SIGUSR1);
         handle(libc::SIGRTMIN() + 3);
-        let sent = churn(4_000, |handle| {
+        let sent = churn(|handle| {
             let real_time = handle.kill(libc::SIGRTMIN() + 3).is_ok();
             handle.kill(libc::SIGUSR1).is_ok() || real_time
         });
         report("sent", sent);
         report("handled", HANDLED.load(Ordering::Relaxed));
-        assert!(sent > 1000 && HANDLED.load(Ordering::Relaxed) > 1000);
+        assert!(HANDLED.load(Ordering::Relaxed) > 0);
         assert!(HANDLED.load(Ordering::Relaxed) <= 2 * sent);
         return;
     }
@@ -121,12 +124,11 @@ fn signals_to_threads_that_start_and_end_lose_no_join() {
 fn a_probe_never_hits_another_thread_of_the_same_number() {
     if case().is_some() {
         // Every thread that is not the target would die of it.
-        let probes = churn(4_000, |handle| match handle.kill(0) {
+        churn(|handle| match handle.kill(0) {
             Ok(()) => true,
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => false,
             Err(error) => panic!("{error}"),
         });
-        assert!(probes > 1000, "{probes}");
         return;
     }
     run("signals::a_probe_never_hits_another_thread_of_the_same_number");
@@ -137,13 +139,13 @@ fn a_probe_never_hits_another_thread_of_the_same_number() {
 fn glibcs_pthread_kill_is_as_safe_while_there_is_a_handle() {
     if case().is_some() {
         handle(libc::SIGUSR2);
-        let sent = churn(4_000, |handle| {
+        churn(|handle| {
             // SAFETY: the handle exists, so the pthread_t is valid.
             let answer = unsafe { libc::pthread_kill(handle.as_pthread_t(), libc::SIGUSR2) };
             assert!([0, libc::ESRCH].contains(&answer), "{answer}");
             answer == 0
         });
-        assert!(sent > 1000 && HANDLED.load(Ordering::Relaxed) > 0);
+        assert!(HANDLED.load(Ordering::Relaxed) > 0);
         return;
     }
     run("signals::glibcs_pthread_kill_is_as_safe_while_there_is_a_handle");
@@ -172,7 +174,7 @@ fn a_timers_signals_to_the_process_harm_no_thread() {
         let unblock = set;
         set.thread_block().unwrap();
         let mut number = 0;
-        while HANDLED.load(Ordering::Relaxed) < 2_000 {
+        while HANDLED.load(Ordering::Relaxed) < short_or_long(300, 2_000) as u64 {
             let handles: Vec<_> = (0..8)
                 .map(|_| {
                     let body = move || {

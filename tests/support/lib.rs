@@ -42,6 +42,15 @@ pub use snapshot::{Difference, Snapshot, malloc_in_use};
 pub use threads::{await_reaping, burst, is_mapped, listed_threads, private, resident_pages, tid};
 pub use warden::{Warden, wait_for_end};
 
+/// How often a test repeats what no order can be forced for: `long` where `NPTL_TEST_LONG` is set, as `.ci/run --long`
+/// does, because a longer run finds what is rarer.
+pub fn short_or_long(short: usize, long: usize) -> usize {
+    match std::env::var_os("NPTL_TEST_LONG") {
+        Some(_) => long,
+        None => short,
+    }
+}
+
 /// The errno of a refused call.
 pub fn errno<T>(result: std::io::Result<T>) -> Option<i32> {
     result.err()?.raw_os_error()

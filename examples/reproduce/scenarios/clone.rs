@@ -376,10 +376,8 @@ fn exec_in_a_loop(burst: usize) -> Result<(), String> {
         let nothing = [std::ptr::null()];
         if burst != usize::MAX {
             // On a busy machine a thread that is preempted inside execve stays there for longer than anybody
-            // waits. Where this is not permitted, that may happen.
-            let urgent = libc::sched_param { sched_priority: 1 };
-            // SAFETY: a valid sched_param; concerns the calling thread, which sleeps between its bursts.
-            unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const urgent) };
+            // waits. This one sleeps between its bursts.
+            be_urgent();
         }
         loop {
             for _ in 0..burst {
@@ -690,7 +688,7 @@ struct SlowReaping {
 
 impl SlowReaping {
     /// Enough to change them for about a millisecond.
-    const BYTES: usize = 256 << 20;
+    const BYTES: usize = 64 << 20;
     /// A thread of std's changes mappings itself as it begins and ends, and is held up as often.
     const CHANGES: usize = 4;
 
@@ -765,6 +763,13 @@ impl SlowReaping {
     }
 }
 
+/// The calling thread waits for no thread of an ordinary policy. Where this is not permitted, it may have to.
+fn be_urgent() {
+    let urgent = libc::sched_param { sched_priority: 1 };
+    // SAFETY: a valid sched_param; concerns the calling thread.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const urgent) };
+}
+
 /// A busy machine lets the calling thread, and what it starts from now on, wait for nobody else. Where this is not
 /// permitted, others may keep it from its part. Not a real-time policy: at its limit those are made to wait, too.
 fn be_preferred() {
@@ -778,7 +783,7 @@ fn join_often(
     slow: &SlowReaping,
     one: impl Fn(&mut Asker<'_>),
 ) -> Result<(), String> {
-    let wanted = ask.rounds.max(20);
+    let wanted = ask.rounds.clamp(5, 20);
     let before = ask.refusals();
     for _ in 0..2 * wanted {
         slow.during(|| {
@@ -892,16 +897,21 @@ fn fork(wait: bool, body: impl FnOnce()) -> Result<(), String> {
     }
 }
 
+/// How often nptl is asked in dying namespaces, at the most: each takes 800 processes, and the answer rests on nothing
+/// that could change.
+pub const DYING_ROUNDS: usize = 5;
+
 /// When the init of a namespace ends, the kernel first closes the namespace for new tasks, then kills its
 /// members one by one, the lowest number first. The member with the highest number therefore has the time
-/// that it takes to kill all others.
+/// that it takes to kill all others. It must run all that time: init and this member each have a processor on which
+/// they wait for nobody, where that is permitted.
 fn dying_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
     const MEMBERS: usize = 800;
     ask.calibrate()?;
     let seen = shared_page()?;
-    let wanted = ask.rounds as u64;
+    let wanted = ask.rounds.min(DYING_ROUNDS) as u64;
     let count = || seen.nptl.load(Ordering::SeqCst);
-    let most = 20 + 4 * ask.rounds;
+    let most = 40;
     let mut namespaces = 0;
     while count() < wanted && namespaces < most {
         namespaces += 1;
@@ -947,6 +957,7 @@ fn pin(cpu: Option<&usize>) {
 fn init_of_dying_namespace(seen: &'static Seen, members: usize) {
     // The members that are woken to be killed must not push the last one, which asks, off its CPU.
     let cpus = allowed_cpus();
+    let several = cpus.len() > 1;
     pin(cpus.first());
     let mut sleepers = Sleepers::default();
     if sleepers.add(members).is_err() {
@@ -955,6 +966,9 @@ fn init_of_dying_namespace(seen: &'static Seen, members: usize) {
     std::mem::forget(sleepers);
     let last = || {
         pin(cpus.last());
+        if several {
+            be_urgent();
+        }
         ask_while_dying(seen);
     };
     if fork(false, last).is_err() {
@@ -962,6 +976,10 @@ fn init_of_dying_namespace(seen: &'static Seen, members: usize) {
     }
     while seen.ready.load(Ordering::SeqCst) == 0 {
         std::thread::yield_now();
+    }
+    // Not earlier: the last member begins on this processor, and has to leave it first.
+    if several {
+        be_urgent();
     }
 }
 

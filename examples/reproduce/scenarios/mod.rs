@@ -5,7 +5,7 @@
 //! of a scenario, each in its own way ([`Start`]).
 
 pub mod ask;
-mod clone;
+pub mod clone;
 pub mod guardian;
 mod machine;
 mod memory;
