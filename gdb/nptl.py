@@ -31,10 +31,10 @@ def directory():
     if not places:
         raise gdb.GdbError("no program with the crate nptl here: it has no section .nptl.directory")
     for place in places:
-        found = words(int(place, 16), 15)
-        if found[0] == 2:
+        found = words(int(place, 16), 16)
+        if found[0] == 3:
             return found
-    raise gdb.GdbError(".nptl.directory has version %d, this script knows 2" % found[0])
+    raise gdb.GdbError(".nptl.directory has version %d, this script knows 3" % found[0])
 
 
 class Failures(gdb.Command):
@@ -44,10 +44,10 @@ class Failures(gdb.Command):
         super().__init__("nptl-failures", gdb.COMMAND_STATUS)
 
     def invoke(self, argument, from_tty):
-        _, entries, count, size = directory()[:4]
+        _, ring, first, count, size = directory()[:5]
         failures = []
-        for index in range(count if entries else 0):
-            at = entries + index * size
+        for index in range(count):
+            at = ring + first + index * size
             number, seconds, nanoseconds, tid, length = struct.unpack("QqqiI", read(at, 32))
             if number:
                 text = read(at + 32, length).decode("utf-8", "replace")
@@ -68,8 +68,9 @@ class Stacks(gdb.Command):
 
     def invoke(self, argument, from_tty):
         found = directory()
-        at, global_cache = found[4:6]
-        after, base, guard, size, tid, name, length, state, owner = found[6:15]
+        records, global_cache = found[5:7]
+        after, base, guard, size, tid, name, length, state, owner = found[7:16]
+        at = words(records, 1)[0]
         caches = {global_cache: "global cache"}
         counts = {}
         while at:

@@ -6,9 +6,9 @@ use crate::mem::text::character_boundary;
 use crate::mem::{Packet, Shared};
 use crate::retry::RetryPolicy;
 use crate::scope::Scope;
-use crate::stack::Wanted;
+use crate::spawn::{self, Request};
 use crate::stack::cache::StackCache;
-use crate::start;
+use crate::stack::{Wanted, Work};
 use crate::sync::Latch;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -35,18 +35,6 @@ pub struct Builder {
     lock: bool,
     prefault: usize,
     retry: RetryPolicy,
-}
-
-/// A builder's wishes, with defaults filled in and checked.
-pub(crate) struct Request {
-    /// The name, or what it needs if there was no memory to share it.
-    pub name: Result<Option<Shared<String>>, usize>,
-    pub comm: Option<[u8; 16]>,
-    pub wanted: Wanted,
-    pub cache: StackCache,
-    pub retry: RetryPolicy,
-    /// What is wrong with it, and the value.
-    pub invalid: Option<(&'static str, u64)>,
 }
 
 /// A thread, and what it shares with its creator.
@@ -154,7 +142,7 @@ impl Builder {
         T: Send + 'static,
     {
         let start = |request: &Request, packet: Shared<Packet<F, T>>| {
-            crate::spawn::spawn(request, &packet.into_body(), None)
+            spawn::spawn(request, Work::Free(&packet.into_body()))
         };
         let (running, packet) = self.launch(f, None, start)?;
         Ok(JoinHandle::new(running, packet.into_delivery()))
@@ -185,7 +173,7 @@ impl Builder {
         let start = |request: &Request, packet: Shared<Packet<F, T>>| {
             // SAFETY: the caller vouches for what the closure borrows, for as long as the thread can use it.
             let body = unsafe { packet.into_body().outlive() };
-            crate::spawn::spawn(request, &body, None)
+            spawn::spawn(request, Work::Free(&body))
         };
         let (running, packet) = self.launch(f, None, start)?;
         // SAFETY: the caller vouches for what the result borrows, for as long as the handle can deliver it.
@@ -218,10 +206,10 @@ impl Builder {
     {
         let Some(latch) = scope.latch() else {
             let bytes = size_of::<Latch>();
-            return Err(crate::spawn::refused_memory(&self.request(), bytes));
+            return Err(spawn::refused_memory(&self.request(), bytes));
         };
         let start = |request: &Request, packet: Shared<Packet<F, T>>| {
-            start::spawn_scoped(request, packet.into_body(), latch)
+            spawn::spawn(request, Work::Scoped(&packet.into_body(), latch))
         };
         let (running, packet) = self.launch(f, Some(latch), start)?;
         Ok(ScopedJoinHandle::new(running, packet.into_delivery()))
@@ -235,13 +223,13 @@ impl Builder {
         start: impl FnOnce(&Request, Shared<Packet<F, T>>) -> Result<Running, SpawnError>,
     ) -> Result<Launched<F, T>, Refused<F>> {
         let request = self.request();
-        let (error, f) = match crate::spawn::share(Packet::new(f, scope.cloned())) {
+        let (error, f) = match spawn::share(Packet::new(f, scope.cloned())) {
             Ok(packet) => match start(&request, packet.clone()) {
                 Ok(running) => return Ok((running, packet)),
                 Err(error) => (error, packet.take_work()),
             },
             Err(packet) => (
-                crate::spawn::refused_memory(&request, size_of::<Packet<F, T>>()),
+                spawn::refused_memory(&request, size_of::<Packet<F, T>>()),
                 packet.into_work(),
             ),
         };
@@ -274,7 +262,7 @@ impl Builder {
         Request {
             comm: name.as_deref().map(comm),
             name: name
-                .map(crate::spawn::share)
+                .map(spawn::share)
                 .transpose()
                 .map_err(|_| size_of::<String>()),
             invalid,
@@ -282,6 +270,20 @@ impl Builder {
             retry: self.retry,
             cache: self.cache.unwrap_or_else(|| StackCache::global().clone()),
         }
+    }
+}
+
+impl<'scope> Scope<'scope, '_> {
+    /// Spawns a thread with the default attributes: see [`Builder::spawn_scoped`].
+    ///
+    /// # Errors
+    /// As [`crate::spawn`]; std panics here.
+    pub fn spawn<F, T>(&'scope self, f: F) -> Result<ScopedJoinHandle<'scope, T>, SpawnError>
+    where
+        F: FnOnce() -> T + Send + 'scope,
+        T: Send + 'scope,
+    {
+        Builder::new().spawn_scoped(self, f)
     }
 }
 

@@ -2,10 +2,10 @@
 //! glibc's own `_thread_db_*` symbols are for libthread_db. `gdb/nptl.py`, embedded in the binary,
 //! reads it and adds `nptl-failures` and `nptl-stacks`.
 
-use crate::failures;
+use crate::failures::{FAILURES, Ring};
 use crate::stack::cache::StackCache;
-use crate::stack::{Records, Stack};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use crate::stack::{Ledger, RECORDS, Records, Stack};
+use crate::sync::Lock;
 
 /// The script, as gdb looks for it in a program: kind 4 (Python text), a name, the text, 0.
 ///
@@ -29,51 +29,28 @@ const TEXT: &[u8] = include_bytes!("../gdb/nptl.py");
 
 /// Words in the order that `gdb/nptl.py` knows; a change of the order changes `VERSION`.
 #[repr(C)]
-pub(crate) struct Directory {
+struct Directory {
     version: usize,
-    failures: AtomicUsize,
-    failure_count: AtomicUsize,
-    failure_size: AtomicUsize,
-    /// The address of the record of a stack that was made last.
-    records: Records,
+    failures: &'static Lock<Ring>,
+    /// Where in it the first entry is, how many there are, and how long each is.
+    failure_layout: [usize; 3],
+    records: &'static Records,
     /// The ledger of the global cache; every other is a private one's.
-    global: AtomicUsize,
+    global: &'static Ledger<Stack>,
     offsets: [usize; 9],
 }
 
-const VERSION: usize = 2;
+const VERSION: usize = 3;
 
-/// Kept by the linker because the functions below use it; found by the name of its section, which a program has
-/// even when its symbols are stripped.
+/// Found by the name of its section, which a program has even when its symbols are stripped.
+#[used]
 #[expect(unsafe_code, reason = "a section of no program's but this crate's")]
 #[unsafe(link_section = ".nptl.directory")]
 static DIRECTORY: Directory = Directory {
     version: VERSION,
-    failures: AtomicUsize::new(0),
-    failure_count: AtomicUsize::new(0),
-    failure_size: AtomicUsize::new(0),
-    records: Records::new(),
-    global: AtomicUsize::new(0),
+    failures: &FAILURES,
+    failure_layout: Ring::LAYOUT,
+    records: &RECORDS,
+    global: StackCache::global_ledger(),
     offsets: Stack::OFFSETS,
 };
-
-/// The ring of failures has an entry.
-pub(crate) fn publish_failures(ring: &failures::Directory) {
-    DIRECTORY.failure_size.store(ring.size, Ordering::Relaxed);
-    DIRECTORY.failure_count.store(ring.count, Ordering::Relaxed);
-    DIRECTORY.failures.store(ring.entries, Ordering::Release);
-}
-
-/// All records, the newest first.
-pub(crate) fn records() -> impl Iterator<Item = &'static Stack> {
-    DIRECTORY.records.iter()
-}
-
-/// A record was made.
-pub(crate) fn publish_record(stack: &'static Stack) {
-    let global = StackCache::global().ledger();
-    DIRECTORY
-        .global
-        .store(std::ptr::from_ref(global).addr(), Ordering::Relaxed);
-    DIRECTORY.records.push(stack);
-}

@@ -53,19 +53,20 @@ pub(crate) struct Ring {
     entries: [Failure; KEPT],
 }
 
+impl Ring {
+    /// For a debugger: the first entry's offset in the lock, the number of entries, and the size of each.
+    pub(crate) const LAYOUT: [usize; 3] = [
+        Lock::<Ring>::VALUE_OFFSET + std::mem::offset_of!(Ring, entries),
+        KEPT,
+        size_of::<Failure>(),
+    ];
+}
+
 /// A forked child resets the lock: an entry that another thread was writing has the number 0.
 pub(crate) static FAILURES: Lock<Ring> = Lock::new(Ring {
     count: 0,
     entries: [const { Failure::empty() }; KEPT],
 });
-
-/// Where gdb finds the entries: their address, number and size.
-#[repr(C)]
-pub(crate) struct Directory {
-    pub entries: usize,
-    pub count: usize,
-    pub size: usize,
-}
 
 /// Records a refusal, without allocating.
 pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
@@ -96,11 +97,6 @@ pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
     text.mark_cut();
     entry.refusal = Some(*refusal);
     entry.number.store(number, Ordering::Release);
-    crate::debug::publish_failures(&Directory {
-        entries: ring.entries.as_ptr().addr(),
-        count: KEPT,
-        size: size_of::<Failure>(),
-    });
 }
 
 /// The last refusal of the process, by any thread.

@@ -1,8 +1,5 @@
 //! Scoped threads, as in std, except that [`Scope::spawn`] returns a refusal.
 
-use crate::builder::Builder;
-use crate::error::SpawnError;
-use crate::handle::ScopedJoinHandle;
 use crate::mem::Shared;
 use crate::stack::cache::StackCache;
 use crate::sync::Latch;
@@ -18,19 +15,7 @@ pub struct Scope<'scope, 'env: 'scope> {
     env: PhantomData<&'env mut &'env ()>,
 }
 
-impl<'scope> Scope<'scope, '_> {
-    /// Spawns a thread with the default attributes: see [`Builder::spawn_scoped`].
-    ///
-    /// # Errors
-    /// As [`crate::spawn`]; std panics here.
-    pub fn spawn<F, T>(&'scope self, f: F) -> Result<ScopedJoinHandle<'scope, T>, SpawnError>
-    where
-        F: FnOnce() -> T + Send + 'scope,
-        T: Send + 'scope,
-    {
-        Builder::new().spawn_scoped(self, f)
-    }
-
+impl Scope<'_, '_> {
     pub(crate) fn latch(&self) -> Option<&Shared<Latch>> {
         self.latch.as_ref()
     }

@@ -8,30 +8,38 @@
     reason = "nothing may be boxed between refusal and error (A4); the public error is two words"
 )]
 
-use crate::builder::Request;
 use crate::diagnose::{self, InvalidAttribute, UnsupportedRuntime, Verdict};
 use crate::errno::Errno;
 use crate::error::{FORKED_BARE, Refusal, Reserve, SpawnError};
 use crate::failures;
 use crate::fork;
 use crate::handle::Running;
-use crate::mem::{Body, Shared};
+use crate::mem::Shared;
+use crate::retry::RetryPolicy;
 use crate::stack::cache::StackCache;
-use crate::stack::{self, Idle, overflow};
-use crate::start::{Settings, Start};
+use crate::stack::{self, Idle, Settings, Start, Wanted, Work, overflow};
+use crate::start::Begin;
 use crate::step::{Step, StepError};
-use crate::sync::{Latch, forked_bare, notice_fork};
+use crate::sync::{forked_bare, notice_fork};
 use crate::sys::{NoCancellation, Signals};
 use crate::tcb::{Runtime, RuntimeError};
 use std::cell::Cell;
 use std::time::Instant;
 
-/// Creates the thread that runs `body`.
-pub(crate) fn spawn(
-    request: &Request,
-    body: &Shared<dyn Body>,
-    latch: Option<&Shared<Latch>>,
-) -> Result<Running, SpawnError> {
+/// What a caller wants of a thread, with defaults filled in and checked.
+pub(crate) struct Request {
+    /// The name, or what it needs if there was no memory to share it.
+    pub name: Result<Option<Shared<String>>, usize>,
+    pub comm: Option<[u8; 16]>,
+    pub wanted: Wanted,
+    pub cache: StackCache,
+    pub retry: RetryPolicy,
+    /// What is wrong with it, and the value.
+    pub invalid: Option<(&'static str, u64)>,
+}
+
+/// Creates the thread that does `work`.
+pub(crate) fn spawn(request: &Request, work: Work<'_>) -> Result<Running, SpawnError> {
     // The error's memory, while there is some.
     let reserve = Reserve::new();
     if reserve.is_missing() {
@@ -42,7 +50,7 @@ pub(crate) fn spawn(
     let mut started = None;
     let mut cancellation = None;
     loop {
-        let refusal = match attempt(request, body, latch, &mut attempts) {
+        let refusal = match attempt(request, work, &mut attempts) {
             Ok(running) => return Ok(running),
             Err(refusal) => refusal,
         };
@@ -121,8 +129,7 @@ fn invalid((what, value): (&'static str, u64)) -> Refusal {
 
 /// What the thread is told, for each attempt anew.
 struct Message<'a> {
-    body: &'a Shared<dyn Body>,
-    latch: Option<&'a Shared<Latch>>,
+    work: Work<'a>,
     name: Option<&'a Shared<String>>,
 }
 
@@ -138,12 +145,7 @@ fn check(request: &Request) -> Result<Option<&Shared<String>>, Refusal> {
 }
 
 /// The steps, once. `attempts` counts how often the step that decides was tried.
-fn attempt(
-    request: &Request,
-    body: &Shared<dyn Body>,
-    latch: Option<&Shared<Latch>>,
-    attempts: &mut u32,
-) -> Result<Running, Refusal> {
+fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Running, Refusal> {
     *attempts += 1;
 
     // Before any lock is taken that a forked child would find held.
@@ -151,7 +153,7 @@ fn attempt(
 
     // 1. Attributes.
     let name = check(request)?;
-    let message = Message { body, latch, name };
+    let message = Message { work, name };
 
     // 2. Runtime: a calibrated glibc.
     if forked_bare() {
@@ -220,9 +222,10 @@ fn enter(
     }
 
     // 7. Clone.
+    let (body, latch) = message.work.share();
     let start = Start {
-        body: Some(message.body.clone()),
-        latch: message.latch.map(Latch::enter),
+        body: Some(body),
+        latch,
         memory: None,
         runtime,
         name: message.name.cloned(),
@@ -234,7 +237,7 @@ fn enter(
         },
     };
     // On refusal dropped in this order: off the list while SIGSETXID is unblocked (G3), then the creator's mask.
-    let tid = idle.clone_thread(start, &signals)?;
+    let tid = idle.clone_thread::<Begin>(start, &signals)?;
     enlisted.commit();
     Ok(tid)
 }

@@ -19,54 +19,24 @@
 //! only under contention futex (WAIT, WAKE, private or not). All of them pass the vCPU filters of Firecracker and Cloud
 //! Hypervisor. The allocator is not used, be it to free: what is to be freed stays with the stack for its next owner.
 
-use crate::builder::Request;
 use crate::errno::Errno;
-use crate::error::SpawnError;
-use crate::handle::Running;
-use crate::mem::{Body, Memory, Shared};
-use crate::stack::{self, Stack};
-use crate::sync::{Entered, Latch, notice_fork};
-use crate::sys;
+use crate::stack::cache::StackCache;
+use crate::stack::{Settings, Stack, overflow};
+use crate::sync::notice_fork;
+use crate::sys::{self, Entry};
 use crate::tcb::Runtime;
 use std::cell::Cell;
 use std::sync::atomic::{Ordering, fence};
 
-/// What the creator hands to the new thread.
-pub(crate) struct Start {
-    /// The closure and the place for its result, kept alive by both sides. `None` from the end of its life on.
-    pub body: Option<Shared<dyn Body>>,
-    /// Left when the body is gone: in this order, also where the message is dropped.
-    pub latch: Option<Entered>,
-    /// Of the body, if the thread had the last reference.
-    pub memory: Option<Memory>,
-    pub runtime: &'static Runtime,
-    pub name: Option<Shared<String>>,
-    /// The signal mask of the closure.
-    pub mask: sys::KernelSigSet,
-    /// Its creator has registered rseq.
-    pub rseq: bool,
-    pub settings: Settings,
-}
-
-/// What a thread sets for itself before the closure runs. Nobody waits for it: a thread without its name runs, and one
-/// without its signal stack dies of an overflow without a report.
-pub(crate) struct Settings {
-    /// As many bytes of the name as `comm` holds, NUL-terminated.
-    pub comm: Option<[u8; 16]>,
-    /// Handle overflows on the signal stack.
-    pub signal_stack: bool,
-}
-
-impl Settings {
-    fn apply(&self, stack: &Stack) {
-        if let Some(comm) = &self.comm {
-            // A name is a convenience: a filter that denies prctl must not cost the thread.
-            // SAFETY: a NUL-terminated buffer of 16 bytes.
-            unsafe { libc::prctl(libc::PR_SET_NAME, comm.as_ptr()) };
-        }
-        if self.signal_stack {
-            stack::overflow::use_signal_stack(stack);
-        }
+/// Sets what `settings` say, for the calling thread, which runs on `stack`. Nobody waits for it: without its name or its
+/// signal stack the thread runs, and an overflow dies without a report.
+fn apply(settings: &Settings, stack: &Stack) {
+    if let Some(comm) = &settings.comm {
+        // SAFETY: a NUL-terminated buffer of 16 bytes.
+        unsafe { libc::prctl(libc::PR_SET_NAME, comm.as_ptr()) };
+    }
+    if settings.signal_stack {
+        overflow::use_signal_stack(stack);
     }
 }
 
@@ -95,32 +65,21 @@ pub fn current_name() -> Option<String> {
     current().and_then(|stack| unsafe { stack.name() }.map(str::to_owned))
 }
 
-/// Creates the thread of a scoped closure, which then looks `'static`.
-pub(crate) fn spawn_scoped<'scope>(
-    request: &Request,
-    body: Shared<dyn Body + 'scope>,
-    latch: &Shared<Latch>,
-) -> Result<Running, SpawnError> {
-    // SAFETY: each message to a thread enters the latch, and leaves it only after its reference to the
-    // body is gone; a scope does not return before its latch is empty (`scope::scope` waits in every
-    // case, panics included). The reference that is left here is dropped in `'scope`, and so is the
-    // scoped handle's, which cannot outlive it.
-    let body = unsafe { body.outlive() };
-    crate::spawn::spawn(request, &body, Some(latch))
-}
+/// Where every thread of this crate begins.
+pub(crate) struct Begin;
 
-/// Where every thread begins, called by the architecture's entry routine with every signal but SIGSETXID blocked.
-///
-/// # Safety
-/// `record` is the `&'static Stack` this thread runs on, with its message in place.
-pub(crate) unsafe extern "C" fn main(record: *mut libc::c_void) -> ! {
-    // SAFETY: by contract; records are never freed.
-    let stack = unsafe { &*record.cast_const().cast::<Stack>() };
-    // SAFETY: the new thread takes its message once. Everything that needs dropping is dropped in
-    // `live`: this frame is never left (docs/glibc.md).
-    let runtime = unsafe { live(stack) };
-    // SAFETY: the thread has ended but for this.
-    unsafe { leave(stack, runtime) }
+impl Entry for Begin {
+    /// # Safety
+    /// `record` is the `&'static Stack` this thread runs on, with its message in place.
+    unsafe extern "C" fn main(record: *mut libc::c_void) -> ! {
+        // SAFETY: by contract; records are never freed.
+        let stack = unsafe { &*record.cast_const().cast::<Stack>() };
+        // SAFETY: the new thread takes its message once. Everything that needs dropping is dropped in
+        // `live`: this frame is never left (docs/glibc.md).
+        let runtime = unsafe { live(stack) };
+        // SAFETY: the thread has ended but for this.
+        unsafe { leave(stack, runtime) }
+    }
 }
 
 /// The thread's life: from its first TLS access to its last destructor.
@@ -142,7 +101,7 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
         stack.set_name(start.name.as_ref().map(|name| name.as_str()));
     }
     CURRENT.set(Some(stack));
-    start.settings.apply(stack);
+    apply(&start.settings, stack);
     // A refused setting has left its errno; the closure starts with 0 (G10).
     Errno::clear();
     sys::set_signal_mask(start.mask);
@@ -191,7 +150,9 @@ unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
     // gives. From `leave_list` on nothing but inline assembly runs (G11).
     unsafe {
         runtime.mark_exiting();
-        stack.end();
+        if stack.end() {
+            StackCache::give_running(stack);
+        }
         stack.mark_ended();
         runtime.leave_list(&stack.block);
     }

@@ -1,10 +1,14 @@
 //! Memory that creator and thread share, and memory that may be refused.
 
-pub(crate) mod fallible;
-pub(crate) mod packet;
-pub(crate) mod shared;
+mod body;
+mod entered;
+mod fallible;
+mod packet;
+mod shared;
 pub(crate) mod text;
 
+pub(crate) use body::{Body, Deliver};
+pub(crate) use entered::Entered;
 pub(crate) use fallible::{Spare, try_box};
-pub(crate) use packet::{Body, Deliver, Packet};
+pub(crate) use packet::Packet;
 pub(crate) use shared::{Memory, Shared};

@@ -1,23 +1,12 @@
 //! [`Packet`]: the closure on its way in, the result on its way out.
 
-use super::Shared;
+use super::body::{Body, Deliver};
+use super::shared::Shared;
 use crate::sync::Latch;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::Result as Outcome;
-
-/// The thread's work, without its types.
-pub(crate) trait Body: Send + Sync {
-    /// Runs the closure and keeps its result, or its panic. Does not unwind.
-    fn run(&self);
-}
-
-/// The handle's view of a packet.
-pub(crate) trait Deliver<T>: Send + Sync {
-    /// The result, once, if the thread has stored it.
-    fn take(&self) -> Option<Outcome<T>>;
-}
 
 /// What creator and thread share. One allocation a thread. A refused spawn finds the closure still inside.
 ///

@@ -1,7 +1,7 @@
 //! [`Shared`]: what creator and thread own together.
 
+use super::body::{Body, Deliver};
 use super::fallible::allocate;
-use super::packet::{Body, Deliver};
 use crate::sync::forked_bare;
 use std::alloc::Layout;
 use std::mem::ManuallyDrop;

@@ -5,7 +5,7 @@
 
 use super::caps::Caps;
 use super::ledger::{Budget, Entry, Ledger, State, Stats, Victims};
-use super::record::{self, Stack};
+use super::record::{self, RECORDS, Stack};
 use crate::errno::Errno;
 use crate::mem::Shared;
 use crate::proc::status::{Calls, Status};
@@ -341,6 +341,10 @@ impl StackCache {
         &GLOBAL
     }
 
+    pub(crate) const fn global_ledger() -> &'static Ledger<Stack> {
+        &GLOBAL_INSTANCE.ledger
+    }
+
     /// A private cache.
     pub fn new(config: StackCacheConfig) -> StackCache {
         notice_fork();
@@ -642,7 +646,7 @@ fn release_heaps() {
     let Some(runtime) = Runtime::existing() else {
         return;
     };
-    let mut parked = crate::debug::records().filter(|stack| stack.has_parked());
+    let mut parked = RECORDS.iter().filter(|stack| stack.has_parked());
     let first = parked.next();
     let released = |stack: &'static Stack| runtime.release(&|| stack.take_parked());
     if first.is_some_and(released) {
@@ -738,7 +742,7 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
         // The record of a stack that was unmapped keeps an address that can be the caller's by now.
         None => false,
     };
-    for stack in crate::debug::records() {
+    for stack in RECORDS.iter() {
         stack.forget_senders();
         if !is_own(stack) {
             stack.forget_thread();
@@ -759,7 +763,7 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
     unsafe {
         for instance in instances() {
             let in_use = |stack: &Stack| is_own(stack) || stack.has_handle();
-            instance.ledger.rebuild(crate::debug::records(), in_use);
+            instance.ledger.rebuild(RECORDS.iter(), in_use);
         }
     }
 }

@@ -3,12 +3,13 @@
 use super::cache::{self, StackCache};
 use super::layout::{self, Layout};
 use super::ledger::class::{self, Class};
+use super::message::Start;
 use super::record::{Life, Stack};
 use super::{caps, mapping};
 use crate::errno::Errno;
 use crate::step::{StackFate, StackOrigin, StackOutcome, Step, StepError};
 use crate::sync::forked_bare;
-use crate::sys::{self, Signals};
+use crate::sys::{self, Entry, Signals};
 use crate::tcb::{Enlisted, Runtime};
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
@@ -249,9 +250,9 @@ impl Idle {
     /// needs no more of the new thread than the descriptor, which is complete before clone.
     ///
     /// On refusal the message comes back, and the error with it.
-    pub(crate) fn clone_thread(
+    pub(crate) fn clone_thread<E: Entry>(
         &self,
-        start: crate::start::Start,
+        start: Start,
         _blocked: &Signals,
     ) -> Result<libc::pid_t, StepError> {
         let stack = self.stack;
@@ -273,9 +274,9 @@ impl Idle {
             tid: stack.tid.load(Ordering::Relaxed).cast(),
             start: std::ptr::from_ref(stack).cast_mut().cast(),
         };
-        // SAFETY: stack and block are idle, owned, enlisted and complete; start::main takes a
+        // SAFETY: stack and block are idle, owned, enlisted and complete; E::main takes a
         // `&'static Stack` with a message in it.
-        let answer = unsafe { sys::clone::thread(&request) };
+        let answer = unsafe { sys::clone::thread::<E>(&request) };
         if answer.is_err() {
             stack.discarded.store(true, Ordering::Relaxed);
             // SAFETY: no thread was made; dropping the message here gives the closure back.

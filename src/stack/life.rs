@@ -1,6 +1,5 @@
 //! How a thread and its handle part with the stack: who waits for whom, who reaps, who gives it back.
 
-use super::cache::StackCache;
 use super::ledger::Entry;
 use super::record::{Life, Stack};
 use crate::errno::Errno;
@@ -167,23 +166,23 @@ impl Stack {
         self.life.load(Ordering::Acquire) == life as u8
     }
 
-    /// The thread comes to its end. Without a handle it gives its stack back itself: from then on the stack waits in
-    /// the ledger until the kernel has cleared the tid word.
+    /// The thread comes to its end. Returns `true` if it has no handle: then it gives its stack back itself, and from
+    /// then on the stack waits in the ledger until the kernel has cleared the tid word.
     ///
     /// # Safety
     /// Called by the ending thread on its own stack, with application signals blocked: what is in use now, the frames
-    /// of `start::main` and of what it calls, is in the page that is always kept, and no handler comes that would need
+    /// of `start` and of what it calls, is in the page that is always kept, and no handler comes that would need
     /// more. (SIGSETXID can come until the thread is marked as exiting.)
-    pub(crate) unsafe fn end(&'static self) {
+    pub(crate) unsafe fn end(&self) -> bool {
         if self.change_life(Life::Attached, Life::Ending) {
-            return;
+            return false;
         }
         // SAFETY: passed on.
         unsafe { self.discard() };
-        // `Detached` says that this thread will give its stack back. It has: left standing, the word would call the
+        // `Detached` says that this thread will give its stack back. It does: left standing, the word would call the
         // stack unowned in its next life (`StackCache::sweep`).
         self.change_life(Life::Detached, Life::Given);
-        StackCache::give_running(self);
+        true
     }
 
     /// The handle is dropped. Returns `true` if the stack is now its to give back: the thread has passed its end.

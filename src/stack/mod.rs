@@ -8,9 +8,12 @@ mod layout;
 mod ledger;
 mod life;
 mod mapping;
+mod message;
 pub(crate) mod overflow;
 mod record;
 
 pub(crate) use idle::{Idle, Refused, Wanted};
 pub use info::StackInfo;
-pub(crate) use record::{Records, Stack};
+pub(crate) use ledger::Ledger;
+pub(crate) use message::{Settings, Start, Work};
+pub(crate) use record::{RECORDS, Records, Stack};

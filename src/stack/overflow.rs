@@ -4,8 +4,8 @@
 //! other fault. Any other fault goes to the handler that was there before, which runs with the mask and the flags
 //! that it asked for, and on the stack on which it would have run without this one.
 
-use super::record::Stack;
-use crate::sys;
+use super::record::{RECORDS, Stack};
+use crate::sys::{self, Faults, Next};
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
@@ -76,7 +76,7 @@ fn install() -> bool {
                     if matches!(action.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) {
                         action = std::mem::zeroed();
                     }
-                    action.sa_sigaction = sys::fault_handler as *const () as usize;
+                    action.sa_sigaction = sys::fault_handler::<Overflows> as *const () as usize;
                     action.sa_flags |= libc::SA_SIGINFO | libc::SA_ONSTACK;
                     libc::sigaction(*signal, &raw const action, std::ptr::null_mut());
                 }
@@ -99,73 +99,77 @@ pub(crate) fn use_signal_stack(stack: &Stack) {
     unsafe { libc::sigaltstack(&raw const signal_stack, std::ptr::null_mut()) };
 }
 
-/// What [`sys::fault_handler`] does next, in two registers.
-#[repr(C)]
-pub(crate) struct Next {
-    /// The handler that it jumps to; 0: it returns to the interrupted code.
-    handler: usize,
-    /// How far the signal's frame was moved, and the handler's arguments with it.
-    distance: isize,
-}
-
-impl Next {
-    const RETURN: Next = Next {
-        handler: 0,
-        distance: 0,
-    };
-}
+const RETURN: Next = Next {
+    handler: 0,
+    distance: 0,
+};
 
 /// Reports an overflow; every other SIGSEGV or SIGBUS goes to the action that was there before.
 ///
 /// Neither the heap nor this crate's thread-locals are used: in a shared object the first access to a thread-local
 /// calls malloc, and the fault may have interrupted malloc.
-///
-/// # Safety
-/// Called by [`sys::fault_handler`] with that function's arguments, and its stack pointer at the entry.
-pub(crate) unsafe extern "C" fn decide(
-    signal: libc::c_int,
+struct Overflows;
+
+impl Faults for Overflows {
+    unsafe extern "C" fn decide(
+        signal: libc::c_int,
+        info: *const libc::siginfo_t,
+        context: *const libc::ucontext_t,
+        frame: usize,
+    ) -> Next {
+        // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
+        let (address, sent) = unsafe { ((*info).si_addr() as usize, (*info).si_code <= 0) };
+        if !sent && let Some(stack) = running_here() {
+            if (stack.base()..stack.bottom()).contains(&address) {
+                report(stack);
+            }
+            // A handler has overflowed the signal stack. Its stack pointer is below that stack, so the kernel has started
+            // there from the top again, over the handler's frames: no handler can continue from here.
+            if (stack.top()..stack.signal_stack().0).contains(&address) {
+                use_default_action(signal, false);
+                return RETURN;
+            }
+        }
+        let previous = &PREVIOUS[usize::from(signal == SIGNALS[1])];
+        let flags = previous.1.load(Ordering::Acquire) as libc::c_int;
+        match previous.0.load(Ordering::Relaxed) {
+            // The kernel lets nobody ignore a fault.
+            libc::SIG_IGN if sent => RETURN,
+            libc::SIG_DFL | libc::SIG_IGN => {
+                use_default_action(signal, sent);
+                RETURN
+            }
+            handler => Next {
+                handler,
+                distance: match flags & libc::SA_ONSTACK {
+                    0 => leave_signal_stack(info, context, frame),
+                    _ => 0,
+                },
+            },
+        }
+    }
+}
+
+/// Takes the handler off the signal stack, on which it would not have run without this crate. If the interrupted stack
+/// has no room for the frame, the write faults while every signal is blocked, and the kernel kills the process.
+fn leave_signal_stack(
     info: *const libc::siginfo_t,
     context: *const libc::ucontext_t,
     frame: usize,
-) -> Next {
-    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
-    let (address, sent) = unsafe { ((*info).si_addr() as usize, (*info).si_code <= 0) };
-    if !sent && let Some(stack) = running_here() {
-        if (stack.base()..stack.bottom()).contains(&address) {
-            report(stack);
-        }
-        // A handler has overflowed the signal stack. Its stack pointer is below that stack, so the kernel has started
-        // there from the top again, over the handler's frames: no handler can continue from here.
-        if (stack.top()..stack.signal_stack().0).contains(&address) {
-            use_default_action(signal, false);
-            return Next::RETURN;
-        }
-    }
-    let previous = &PREVIOUS[usize::from(signal == SIGNALS[1])];
-    let flags = previous.1.load(Ordering::Acquire) as libc::c_int;
-    match previous.0.load(Ordering::Relaxed) {
-        // The kernel lets nobody ignore a fault.
-        libc::SIG_IGN if sent => Next::RETURN,
-        libc::SIG_DFL | libc::SIG_IGN => {
-            use_default_action(signal, sent);
-            Next::RETURN
-        }
-        handler => Next {
-            handler,
-            distance: match flags & libc::SA_ONSTACK {
-                // SAFETY: the caller's arguments.
-                0 => unsafe { sys::leave_signal_stack(info, context, frame) },
-                _ => 0,
-            },
-        },
-    }
+) -> isize {
+    let mask = sys::set_signal_mask(!0);
+    // SAFETY: the arguments of the fault handler, which continues on the copy at once.
+    let distance = unsafe { sys::leave_signal_stack(info, context, frame) };
+    sys::set_signal_mask(mask);
+    distance
 }
 
 /// The record of the stack that the calling thread runs on, found by the thread pointer.
 fn running_here() -> Option<&'static Stack> {
     let thread = sys::thread_pointer();
     // A record without a tid word has lost its mapping, and another record may describe the same addresses.
-    crate::debug::records()
+    RECORDS
+        .iter()
         .find(|stack| stack.block.thread_pointer() == thread && stack.tid_word().is_some())
 }
 

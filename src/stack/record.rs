@@ -7,6 +7,7 @@ use super::layout::Layout;
 use super::ledger::class::Class;
 use super::ledger::{Entry, Links};
 use super::mapping;
+use super::message::Start;
 use crate::mem::{Shared, try_box};
 use crate::sync::Lock;
 use crate::sys;
@@ -75,7 +76,7 @@ pub(crate) struct Stack {
     pub(super) name: AtomicPtr<u8>,
     pub(super) name_length: AtomicUsize,
     /// What the creator hands to the thread.
-    pub(super) start: UnsafeCell<Option<crate::start::Start>>,
+    pub(super) start: UnsafeCell<Option<Start>>,
     /// The next record without a mapping, or [`NOT_SPARE`]. Changed with the lock of [`SPARE`] held.
     pub(super) next_spare: AtomicPtr<Stack>,
     /// The record made before this one: a debugger's way to all of them.
@@ -91,11 +92,7 @@ unsafe impl Sync for Stack {}
 pub(crate) struct Records(AtomicPtr<Stack>);
 
 impl Records {
-    pub(crate) const fn new() -> Records {
-        Records(AtomicPtr::new(std::ptr::null_mut()))
-    }
-
-    pub(crate) fn push(&self, stack: &'static Stack) {
+    fn push(&self, stack: &'static Stack) {
         let new = std::ptr::from_ref(stack).cast_mut();
         let mut last = self.0.load(Ordering::Relaxed);
         loop {
@@ -118,6 +115,9 @@ impl Records {
         std::iter::successors(at(&self.0), move |stack| at(&stack.next_record))
     }
 }
+
+/// All records of the process.
+pub(crate) static RECORDS: Records = Records(AtomicPtr::new(std::ptr::null_mut()));
 
 pub(super) const NO_CLASS: u16 = u16::MAX;
 
@@ -179,7 +179,7 @@ impl Stack {
         }
         drop(spare);
         let stack: &'static Stack = Box::leak(try_box(Stack::new()).ok()?);
-        crate::debug::publish_record(stack);
+        RECORDS.push(stack);
         Some(stack)
     }
 
@@ -358,7 +358,7 @@ impl Stack {
     ///
     /// # Safety
     /// Called by that thread, which does not take the message while it uses this.
-    pub(crate) unsafe fn start(&self) -> Option<&crate::start::Start> {
+    pub(crate) unsafe fn start(&self) -> Option<&Start> {
         // SAFETY: the creator's write happened before clone.
         unsafe { (*self.start.get()).as_ref() }
     }

@@ -1,6 +1,5 @@
 //! [`Latch`]: how a scope waits for its threads.
 
-use crate::mem::Shared;
 use crate::sys;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -23,12 +22,15 @@ pub(crate) struct Latch {
 }
 
 impl Latch {
-    /// Holds the scope open while the value lives.
-    pub(crate) fn enter(latch: &Shared<Latch>) -> Entered {
-        latch.running.fetch_add(1, Ordering::Relaxed);
-        Entered {
-            latch: latch.clone(),
-            inside: true,
+    /// One more closure is inside, until it leaves.
+    pub(crate) fn enter(&self) {
+        self.running.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What the closure did to its scope's data happened before the scope's end.
+    pub(crate) fn leave(&self) {
+        if self.running.fetch_sub(1, Ordering::Release) == WAITED | 1 {
+            sys::futex_wake(&self.running);
         }
     }
 
@@ -72,35 +74,5 @@ impl Latch {
             // Only the last one wakes: the others leave us asleep on a word that has changed meanwhile.
             sys::futex_wait(&self.running, WAITED | count, Some(left));
         }
-    }
-}
-
-/// A closure that may still use what the scope borrows. Dropping it leaves the scope.
-pub(crate) struct Entered {
-    latch: Shared<Latch>,
-    inside: bool,
-}
-
-impl Entered {
-    pub(crate) fn is_of(&self, latch: &Shared<Latch>) -> bool {
-        self.latch.is(latch)
-    }
-
-    /// Leaves the scope, once. The latch itself stays until this is dropped: an ending thread must not be the one that
-    /// frees it.
-    pub(crate) fn leave(&mut self) {
-        if !std::mem::take(&mut self.inside) {
-            return;
-        }
-        // Release: what the closure did to its scope's data happened before the scope's end.
-        if self.latch.running.fetch_sub(1, Ordering::Release) == WAITED | 1 {
-            sys::futex_wake(&self.latch.running);
-        }
-    }
-}
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        self.leave();
     }
 }

@@ -34,6 +34,9 @@ pub(crate) struct Lock<T> {
 unsafe impl<T: Send> Sync for Lock<T> {}
 
 impl<T> Lock<T> {
+    /// Where a debugger reads the value.
+    pub(crate) const VALUE_OFFSET: usize = std::mem::offset_of!(Self, value);
+
     pub(crate) const fn new(value: T) -> Self {
         Lock {
             word: Word::new(FREE),

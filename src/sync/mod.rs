@@ -4,6 +4,6 @@ mod latch;
 pub(crate) mod lock;
 mod notice;
 
-pub(crate) use latch::{Entered, Latch};
+pub(crate) use latch::Latch;
 pub(crate) use lock::Lock;
 pub(crate) use notice::{forked_bare, note_bare_fork, notice_fork, set_up_notice};

@@ -1,6 +1,7 @@
 //! Making a thread: clone3(2), or clone(2) where that is not available.
 
 use super::arch;
+use super::entry::Entry;
 use crate::errno::Errno;
 use crate::step::CloneCall;
 use libc::{c_void, pid_t};
@@ -28,7 +29,7 @@ pub(crate) struct Request {
     pub thread_pointer: usize,
     /// Set to the thread id before the thread runs, cleared and woken when the kernel has let go.
     pub tid: *mut pid_t,
-    /// The argument of [`crate::start::main`].
+    /// The argument of [`Entry::main`].
     pub start: *mut c_void,
 }
 
@@ -44,7 +45,7 @@ static NO_CLONE3: AtomicBool = AtomicBool::new(false);
 /// # Safety
 /// The stack, the TLS block and `start` belong to the new thread alone from here on, unless this
 /// returns an error (A1, A2).
-pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, CloneCall)> {
+pub(crate) unsafe fn thread<E: Entry>(request: &Request) -> Result<pid_t, (Errno, CloneCall)> {
     if !NO_CLONE3.load(Ordering::Relaxed) {
         // SAFETY: all-zero is a valid clone_args: no pidfd, no exit signal, no set_tid.
         let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -56,7 +57,7 @@ pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, CloneCal
         args.tls = request.thread_pointer as u64;
         // SAFETY: the caller vouches for stack, block and start.
         let answer = unsafe {
-            arch::clone3(
+            arch::clone3::<E>(
                 &raw const args,
                 size_of::<libc::clone_args>(),
                 request.start,
@@ -71,7 +72,7 @@ pub(crate) unsafe fn thread(request: &Request) -> Result<pid_t, (Errno, CloneCal
     }
     // SAFETY: as above.
     let answer = unsafe {
-        arch::clone(
+        arch::clone::<E>(
             FLAGS as usize,
             request.stack + request.stack_size,
             request.tid,

@@ -14,6 +14,7 @@ compile_error!("nptl supports x86-64 only: another architecture is one more file
 mod calls;
 pub(crate) mod clone;
 pub(crate) mod clone_probe;
+mod entry;
 pub(crate) mod futex;
 pub(crate) mod map_probe;
 mod page;
@@ -28,5 +29,6 @@ pub(crate) use calls::{
     lll_lock, lll_try_lock, lll_unlock, madvise, pidfd_open_thread, process_id,
     pthread_setcancelstate, tgkill,
 };
+pub(crate) use entry::{Entry, Faults, Next};
 pub(crate) use page::page_size;
 pub(crate) use signals::{APPLICATION, KernelSigSet, Signals, set_signal_mask};

@@ -6,13 +6,14 @@
 //!  return address  ◄─ ret             ┌─────────────────────────────┐ ◄ rsp after the system call
 //!        ▲                            │ return address into         │ ◄ pushed by `call start`;
 //!        │ rax = tid or -errno        │   nptl_thread_entry         │   its CFI says: no caller
-//!   [ syscall ] ── rax = 0 ─────────► │ frames of start::main       │
+//!   [ syscall ] ── rax = 0 ─────────► │ frames of Entry::main       │
 //!                  r9  = argument     │             ↓               │
 //! ```
 //!
 //! The kernel gives the child a copy of every register but `rax`, `rcx` and `r11`, so the argument
 //! travels in `r9`; nothing has to be written to the new stack before the thread exists.
 
+use super::entry::{Entry, Faults};
 use core::arch::{asm, naked_asm};
 use libc::{c_void, clone_args};
 
@@ -47,9 +48,9 @@ pub(crate) unsafe fn syscall(number: libc::c_long, args: [usize; 6]) -> isize {
 ///
 /// # Safety
 /// `args` must describe a stack and a TLS block that nothing else uses, with a thread's flags;
-/// `start` is handed to [`crate::start::main`] and must satisfy its contract.
+/// `start` is handed to [`Entry::main`] and must satisfy its contract.
 #[unsafe(naked)]
-pub(crate) unsafe extern "C" fn clone3(
+pub(crate) unsafe extern "C" fn clone3<E: Entry>(
     args: *const clone_args,
     size: usize,
     start: *mut c_void,
@@ -63,7 +64,7 @@ pub(crate) unsafe extern "C" fn clone3(
         "jz {entry}",     // child: rsp is the new stack; a jump, so that no frame is above it
         "ret",            // creator: rax is the tid or -errno
         ".cfi_endproc",
-        entry = sym nptl_thread_entry,
+        entry = sym nptl_thread_entry::<E>,
     )
 }
 
@@ -72,7 +73,7 @@ pub(crate) unsafe extern "C" fn clone3(
 /// # Safety
 /// As [`clone3`]; `stack_top` is the initial stack pointer, 16-byte aligned.
 #[unsafe(naked)]
-pub(crate) unsafe extern "C" fn clone(
+pub(crate) unsafe extern "C" fn clone<E: Entry>(
     flags: usize,
     stack_top: usize,
     parent_tid: *mut libc::pid_t,
@@ -89,7 +90,7 @@ pub(crate) unsafe extern "C" fn clone(
         "jz {entry}",
         "ret",
         ".cfi_endproc",
-        entry = sym nptl_thread_entry,
+        entry = sym nptl_thread_entry::<E>,
     )
 }
 
@@ -98,7 +99,7 @@ pub(crate) unsafe extern "C" fn clone(
 /// # Safety
 /// Jumped to by the child side of [`clone3`] and [`clone`], with the argument in `r9`.
 #[unsafe(naked)]
-unsafe extern "C" fn nptl_thread_entry() -> ! {
+unsafe extern "C" fn nptl_thread_entry<E: Entry>() -> ! {
     naked_asm!(
         ".cfi_startproc",
         ".cfi_undefined rip", // no return address: the unwinder's walk is over
@@ -107,7 +108,7 @@ unsafe extern "C" fn nptl_thread_entry() -> ! {
         "call {main}",        // rsp is 16-byte aligned here, as the ABI wants it before a call
         "ud2",                // main never returns
         ".cfi_endproc",
-        main = sym crate::start::main,
+        main = sym E::main,
     )
 }
 
@@ -120,14 +121,14 @@ pub(crate) fn thread_pointer() -> usize {
     pointer
 }
 
-/// The handler of SIGSEGV and SIGBUS. It asks [`decide`](crate::stack::overflow::decide) and then jumps to the handler
+/// The handler of SIGSEGV and SIGBUS. It asks [`Faults::decide`] and then jumps to the handler
 /// that was there before, which finds the registers, the stack pointer and the return address that the kernel would
 /// have given to it. No frame of ours stays on the stack, and a shadow stack is as the kernel left it.
 ///
 /// # Safety
 /// Called by the kernel as a handler with SA_SIGINFO, or by a handler that passes its own arguments on.
 #[unsafe(naked)]
-pub(crate) unsafe extern "C" fn fault_handler(
+pub(crate) unsafe extern "C" fn fault_handler<F: Faults>(
     signal: libc::c_int,
     info: *mut libc::siginfo_t,
     context: *mut c_void,
@@ -160,7 +161,7 @@ pub(crate) unsafe extern "C" fn fault_handler(
         "2:",
         "ret",
         ".cfi_endproc",
-        decide = sym crate::stack::overflow::decide,
+        decide = sym F::decide,
     )
 }
 
@@ -179,7 +180,7 @@ pub(crate) unsafe extern "C" fn fault_handler(
 ///
 /// # Safety
 /// The arguments are those of a handler with SA_SIGINFO and the stack pointer at its entry. If the result is not
-/// 0, the caller continues on the copy at once.
+/// 0, the caller continues on the copy at once. Every signal is blocked.
 pub(crate) unsafe fn leave_signal_stack(
     info: *const libc::siginfo_t,
     context: *const libc::ucontext_t,
@@ -209,7 +210,6 @@ pub(crate) unsafe fn leave_signal_stack(
     let end = base + stack.ss_size;
     let distance = interrupted.wrapping_sub(RED_ZONE).wrapping_sub(end) as isize & !63;
     let copy = frame.wrapping_add_signed(distance);
-    let mask = super::signals::set_signal_mask(!0);
     // SAFETY: the interrupted code uses nothing below its red zone. Whether that is memory at all is the program's
     // responsibility, as it is when the kernel writes there.
     unsafe {
@@ -220,7 +220,6 @@ pub(crate) unsafe fn leave_signal_stack(
             (&raw mut (*context).uc_mcontext.fpregs).write(vectors as *mut _);
         }
     }
-    super::signals::set_signal_mask(mask);
     distance
 }
 

@@ -1,0 +1,15 @@
+//! What each side may do with what creator and thread share, without its types.
+
+use std::thread::Result as Outcome;
+
+/// The thread's work, without its types.
+pub(crate) trait Body: Send + Sync {
+    /// Runs the closure and keeps its result, or its panic. Does not unwind.
+    fn run(&self);
+}
+
+/// The handle's view of a packet.
+pub(crate) trait Deliver<T>: Send + Sync {
+    /// The result, once, if the thread has stored it.
+    fn take(&self) -> Option<Outcome<T>>;
+}
