@@ -1,16 +1,8 @@
 //! System calls, and what of them is peculiar to a processor.
 //!
-//! One file for each architecture exports the same handful of functions; a new architecture is one more file and one
-//! more line here.
+//! `arch/` has one file for each architecture; the rest is the same for all.
 
-#[cfg(target_arch = "x86_64")]
-mod x86_64;
-#[cfg(target_arch = "x86_64")]
-use x86_64 as arch;
-
-#[cfg(not(target_arch = "x86_64"))]
-compile_error!("nptl supports x86-64 only: another architecture is one more file in src/sys/");
-
+mod arch;
 mod calls;
 pub(crate) mod clone;
 pub(crate) mod clone_probe;

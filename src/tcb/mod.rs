@@ -10,36 +10,8 @@
 //! - `retire`: what must be saved or freed before a block's memory goes away;
 //! - `release`: frees what was saved.
 
+mod error;
 mod glibc;
 
+pub(crate) use error::RuntimeError;
 pub(crate) use glibc::{Block, BlockState, Enlisted, Parked, Runtime};
-
-use crate::errno::Errno;
-use crate::step::Step;
-
-/// Why there is no runtime to stand on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum RuntimeError {
-    /// The libc is not one this crate can be sure about; the check that said so.
-    Unsupported(&'static str),
-    /// The calibration thread was refused, as any thread can be. The next spawn tries again.
-    Refused {
-        /// What refused it.
-        step: Step,
-        /// The raw errno, before glibc folds it.
-        errno: Errno,
-        /// The bytes asked for, where memory was refused.
-        bytes: usize,
-    },
-}
-
-impl RuntimeError {
-    /// The heap has no memory for what calibration looks at.
-    pub(crate) fn no_memory(bytes: usize) -> RuntimeError {
-        RuntimeError::Refused {
-            step: Step::Allocate,
-            errno: Errno::ENOMEM,
-            bytes,
-        }
-    }
-}

@@ -18,12 +18,12 @@
 //! The thread is needed in any case: only a real `pthread_create` ends glibc's single-thread fast paths (malloc
 //! without locks, unlocked stdio) and installs the set-id handler.
 
-use super::super::RuntimeError;
-use super::symbols::{self, Rseq, Symbols};
-use super::{KEY_BLOCKS, KeyValues, Runtime, list::ThreadList};
+use super::list::ThreadList;
+use super::symbols::{self, KEY_BLOCKS, KeyValues, Rseq, Symbols};
 use crate::errno::Errno;
 use crate::step::Step;
 use crate::sys;
+use crate::tcb::error::RuntimeError;
 use libc::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -406,7 +406,7 @@ impl Tail {
 
 /// Starts the thread, waits for its end, and verifies what that leaves. The caller has blocked application signals,
 /// which the thread inherits.
-pub(super) fn calibrate(symbols: &Symbols) -> Result<Runtime, RuntimeError> {
+pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), RuntimeError> {
     // SAFETY: the heads come from libthread_db's descriptors.
     let list = unsafe { ThreadList::new(symbols.user_list) };
     let known = list.lock_is_plausible();
@@ -492,9 +492,5 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<Runtime, RuntimeError> {
     offsets.exiting = offsets
         .exiting
         .filter(|exiting| this.read::<u8>(exiting.flag) == 1 && this.half(exiting.lock) == 0);
-    Ok(Runtime {
-        symbols: symbols.clone(),
-        offsets,
-        list,
-    })
+    Ok((offsets, list))
 }

@@ -4,7 +4,8 @@
 //! So a short thread of glibc's takes the segment of an ended thread of this crate over, and ends.
 
 use super::block::Parked;
-use super::{Runtime, symbols};
+use super::runtime::Runtime;
+use super::symbols;
 use crate::sys;
 use libc::c_void;
 

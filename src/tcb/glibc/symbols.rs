@@ -5,16 +5,32 @@
 //! dl_iterate_phdr(3), or in a child that was forked while another thread was in one: there the loader's locks are
 //! taken, in the child for ever.
 
-use super::super::RuntimeError;
-use super::KEY_BLOCKS;
 use crate::sys;
 use crate::sys::page_size;
+use crate::tcb::error::RuntimeError;
 use libc::{c_int, c_void};
 use nix::errno::Errno;
 use std::ffi::{CStr, c_char};
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+
+/// The largest TLS segment of libc itself that is handed on; 128 to 144 bytes were seen.
+pub(super) const SEGMENT_MAX: usize = 256;
+
+/// Keys in one block of `specific`, and number of such blocks: nptl's two-level table.
+pub(super) const KEYS_PER_BLOCK: usize = 32;
+pub(super) const KEY_BLOCKS: usize = 32;
+
+/// One block of values.
+pub(super) type KeyValues = [KeyValue; KEYS_PER_BLOCK];
+
+/// One value of a thread: `struct pthread_key_data`.
+#[repr(C)]
+pub(super) struct KeyValue {
+    pub sequence: usize,
+    pub data: *mut c_void,
+}
 
 /// One entry of `__pthread_keys`.
 #[repr(C)]
@@ -31,13 +47,6 @@ impl Key {
         // SAFETY: zero, which is None, or the function pointer that pthread_key_create stored.
         unsafe { std::mem::transmute(address) }
     }
-}
-
-/// One value of a thread: `struct pthread_key_data`.
-#[repr(C)]
-pub(super) struct KeyValue {
-    pub sequence: usize,
-    pub data: *mut c_void,
 }
 
 /// The rseq area, relative to the thread pointer.
@@ -477,8 +486,7 @@ fn loaded(below: usize) -> Result<(Range<isize>, usize, *const c_char), RuntimeE
     // SAFETY: the callback matches, and `search` outlives the call.
     unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut search).cast()) };
     let found = search.segment;
-    let Some((tls, module)) = found.filter(|(tls, _)| tls.len() <= super::block::SEGMENT_MAX)
-    else {
+    let Some((tls, module)) = found.filter(|(tls, _)| tls.len() <= SEGMENT_MAX) else {
         return Err(RuntimeError::Unsupported(
             "libc's own TLS segment was not found",
         ));

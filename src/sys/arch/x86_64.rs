@@ -13,7 +13,7 @@
 //! The kernel gives the child a copy of every register but `rax`, `rcx` and `r11`, so the argument
 //! travels in `r9`; nothing has to be written to the new stack before the thread exists.
 
-use super::entry::{Entry, Faults};
+use crate::sys::entry::{Entry, Faults};
 use core::arch::{asm, naked_asm};
 use libc::{c_void, clone_args};
 
