@@ -157,12 +157,14 @@ fn named(error: &SpawnError, kinds: &[CauseKind]) -> Result<(), String> {
     }
 }
 
-/// The directory of a cgroup, where one is named, and the limit.
+/// The directory of a cgroup, where one is named, and the limit. None is named where it was full at no reading.
 fn cgroup_named(error: &SpawnError, path: &std::path::Path, most: u64) -> Result<(), String> {
     match *error.cause() {
         Cause::PidsCgroup(diagnose::PidsCgroup {
             directory, maximum, ..
-        }) if directory.to_str() != path.to_str() || maximum != Some(most) => {
+        }) if !directory.is_empty()
+            && (directory.to_str() != path.to_str() || maximum != Some(most)) =>
+        {
             Err("another cgroup, or another limit".to_owned())
         }
         _ => Ok(()),

@@ -29,7 +29,7 @@ pub(super) enum Judgement {
 ///
 /// The kernel charges from the thread's own cgroup upwards and stops at the first full one, so of several
 /// full ones the lowest refused. A limit can change between the refusal and a reading: only one that is full in both
-/// snapshots, under the same maximum, is named.
+/// snapshots, under the same maximum, is named, or full in one and the only one that has a limit.
 pub(super) fn judge(before: Option<&Snapshot>, after: &Snapshot) -> Judgement {
     let Some(before) = before else {
         return by_one_reading(after);
@@ -61,9 +61,20 @@ fn lowest_full(snapshot: &Snapshot) -> Option<(usize, Level)> {
 fn full_in_both(before: &Snapshot, after: &Snapshot) -> Option<(usize, Level)> {
     let (position, level) = lowest_full(after)?;
     let (earlier, _) = lowest_full(before)?;
+    (earlier == position && is_unchanged(before, after)).then_some((position, level))
+}
+
+fn is_unchanged(before: &Snapshot, after: &Snapshot) -> bool {
     let mut both = before.levels().iter().zip(after.levels());
-    let unchanged = both.all(|(before, after)| before.maximum == after.maximum);
-    (earlier == position && unchanged).then_some((position, level))
+    both.all(|(before, after)| before.maximum == after.maximum)
+}
+
+/// The only one with a limit, which was full at one of the readings.
+fn only_limited(before: &Snapshot, after: &Snapshot) -> Option<(usize, Level)> {
+    let full = lowest_full(after).or(lowest_full(before))?;
+    let limited = after.levels().iter().filter(|level| level.is_limited());
+    let alone = limited.count() == 1 && !after.hidden && is_unchanged(before, after);
+    alone.then_some(full)
 }
 
 /// How far the counter at a level rose.
@@ -137,7 +148,12 @@ fn by_common_counter(
     after: &Snapshot,
     full: Option<(usize, Level)>,
 ) -> Judgement {
-    match (rise(before, after, after.charged_first()), full) {
+    let counted = rise(before, after, after.charged_first());
+    let known = match counted {
+        Some(1..) => full.or_else(|| only_limited(before, after)),
+        _ => full,
+    };
+    match (counted, known) {
         (Some(0), None) => Judgement::Excluded,
         (Some(0), _) => uncounted(before, after, full),
         (Some(rise), Some((position, level))) => Judgement::Counted {

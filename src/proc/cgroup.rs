@@ -80,6 +80,10 @@ impl Level {
     pub(crate) fn is_full(&self) -> bool {
         matches!((self.current, self.maximum), (Some(current), Some(maximum)) if current >= maximum)
     }
+
+    pub(crate) fn is_limited(&self) -> bool {
+        self.maximum.is_some_and(|maximum| maximum != UNLIMITED)
+    }
 }
 
 /// The visible levels, the thread's own first.
