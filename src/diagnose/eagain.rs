@@ -21,7 +21,7 @@ use crate::sys::clone_probe::probe as probe_kernel;
 use crate::tcb::Runtime;
 
 /// How often the call is repeated at most: where the answers before and after it differ, something else came and went.
-const MOST_REPETITIONS: u32 = 3;
+const MOST_ROUNDS: u32 = 3;
 
 /// Answers that agree this often are believed even where another counter near its maximum may come and go between
 /// them.
@@ -57,10 +57,7 @@ pub(super) fn diagnose(
         cgroup: Judgement::Open,
     };
     let mut numbers = PidNumbers::UNREAD;
-    while agreeing == 0 || !facts.are_enough(agreeing) {
-        if repetition.count >= MOST_REPETITIONS {
-            break;
-        }
+    for _ in 0..MOST_ROUNDS {
         let Some(round) = Round::take(error, status, &outside, &mut cgroup, seen, repetition)?
         else {
             // Refused with another errno than before: something else is going on.
@@ -75,9 +72,12 @@ pub(super) fn diagnose(
         facts.repeated = repetition.is_possible();
         facts.cgroup = round.cgroup;
         (facts.numbers, numbers) = round.numbers;
+        if facts.are_enough(agreeing) {
+            break;
+        }
     }
     let of_memory = matches!(facts.reached, Reached::KernelMemory | Reached::PidMemory);
-    if agreeing == 0 || !facts.are_enough(agreeing) || of_memory {
+    if !facts.are_enough(agreeing) || of_memory {
         return Ok(Verdict::UNKNOWN.transient());
     }
     facts.limits = early.and(ProcessLimits::read(&Status::read(), seen));
@@ -140,14 +140,8 @@ impl Round {
         };
         let snapshot = || hierarchy.map(|cgroup| cgroup.snapshot(&PIDS));
         let (numbers, before) = (look(), snapshot());
-        if !repetition.is_possible() {
-            return Ok(Some(Round {
-                reached: [first; 2],
-                numbers: numbers::compare(numbers, numbers, seen),
-                cgroup: before.map_or(Judgement::Open, |only| judge(None, &only)),
-            }));
-        }
-        if !repetition.refused(seen)? {
+        let repeats = repetition.is_possible();
+        if repeats && !repetition.refused(seen)? {
             return Ok(None);
         }
         let (numbers_after, after) = (look(), snapshot());
@@ -162,7 +156,8 @@ impl Round {
             reached: [first, second],
             numbers: numbers::compare(numbers, numbers_after, seen),
             cgroup: match (before, after) {
-                (Some(before), Some(after)) => judge(Some(&before), &after),
+                (Some(before), Some(after)) if repeats => judge(Some(&before), &after),
+                (_, Some(after)) => judge(None, &after),
                 _ => Judgement::Open,
             },
         }))
@@ -190,7 +185,7 @@ impl Facts {
             Reached::SiblingExec | Reached::PidNumbers => self.limits.excluded(),
             _ => self.cgroup() >= Standing::Signed,
         };
-        certain || !self.repeated || agreeing >= AGREEING
+        certain && agreeing > 0 || agreeing >= AGREEING
     }
 
     fn exec(&self) -> Standing {
