@@ -331,3 +331,23 @@ where
 {
     Builder::new().spawn(f)
 }
+
+/// Does now what the first spawn of a process does besides creating its thread: it examines glibc, with a thread of
+/// glibc's that ends at once, installs the handlers for overflow reports (unless
+/// [`disable_overflow_reports`](crate::disable_overflow_reports) was called) and for fork(3), and finds out what this
+/// kernel does with a stack and its guards. Afterwards a spawn makes only the system calls that `docs/seccomp.md` in the
+/// repository lists for each spawn: call it before a filter is installed. Later calls return at once.
+///
+/// # Errors
+/// A [`SpawnError`] that names the refused step, as the first spawn would have met it. A later call, or spawn, tries
+/// again.
+///
+/// ```
+/// nptl::prepare()?;
+/// // Install a filter here.
+/// nptl::spawn(|| ())?.join().unwrap();
+/// # Ok::<(), nptl::SpawnError>(())
+/// ```
+pub fn prepare() -> Result<(), SpawnError> {
+    crate::spawn::prepare(&Builder::new().request())
+}

@@ -72,8 +72,8 @@ mod sys;
 #[expect(unsafe_code, reason = "A9")]
 mod tcb;
 
-pub use builder::{Builder, spawn};
-pub use diagnose::{Cause, Certainty, headroom};
+pub use builder::{Builder, prepare, spawn};
+pub use diagnose::{Cause, Certainty, explain, headroom};
 pub use errno::Errno;
 pub use error::{Refused, SpawnError, StackFate, StackOrigin, StackOutcome, Step};
 pub use failures::last_failure;
@@ -83,7 +83,7 @@ pub use scope::{Scope, scope};
 pub use stack::StackInfo;
 pub use stack::cache::{StackCache, StackCacheConfig, StackCacheStats};
 pub use stack::overflow::disable_overflow_reports;
-pub use start::current_name;
+pub use start::{current_name, with_current_name};
 
 /// What the README shows is compiled and run.
 #[cfg(doctest)]

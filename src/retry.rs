@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_micros(200);
 /// patient.spawn(|| ())?.join().unwrap();
 /// # Ok::<(), nptl::SpawnError>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RetryPolicy {
     within: Duration,
     everything: bool,

@@ -69,6 +69,27 @@ pub(crate) fn spawn(request: &Request, work: Work<'_>) -> Result<Running, SpawnE
     }
 }
 
+/// What the first spawn does once in a process, besides what each does.
+pub(crate) fn prepare(request: &Request) -> Result<(), SpawnError> {
+    notice_fork();
+    if forked_bare() {
+        return Err(SpawnError::FORKED_BARE);
+    }
+    let reserve = Reserve::new();
+    if reserve.is_missing() {
+        return Err(refused_memory(request, size_of::<Refusal>()));
+    }
+    let mut attempts = 1;
+    let prepared = (|| {
+        fork::guard().map_err(explained)?;
+        let runtime = Runtime::get().map_err(no_runtime)?;
+        overflow::enabled();
+        // What the kernel does with a stack and its guards is found out with the first one, which is unmapped again.
+        obtain(request, runtime, &mut attempts).map(drop)
+    })();
+    prepared.map_err(|refusal| report(refusal, reserve, request, attempts))
+}
+
 /// Memory for what creator and thread share, if need be after giving back what the caches hold: with a cached stack
 /// lies what its last thread was made with. In a child of `_Fork(3)`, where no thread is made and malloc can wait for
 /// ever, there is none.
@@ -115,7 +136,7 @@ fn report(mut refusal: Refusal, reserve: Reserve, request: &Request, attempts: u
 fn explained(error: StepError) -> Refusal {
     // Reading files is a cancellation point.
     let _cancellation = NoCancellation::new();
-    Refusal::new(error, diagnose::explain(&error))
+    Refusal::new(error, diagnose::diagnose_once(&error))
 }
 
 fn no_memory(bytes: usize) -> Refusal {
@@ -189,7 +210,7 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
     // The analysis of a refused clone repeats it, and may be granted it.
     let entered = match request.retry.repeats() {
         true => diagnose::diagnose(&error, enter),
-        false => Err(diagnose::explain(&error)),
+        false => Err(diagnose::diagnose_once(&error)),
     };
     match entered {
         Ok(tid) => Ok(running(name, idle, tid)),

@@ -61,8 +61,22 @@ pub(crate) fn current() -> Option<&'static Stack> {
 /// assert_eq!(handle.join().unwrap().as_deref(), Some("vcpu0"));
 /// ```
 pub fn current_name() -> Option<String> {
-    // SAFETY: the record of this very thread.
-    current().and_then(|stack| unsafe { stack.name() }.map(str::to_owned))
+    with_current_name(|name| name.map(str::to_owned))
+}
+
+/// Calls `f` with the [name of the calling thread](current_name), or with `None` in a thread that has none or is not of
+/// this crate. Allocates nothing and makes no system call, so it can be used where the heap cannot, as in a signal
+/// handler.
+///
+/// ```
+/// let named = nptl::Builder::new().name("vcpu0");
+/// let handle = named.spawn(|| nptl::with_current_name(|name| name == Some("vcpu0")))?;
+/// assert!(handle.join().unwrap());
+/// # Ok::<(), nptl::SpawnError>(())
+/// ```
+pub fn with_current_name<R>(f: impl FnOnce(Option<&str>) -> R) -> R {
+    // SAFETY: the record of this very thread, whose name stays until its destructors have run.
+    f(current().and_then(|stack| unsafe { stack.name() }))
 }
 
 /// Where every thread of this crate begins.

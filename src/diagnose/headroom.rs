@@ -39,7 +39,7 @@ impl fmt::Display for Unit {
 }
 
 /// One limit: how full, and where it was read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct HeadroomLimit {
     /// The cause that a refusal at this limit would have.
@@ -112,6 +112,15 @@ impl Headroom {
             .filter_map(|limit| Some((limit, self.threads_left(limit, stack_bytes)?)))
             .filter(|(_, threads)| *threads != UNLIMITED)
             .min_by_key(|(_, threads)| *threads)
+    }
+}
+
+impl<'a> IntoIterator for &'a Headroom {
+    type Item = &'a HeadroomLimit;
+    type IntoIter = std::slice::Iter<'a, HeadroomLimit>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.limits.iter()
     }
 }
 

@@ -15,6 +15,7 @@ mod again;
 mod cause;
 mod eagain;
 mod enomem;
+mod explain;
 mod headroom;
 mod judge;
 mod limits;
@@ -31,12 +32,13 @@ use crate::errno::Errno;
 
 use again::{Again, Granted, Repetition};
 pub use cause::{
-    AddressSpace, AddressSpaceExhausted, Answer, Cause, CauseKind, Causes, Certainty, CgroupPlace,
-    DataSegment, DeadlineScheduling, DyingPidNamespace, InvalidAttribute, KernelMemory,
-    LockedMemory, MapCount, MemoryOracle, Oracle, Overcommit, PidLevel, PidNumbers, PidsCgroup,
-    Seccomp, SecurityModule, SiblingExec, ThreadsMax, Tracer, Unknown, UnsharedPidNamespace,
-    UnsharedTimeNamespace, UnsupportedRuntime, UserProcesses,
+    AddressSpace, AddressSpaceExhausted, Answer, Cause, CauseKind, Causes, CausesIter, Certainty,
+    CgroupPlace, DataSegment, DeadlineScheduling, DyingPidNamespace, InvalidAttribute,
+    KernelMemory, LockedMemory, MapCount, MemoryOracle, Oracle, Overcommit, PidLevel, PidNumbers,
+    PidsCgroup, Seccomp, SecurityModule, SiblingExec, ThreadsMax, Tracer, Unknown,
+    UnsharedPidNamespace, UnsharedTimeNamespace, UnsupportedRuntime, UserProcesses,
 };
+pub use explain::{Explanation, explain};
 pub use headroom::{Headroom, HeadroomLimit, Unit, headroom, headroom_of};
 use outside::Outside;
 use rule::{Standing, rule};
@@ -74,7 +76,7 @@ pub(crate) fn diagnose<T>(
 }
 
 /// [`diagnose`] without a repetition.
-pub(crate) fn explain(error: &StepError) -> Verdict {
+pub(crate) fn diagnose_once(error: &StepError) -> Verdict {
     analyse(error, None)
 }
 

@@ -111,7 +111,7 @@ fn clones(report: &mut Report, call: CloneCall, repeat: bool) {
                 }
             }
             Err(error) if repeat => report.record(diagnose(&error, || real_clone(call))),
-            Err(error) => report.record(Err(explain(&error))),
+            Err(error) => report.record(Err(diagnose_once(&error))),
         }
     }
 }
@@ -128,7 +128,7 @@ fn mappings(
             report.failed = Some("the mapping is not refused");
             return;
         };
-        report.record(Err(explain(&StepError {
+        report.record(Err(diagnose_once(&StepError {
             locks: step == Step::PrepareStack,
             ..StepError::new(step, errno, bytes)
         })));

@@ -16,6 +16,7 @@ use crate::sys::clone_probe::{Probe, probe};
 use crate::sys::map_probe::{self, Question};
 use crate::tcb::Runtime;
 use nix::sys::resource::{Resource, getrlimit};
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// 64 MiB: a thousand default stacks at their upper bound of 56 to 64 KiB each (the signal stack grows with
@@ -40,7 +41,7 @@ const DEFAULT_KEEP: usize = 32 << 10;
 /// let cache = StackCache::new(StackCacheConfig::default().resident_budget(8 << 20));
 /// assert_eq!(cache.stats().cached_stacks, 0);
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StackCacheConfig {
     resident_budget: usize,
     keep_resident: usize,
@@ -129,7 +130,7 @@ impl StackCacheConfig {
 
 /// The accounts of a [`StackCache`] at one instant: `live_stacks + cached_stacks = mapped_stacks`.
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StackCacheStats {
     /// Spawns that found a stack here, each counted once: its first attempt decides.
     pub hits: u64,
@@ -334,6 +335,11 @@ fn instances() -> impl Iterator<Item = &'static Instance> {
 /// assert_eq!(cache.stats().hits, 1);
 /// ```
 pub struct StackCache(&'static Instance);
+
+// No code of the caller runs while a ledger is changed, so that no panic leaves one half changed; and a builder with a
+// cache is what std's builder is.
+impl UnwindSafe for StackCache {}
+impl RefUnwindSafe for StackCache {}
 
 impl StackCache {
     /// The cache of every thread whose [`Builder`](crate::Builder) names no other.

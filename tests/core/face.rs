@@ -1,13 +1,16 @@
 //! The public face: names and bounds as callers use them, and what they say in cases that std knows, too.
 
-use crate::{rounds, wait_until};
-use nptl::{Builder, JoinHandle, ScopedJoinHandle, SpawnError, Step};
+use crate::{rounds, under_valgrind, wait_until};
+use nptl::diagnose::CauseKind;
+use nptl::{Builder, Certainty, JoinHandle, ScopedJoinHandle, SpawnError, Step};
 use std::any::Any;
 use std::hint::black_box;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{TryRecvError, channel};
 use std::time::Duration;
-use support::deny;
+use support::{
+    allow, allow_only, become_unused_user, case, child, deny, or_skip, report, set_rlimit, skip,
+};
 
 fn text(payload: Box<dyn Any + Send>) -> String {
     let text = payload.downcast_ref::<String>();
@@ -143,4 +146,215 @@ fn an_errno_that_has_no_name_is_reported_as_the_filter_gave_it() {
     assert_eq!(error.errno(), NAMELESS);
     assert_eq!(error.pthread_errno(), NAMELESS);
     assert!(error.to_string().contains("errno=1234"), "{error}");
+}
+
+/// What a first spawn does once is done: no call of it may follow behind a filter that knows only spawn's own.
+#[test]
+fn after_prepare_a_spawn_makes_the_documented_calls_only() {
+    let name = "face::after_prepare_a_spawn_makes_the_documented_calls_only";
+    if case().is_none() {
+        if under_valgrind() {
+            skip!("valgrind makes system calls of its own");
+        }
+        or_skip!(child(name, "run").run()).success();
+        return;
+    }
+    nptl::prepare().unwrap();
+    nptl::prepare().unwrap();
+    assert_eq!(nptl::StackCache::global().stats().mapped_stacks, 0);
+    // The tables for each spawn, cache miss included; and what the new thread and malloc do.
+    allow_only(
+        [
+            libc::SYS_rt_sigprocmask,
+            libc::SYS_clone3,
+            libc::SYS_clone,
+            libc::SYS_futex,
+            libc::SYS_prlimit64,
+            libc::SYS_mmap,
+            libc::SYS_munmap,
+            libc::SYS_mprotect,
+            libc::SYS_madvise,
+            libc::SYS_brk,
+            libc::SYS_set_robust_list,
+            libc::SYS_rseq,
+            libc::SYS_sigaltstack,
+            libc::SYS_exit,
+            libc::SYS_write,
+            libc::SYS_exit_group,
+        ]
+        .map(allow),
+    );
+    for _ in 0..2 {
+        assert_eq!(nptl::spawn(|| 7).unwrap().join().unwrap(), 7);
+    }
+    // Without std's own way out, which asks for more.
+    report("spawned", 2);
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(0) };
+}
+
+#[test]
+fn a_refusal_of_a_thread_of_std_is_explained_and_never_proven() {
+    let name = "face::a_refusal_of_a_thread_of_std_is_explained_and_never_proven";
+    if case().is_none() {
+        let output = or_skip!(child(name, "run").run()).success();
+        if let Some(why) = output.skipped() {
+            skip!("{why}");
+        }
+        return;
+    }
+    or_skip!(become_unused_user());
+    set_rlimit(libc::RLIMIT_NPROC, 1);
+    let error = std::thread::Builder::new().spawn(|| ()).unwrap_err();
+    let explanation = nptl::explain(error.raw_os_error().unwrap());
+    assert_eq!(explanation.errno(), libc::EAGAIN);
+    assert_eq!(
+        explanation.cause().kind(),
+        CauseKind::UserProcesses,
+        "{explanation}"
+    );
+    assert_eq!(explanation.certainty(), Certainty::Inferred);
+    assert!(explanation.report().to_string().contains("RLIMIT_NPROC"));
+    assert!(
+        nptl::last_failure().is_none(),
+        "nothing of this crate was refused"
+    );
+
+    // pthread_create says EAGAIN where its stack could not be mapped, too.
+    set_rlimit(libc::RLIMIT_NPROC, 1000);
+    set_rlimit(libc::RLIMIT_AS, 0);
+    let explanation = nptl::explain(libc::EAGAIN);
+    assert_eq!(
+        explanation.cause().kind(),
+        CauseKind::AddressSpace,
+        "{explanation}"
+    );
+    assert_eq!(explanation.certainty(), Certainty::Inferred);
+    set_rlimit(libc::RLIMIT_AS, libc::RLIM_INFINITY);
+    let explanation = nptl::explain(libc::EAGAIN);
+    assert_eq!(explanation.certainty(), Certainty::Unknown, "{explanation}");
+}
+
+#[test]
+fn what_borrows_can_be_given_to_a_thread_that_is_joined_in_time() {
+    let words = ["one".to_owned(), "two".to_owned()];
+    // SAFETY: joined before `words` goes.
+    let handle = unsafe { Builder::new().spawn_unchecked(|| &words[1]) }.unwrap();
+    assert_eq!(handle.join().unwrap(), "two");
+}
+
+#[test]
+fn a_refused_closure_comes_back_in_an_error_that_becomes_the_spawn_error() {
+    let refused = Builder::new().stack_size(usize::MAX).spawn_or_return(|| 7);
+    let refused = refused.unwrap_err();
+    let line = refused.error().to_string();
+    assert_eq!(
+        (refused.to_string(), format!("{refused:?}")),
+        (line.clone(), line.clone())
+    );
+    assert!(std::error::Error::source(&refused).is_some());
+    assert_eq!(refused.into_parts().1(), 7);
+    let question = || -> Result<(), SpawnError> {
+        Builder::new()
+            .stack_size(usize::MAX)
+            .spawn_or_return(|| ())?;
+        Ok(())
+    };
+    assert_eq!(question().unwrap_err().to_string(), line);
+}
+
+/// What std's types are, ours are, too. Compiled, not run.
+mod bounds {
+    use nptl::diagnose::{
+        self, CauseKind, Causes, Explanation, Headroom, HeadroomLimit, InlinePath,
+    };
+    use nptl::{
+        Builder, Cause, Certainty, Errno, JoinHandle, Refused, RetryPolicy, Scope,
+        ScopedJoinHandle, SpawnError, StackCache, StackCacheConfig, StackCacheStats, StackFate,
+        StackInfo, StackOrigin, StackOutcome, Step,
+    };
+    use std::cell::Cell;
+    use std::error::Error;
+    use std::fmt::{Debug, Display};
+    use std::hash::Hash;
+    use std::panic::{RefUnwindSafe, UnwindSafe};
+    use std::path::Path;
+
+    const fn threads<T: Send + Sync + Unpin>() {}
+    const fn unwinds<T: UnwindSafe + RefUnwindSafe>() {}
+    const fn plain<
+        T: Copy + Debug + Eq + Hash + Send + Sync + UnwindSafe + RefUnwindSafe + 'static,
+    >() {
+    }
+    const fn error<
+        T: Error + Display + Debug + Send + Sync + UnwindSafe + RefUnwindSafe + 'static,
+    >() {
+    }
+
+    const _: () = {
+        // std::thread's own, as far as they go: its JoinHandle and ScopedJoinHandle are not UnwindSafe.
+        threads::<JoinHandle<Cell<i32>>>();
+        threads::<ScopedJoinHandle<'static, Cell<i32>>>();
+        threads::<Scope<'static, 'static>>();
+        threads::<Builder>();
+        unwinds::<Builder>();
+
+        error::<SpawnError>();
+        error::<Errno>();
+        error::<Refused<fn()>>();
+        threads::<StackCache>();
+        unwinds::<StackCache>();
+        threads::<Explanation>();
+        unwinds::<Explanation>();
+        threads::<Headroom>();
+        unwinds::<Headroom>();
+
+        plain::<Errno>();
+        plain::<Step>();
+        plain::<StackOrigin>();
+        plain::<StackFate>();
+        plain::<StackOutcome>();
+        plain::<StackInfo>();
+        plain::<RetryPolicy>();
+        plain::<StackCacheConfig>();
+        plain::<StackCacheStats>();
+        plain::<Cause>();
+        plain::<Certainty>();
+        plain::<CauseKind>();
+        plain::<Causes>();
+        plain::<InlinePath>();
+        plain::<diagnose::Unit>();
+        plain::<diagnose::Answer>();
+    };
+
+    #[expect(dead_code, reason = "its bounds are checked")]
+    fn conversions(error: SpawnError, headroom: &Headroom, path: &InlinePath, causes: Causes) {
+        fn clones<T: Clone>(_: &T) {}
+        clones(&error);
+        let _: std::io::Error = error.errno().into();
+        let _: i32 = error.errno().into();
+        let _: &Path = path.as_ref();
+        let _: Option<&HeadroomLimit> = headroom.into_iter().next();
+        let _: Option<CauseKind> = causes.into_iter().next();
+        let _: std::io::Error = error.into();
+        let _: fn(u32) -> std::io::Result<Headroom> = diagnose::headroom_of;
+        let _: fn(i32) -> Explanation = nptl::explain;
+        let _: fn() -> Headroom = nptl::headroom;
+        let _: fn() -> Option<SpawnError> = nptl::last_failure;
+        let _: fn() -> Option<String> = nptl::current_name;
+        let _: fn() -> Result<(), SpawnError> = nptl::prepare;
+    }
+
+    #[expect(dead_code, reason = "its types are checked")]
+    fn handle(handle: &JoinHandle<()>) {
+        let _: libc::pid_t = handle.tid();
+        let _: libc::pthread_t = handle.as_pthread_t();
+        let _: std::io::Result<()> = handle.kill(0);
+        let _: std::io::Result<std::os::fd::OwnedFd> = handle.pidfd();
+        let _: StackInfo = handle.stack();
+        let _: std::io::Result<usize> = handle.stack_high_water_mark();
+        let _: std::io::Result<std::time::Duration> = handle.cpu_time();
+        let _: bool = handle.wait_timeout(std::time::Duration::ZERO) || handle.is_finished();
+        let _: Option<&str> = handle.name();
+    }
 }

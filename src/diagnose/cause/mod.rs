@@ -213,10 +213,8 @@ impl Causes {
     }
 
     /// The elements, in the order of [`Cause`].
-    pub fn iter(self) -> impl Iterator<Item = CauseKind> {
-        CauseKind::ALL
-            .into_iter()
-            .filter(move |kind| self.contains(*kind))
+    pub fn iter(self) -> CausesIter {
+        CausesIter(self)
     }
 
     /// Whether one of them counts tasks, so that it passes when others have ended.
@@ -233,6 +231,31 @@ impl Causes {
 
     pub(crate) fn without(self, kind: CauseKind) -> Causes {
         Causes(self.0 & !(1 << kind as u32))
+    }
+}
+
+/// The elements of a set of causes. Made by [`Causes::iter`].
+#[derive(Clone, Debug)]
+pub struct CausesIter(Causes);
+
+impl Iterator for CausesIter {
+    type Item = CauseKind;
+
+    fn next(&mut self) -> Option<CauseKind> {
+        let first = CauseKind::ALL
+            .into_iter()
+            .find(|kind| self.0.contains(*kind))?;
+        self.0 = self.0.without(first);
+        Some(first)
+    }
+}
+
+impl IntoIterator for Causes {
+    type Item = CauseKind;
+    type IntoIter = CausesIter;
+
+    fn into_iter(self) -> CausesIter {
+        self.iter()
     }
 }
 
