@@ -2,8 +2,9 @@
 
 use std::arch::asm;
 use std::fs;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use support::{Cgroup, deny, is_root, or_skip, set_rlimit};
 
 use super::judge::{Judgement, judge};
 use super::*;
@@ -201,20 +202,6 @@ fn become_user(uid: u32) {
     }
 }
 
-fn set_limit(resource: libc::__rlimit_resource_t, soft: u64) {
-    let limit = libc::rlimit {
-        rlim_cur: soft,
-        rlim_max: soft,
-    };
-    // SAFETY: a valid rlimit.
-    unsafe { libc::setrlimit(resource, &limit) };
-}
-
-fn is_root() -> bool {
-    // SAFETY: geteuid has no preconditions.
-    unsafe { libc::geteuid() == 0 }
-}
-
 /// A descriptor that says when this process has ended, for a child that asked too late to be killed with it. The
 /// parent's number would not do: in a namespace of its own the child cannot see it.
 fn own_pidfd() -> i32 {
@@ -268,9 +255,9 @@ fn a_cause_is_small() {
 #[test]
 fn nproc_by_legacy_clone() {
     let report = in_child("nproc, clone3 filtered with ENOSYS", |report| {
-        set_limit(libc::RLIMIT_NPROC, 1);
+        set_rlimit(libc::RLIMIT_NPROC, 1);
         become_nobody();
-        filter(&[(libc::SYS_clone3, libc::ENOSYS)]);
+        deny(libc::SYS_clone3, libc::ENOSYS).install();
         clones(report, CloneCall::Clone, true);
     });
     // A filter's answer and execve cannot be excluded without clone3, and the report says so.
@@ -387,55 +374,12 @@ fn leaderless_session() -> bool {
     }
 }
 
-/// A cgroup directory, removed at the end.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn new(parent: &str) -> Option<Cgroup> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = PathBuf::from(parent).join(format!("nptl-diag-{}-{number}", std::process::id()));
-        fs::create_dir(&path).ok()?;
-        Some(Cgroup(path))
-    }
-
-    fn under(parent: &Cgroup) -> Option<Cgroup> {
-        Cgroup::new(parent.0.to_str()?)
-    }
-
-    fn set(&self, file: &str, value: &str) {
-        fs::write(self.0.join(file), value).unwrap_or_else(|error| panic!("{file}: {error}"));
-    }
-
-    fn enter(&self) {
-        fs::write(self.0.join("cgroup.procs"), "0").expect("enter");
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // The last task may still be leaving.
-        for _ in 0..100_000 {
-            if fs::remove_dir(&self.0).is_ok() {
-                return;
-            }
-            std::thread::yield_now();
-        }
-        println!("left behind: {}", self.0.display());
-    }
-}
-
-const PIDS_ROOT: &str = "/sys/fs/cgroup/pids";
-
 /// A cgroup that fills up only after the one around it has refused is not named, and no more is one that was full
 /// before and then had room.
 #[test]
 fn a_cgroup_that_was_not_full_throughout() {
-    let Some(outer) = Cgroup::new(PIDS_ROOT) else {
-        println!("skipped: no pids cgroup");
-        return;
-    };
-    let inner = Cgroup::under(&outer).expect("a cgroup below");
+    let outer = or_skip!(Cgroup::pids());
+    let inner = outer.nested().expect("a cgroup below");
     // pids.max of the inner one at the two readings. It has one task, and room for another in between.
     for (before, after, expected) in [
         ("2", "2", CgroupPlace::Ancestor),
@@ -444,7 +388,7 @@ fn a_cgroup_that_was_not_full_throughout() {
     ] {
         outer.set("pids.max", "1");
         let report = in_child("cgroups that fill up", |report| {
-            inner.enter();
+            inner.set("cgroup.procs", 0);
             let pids = Hierarchy::of_thread(b"pids").expect("a hierarchy");
             inner.set("pids.max", before);
             let first = pids.snapshot(&PIDS);
@@ -463,21 +407,6 @@ fn a_cgroup_that_was_not_full_throughout() {
     }
 }
 
-/// From here on these calls get an errno, and the others pass.
-fn filter(rules: &[(libc::c_long, i32)]) {
-    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
-    for (call, errno) in rules {
-        let filter = SeccompFilter::new(
-            [(*call, vec![])].into_iter().collect(),
-            SeccompAction::Allow,
-            SeccompAction::Errno(*errno as u32),
-            std::env::consts::ARCH.try_into().expect("architecture"),
-        );
-        let program: BpfProgram = filter.expect("filter").try_into().expect("program");
-        apply_filter(&program).expect("apply");
-    }
-}
-
 /// `RetryPolicy::never` makes no call that could create a task, and what holds now need not have held then.
 #[test]
 fn without_a_repetition_nothing_is_proven() {
@@ -486,7 +415,7 @@ fn without_a_repetition_nothing_is_proven() {
             report.skipped = Some("needs root");
             return;
         }
-        set_limit(libc::RLIMIT_NPROC, 1);
+        set_rlimit(libc::RLIMIT_NPROC, 1);
         become_nobody();
         clones(report, CloneCall::Clone3, false);
     });
@@ -509,18 +438,15 @@ fn without_a_repetition_nothing_is_proven() {
             assert_eq!(numbers.level, level);
         }
     }
-    let Some(cgroup) = Cgroup::new(PIDS_ROOT) else {
-        println!("skipped: no pids cgroup");
-        return;
-    };
+    let cgroup = or_skip!(Cgroup::pids());
     cgroup.set("pids.max", "1");
     let report = in_child("pids cgroup", |report| {
-        cgroup.enter();
+        cgroup.set("cgroup.procs", 0);
         clones(report, CloneCall::Clone3, false);
     });
     expect(report, CauseKind::PidsCgroup, Certainty::Inferred);
     if let Some(Cause::PidsCgroup(found)) = report.map(|report| report.last()) {
-        assert_eq!(found.directory.to_str(), cgroup.0.to_str());
+        assert_eq!(found.directory.to_str(), cgroup.path().to_str());
     }
 }
 
@@ -543,7 +469,8 @@ fn a_filter_that_answers_clone() {
         ),
     ] {
         let report = in_child("seccomp", |report| {
-            filter(&[(libc::SYS_clone3, clone3), (libc::SYS_clone, clone)]);
+            deny(libc::SYS_clone3, clone3).install();
+            deny(libc::SYS_clone, clone).install();
             clones(report, CloneCall::Clone, true);
         });
         if let Some(verdict) = report.as_ref().and_then(|report| report.last) {
@@ -562,7 +489,7 @@ fn a_filter_that_lets_no_arguments_pass() {
         SeccompRule, apply_filter,
     };
     let report = in_child("seccomp, arguments", |report| {
-        set_limit(libc::RLIMIT_NPROC, 50);
+        set_rlimit(libc::RLIMIT_NPROC, 50);
         become_user(54324);
         let (length, operator) = (SeccompCmpArgLen::Qword, SeccompCmpOp::Ne);
         let condition = SeccompCondition::new(0, length, operator, 0).expect("condition");
@@ -584,16 +511,16 @@ fn a_filter_that_lets_no_arguments_pass() {
 #[test]
 fn a_filter_does_not_hide_other_causes() {
     let report = in_child("nproc under a harmless filter", |report| {
-        set_limit(libc::RLIMIT_NPROC, 1);
+        set_rlimit(libc::RLIMIT_NPROC, 1);
         become_nobody();
-        filter(&[(libc::SYS_reboot, libc::EPERM)]);
+        deny(libc::SYS_reboot, libc::EPERM).install();
         clones(report, CloneCall::Clone3, true);
     });
     expect(report, CauseKind::UserProcesses, Certainty::Inferred);
     let report = in_child("pid_max under a harmless filter", |report| {
         in_pid_namespace(report, Some(400), |report| {
             while sleeper().is_ok() {}
-            filter(&[(libc::SYS_reboot, libc::EPERM)]);
+            deny(libc::SYS_reboot, libc::EPERM).install();
             clones(report, CloneCall::Clone3, true);
         });
     });
@@ -612,7 +539,7 @@ fn an_unshared_pid_namespace_is_seen_by_files_alone() {
             if populated {
                 sleeper().expect("fork");
             }
-            filter(&[(libc::SYS_reboot, libc::EPERM)]);
+            deny(libc::SYS_reboot, libc::EPERM).install();
             clones(report, CloneCall::Clone3, true);
         });
         expect(report, CauseKind::UnsharedPidNamespace, Certainty::Proven);
@@ -647,14 +574,14 @@ fn limits_of_memory_are_read_from_files_under_a_filter() {
         (libc::RLIMIT_DATA, CauseKind::DataSegment),
     ] {
         let report = in_child("memory limit", |report| {
-            filter(&[(libc::SYS_reboot, libc::EPERM)]);
+            deny(libc::SYS_reboot, libc::EPERM).install();
             let status = Status::read();
             let used = match kind {
                 CauseKind::AddressSpace => status.mapped,
                 _ => status.data,
             };
             // One page less than needed.
-            set_limit(resource, used.unwrap() + STACK_BYTES as u64 - 4096);
+            set_rlimit(resource, used.unwrap() + STACK_BYTES as u64 - 4096);
             mappings(report, Step::MapStack, STACK_BYTES, || {
                 map_stack(STACK_BYTES).map(drop)
             });
@@ -666,7 +593,7 @@ fn limits_of_memory_are_read_from_files_under_a_filter() {
 #[test]
 fn a_stack_that_may_not_be_locked() {
     let report = in_child("mlock", |report| {
-        set_limit(libc::RLIMIT_MEMLOCK, 1 << 20);
+        set_rlimit(libc::RLIMIT_MEMLOCK, 1 << 20);
         become_nobody();
         let start = map_stack(STACK_BYTES).unwrap();
         mappings(report, Step::PrepareStack, STACK_BYTES, || {
@@ -702,13 +629,11 @@ fn a_guard_that_needs_one_mapping_too_many() {
 
 #[test]
 fn probes_create_nothing() {
-    let Some(cgroup) = Cgroup::new(PIDS_ROOT) else {
-        return;
-    };
+    let cgroup = or_skip!(Cgroup::pids());
     cgroup.set("pids.max", "100");
     let report = in_child("probes", |report| {
-        cgroup.enter();
-        let read = |file: &str| fs::read_to_string(cgroup.0.join(file)).unwrap_or_default();
+        cgroup.set("cgroup.procs", 0);
+        let read = |file: &str| fs::read_to_string(cgroup.path().join(file)).unwrap_or_default();
         let threads = || fs::read_dir("/proc/self/task").map(Iterator::count).ok();
         let before = (
             read("pids.current"),
