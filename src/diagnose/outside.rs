@@ -8,13 +8,15 @@
 use crate::errno::Errno;
 
 use super::cause::{Answer, Cause, CauseKind, Seccomp, SecurityModule, Tracer, Unknown};
-use super::probe::Kernel;
 use super::rule::Standing;
 use crate::mem::text::InlinePath;
 use crate::proc::machine;
 use crate::proc::status::{Calls, Status};
 use crate::step::{CloneCall, StepError};
 use crate::sys::clone_probe::Probe;
+
+/// The kernel, or in tests a model of it.
+pub(super) type Kernel<'a> = &'a mut dyn FnMut(Probe) -> Result<(), Errno>;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Outside {

@@ -14,7 +14,7 @@
 use crate::errno::Errno;
 
 use super::cause::Oracle;
-use super::outside::Outside;
+use super::outside::{Kernel, Outside};
 use crate::proc::status::Calls;
 use crate::step::CloneCall;
 use crate::sys::clone_probe::Probe;
@@ -58,9 +58,6 @@ impl Reached {
         )
     }
 }
-
-/// The kernel, or in tests a model of it.
-pub(super) type Kernel<'a> = &'a mut dyn FnMut(Probe) -> Result<(), Errno>;
 
 /// Probes once, and keeps the answers.
 pub(super) fn ask(

@@ -11,8 +11,16 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 use super::parse;
-use super::status::Calls;
 use crate::mem::text::Text;
+
+/// Which system calls the analysis may make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Calls {
+    /// No filter is installed: any.
+    Any,
+    /// A filter is installed, or it could not be found out: reading files, and the call that was refused.
+    FilesOnly,
+}
 
 /// Signals that may interrupt a call before it is given up.
 const MOST_INTERRUPTIONS: u32 = 8;

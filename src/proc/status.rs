@@ -6,16 +6,8 @@ use std::ops::ControlFlow;
 use crate::errno::Errno;
 
 use super::file;
+pub(crate) use super::file::Calls;
 use super::parse::{hexadecimal, kib, number, words};
-
-/// Which system calls the analysis may make.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Calls {
-    /// No filter is installed: any.
-    Any,
-    /// A filter is installed, or it could not be found out: reading files, and the call that was refused.
-    FilesOnly,
-}
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Status {
