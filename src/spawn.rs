@@ -275,7 +275,7 @@ fn obtain(
     runtime: &'static Runtime,
     attempts: &mut u32,
 ) -> Result<Idle, Refusal> {
-    let lacks = |refused: &stack::Refused| StackCache::could_mend(&refused.0);
+    let lacks = |refused: &stack::RefusedStack| StackCache::could_mend(&refused.0);
     let first = Cell::new(*attempts == 1);
     let obtain = || Idle::obtain(&request.cache, runtime, &request.wanted, first.take());
     with_room(runtime, attempts, lacks, obtain).map_err(|((error, stack), reclaimed)| {

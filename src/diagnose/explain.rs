@@ -98,7 +98,7 @@ impl Explanation {
 
     /// Several lines: errno, cause, the evidence and the files it was read from, and what to change.
     pub fn report(&self) -> impl fmt::Display + '_ {
-        Report(self)
+        ExplanationReport(self)
     }
 }
 
@@ -122,9 +122,9 @@ impl fmt::Debug for Explanation {
     }
 }
 
-struct Report<'a>(&'a Explanation);
+struct ExplanationReport<'a>(&'a Explanation);
 
-impl fmt::Display for Report<'_> {
+impl fmt::Display for ExplanationReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Explanation { errno, verdict } = self.0;
         writeln!(f, "a task was refused with {errno:?} ({})", errno.meaning())?;

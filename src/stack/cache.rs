@@ -473,10 +473,10 @@ impl StackCache {
     }
 
     #[inline]
-    fn unmap(&self, victims: Victims<'_, Stack>) -> Round {
+    fn unmap(&self, victims: Victims<'_, Stack>) -> Eviction {
         // Most often, and on the way of every thread.
         if victims.is_empty() {
-            return Round::default();
+            return Eviction::default();
         }
         unmap_victims(victims, Runtime::existing(), std::ptr::null())
     }
@@ -665,7 +665,7 @@ fn release_heaps() {
 
 /// What became of some victims.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Round {
+pub(super) struct Eviction {
     /// Given back to the kernel.
     unmapped: usize,
     /// munmap was refused.
@@ -674,7 +674,7 @@ pub(super) struct Round {
     pub(super) found: bool,
 }
 
-impl Round {
+impl Eviction {
     /// munmap is refused where it would split a mapping at vm.max_map_count. What went meanwhile can have
     /// made room, or have been the neighbour.
     fn is_worth_another(self) -> bool {
@@ -688,8 +688,8 @@ pub(super) fn unmap_victims(
     mut victims: Victims<'_, Stack>,
     runtime: Option<&Runtime>,
     which: *const Stack,
-) -> Round {
-    let mut round = Round::default();
+) -> Eviction {
+    let mut round = Eviction::default();
     // Without a runtime there has been no thread, and so there is no stack to unmap.
     let Some(runtime) = runtime else { return round };
     while let Some(stack) = victims.pop() {

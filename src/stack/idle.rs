@@ -24,7 +24,7 @@ impl Stack {
         runtime: &'static Runtime,
         layout: &Layout,
         class: Option<Class>,
-    ) -> Result<&'static Stack, Refused> {
+    ) -> Result<&'static Stack, RefusedStack> {
         let length = layout.total();
         // Before anything can be refused, because it may allocate (A4).
         let none = |step, errno, bytes| (StepError::new(step, errno, bytes), StackOutcome::NONE);
@@ -140,7 +140,7 @@ impl Wanted {
 }
 
 /// The refused step, and what became of a stack that was mapped already.
-pub(crate) type Refused = (StepError, StackOutcome);
+pub(crate) type RefusedStack = (StepError, StackOutcome);
 
 impl Idle {
     /// A cached stack of the size's class, or a fresh one. The cache counts a hit or a miss for the `first` attempt of
@@ -150,7 +150,7 @@ impl Idle {
         runtime: &'static Runtime,
         wanted: &Wanted,
         first: bool,
-    ) -> Result<Idle, Refused> {
+    ) -> Result<Idle, RefusedStack> {
         let fit = class::fit(
             wanted.size.max(layout::SMALLEST),
             wanted.guard,
@@ -265,7 +265,7 @@ impl Idle {
         // SAFETY: no thread runs on this stack, so the slot is the creator's.
         unsafe { *stack.start.get() = Some(start) };
         let bottom = stack.bottom();
-        let request = sys::clone::Request {
+        let request = sys::clone::CloneRequest {
             stack: bottom,
             // A debugger or valgrind that unwinds the first instruction reads the word at the initial stack pointer,
             // which must not be the guard page above.

@@ -20,7 +20,7 @@ pub(crate) const FLAGS: u64 = (libc::CLONE_VM
     | libc::CLONE_CHILD_CLEARTID) as u64;
 
 /// What the kernel needs to make a thread.
-pub(crate) struct Request {
+pub(crate) struct CloneRequest {
     /// Lowest address of the stack.
     pub stack: usize,
     /// Its length; the initial stack pointer is `stack + stack_size`.
@@ -45,7 +45,7 @@ static NO_CLONE3: AtomicBool = AtomicBool::new(false);
 /// # Safety
 /// The stack, the TLS block and `start` belong to the new thread alone from here on, unless this
 /// returns an error (A1, A2).
-pub(crate) unsafe fn thread<E: Entry>(request: &Request) -> Result<pid_t, (Errno, CloneCall)> {
+pub(crate) unsafe fn thread<E: Entry>(request: &CloneRequest) -> Result<pid_t, (Errno, CloneCall)> {
     if !NO_CLONE3.load(Ordering::Relaxed) {
         // SAFETY: all-zero is a valid clone_args: no pidfd, no exit signal, no set_tid.
         let mut args: libc::clone_args = unsafe { std::mem::zeroed() };

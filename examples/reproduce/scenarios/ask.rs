@@ -18,14 +18,14 @@ use support::report;
 
 /// How often one was asked, and what it said.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
-pub struct Tally {
+pub struct Outcomes {
     pub granted: u64,
     /// By the text of the refusal.
     pub refused: BTreeMap<String, u64>,
 }
 
-impl Tally {
-    pub fn add(&mut self, other: &Tally) {
+impl Outcomes {
+    pub fn add(&mut self, other: &Outcomes) {
         self.granted += other.granted;
         for (text, count) in &other.refused {
             *self.refused.entry(text.clone()).or_default() += count;
@@ -49,7 +49,7 @@ impl fmt::Display for Times {
     }
 }
 
-impl fmt::Display for Tally {
+impl fmt::Display for Outcomes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let alone = self.granted + self.refusals() == 1;
         let mut separator = "";
@@ -133,7 +133,7 @@ const STD: &str = "std::thread";
 
 /// Reports a tally of one refusal or grant of another library.
 fn tell(key: &str, results: &[i32], text: impl Fn(i32) -> String) {
-    let mut tally = Tally::default();
+    let mut tally = Outcomes::default();
     for &errno in results {
         match errno {
             0 => tally.granted += 1,

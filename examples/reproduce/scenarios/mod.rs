@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub use ask::{Answer, Tally};
+pub use ask::{Answer, Outcomes};
 
 use ask::{Asker, tell_failure, tell_skip};
 use support::{Child, Output, is_root};
@@ -129,8 +129,8 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// What is wrong, or why it was skipped.
     pub why: Vec<String>,
-    pub pthread_create: Tally,
-    pub std_thread: Tally,
+    pub pthread_create: Outcomes,
+    pub std_thread: Outcomes,
     /// Threads that nptl created under the limit.
     pub nptl_granted: u64,
     /// Its refusals.
@@ -147,8 +147,8 @@ impl Outcome {
             needs: scenario.needs,
             verdict,
             why,
-            pthread_create: Tally::default(),
-            std_thread: Tally::default(),
+            pthread_create: Outcomes::default(),
+            std_thread: Outcomes::default(),
             nptl_granted: 0,
             answers: Vec::new(),
             notes: Vec::new(),
@@ -193,7 +193,7 @@ fn judge(scenario: &'static Scenario, output: &Output) -> Outcome {
     let mut outcome = Outcome::of(scenario, Verdict::Right, Vec::new());
     // Each line was made by `report` in one write, so that processes of one scenario do not mix theirs.
     let tally = |key: &str, wrong: &mut Vec<String>| {
-        let mut sum = Tally::default();
+        let mut sum = Outcomes::default();
         for text in output.all(key) {
             match serde_json::from_str(text) {
                 Ok(tally) => sum.add(&tally),

@@ -7,7 +7,7 @@ use crate::sync::lock::{Guard, Lock};
 use std::sync::atomic::Ordering;
 
 #[derive(Clone, Copy)]
-pub(super) enum Limit {
+pub(super) enum Bound {
     Budget,
     Resident(usize),
     Nothing,
@@ -177,26 +177,26 @@ impl<E: Entry> Lists<E> {
 
     /// The next stack to unmap, which is on its way then, or to measure. The budget comes first: a doomed stack that
     /// cannot be unmapped must not keep the cache over it.
-    pub(super) fn next(&mut self, limit: Limit) -> Option<Next<E>> {
+    pub(super) fn next(&mut self, limit: Bound) -> Option<Victim<E>> {
         let most = match limit {
-            Limit::Budget => self.budget,
-            Limit::Resident(bytes) => Budget {
+            Bound::Budget => self.budget,
+            Bound::Resident(bytes) => Budget {
                 resident: self.budget.resident.min(bytes),
                 ..self.budget
             },
-            Limit::Nothing => Budget::NOTHING,
+            Bound::Nothing => Budget::NOTHING,
         };
         let e = if most.holds(self.stats.cached) {
             self.doomed.head
-        } else if matches!(limit, Limit::Budget)
+        } else if matches!(limit, Bound::Budget)
             && let Some(e) = self.worth_measuring()
         {
-            return Some(Next::Measure(e));
+            return Some(Victim::Measure(e));
         } else {
             self.coldest()
         }?;
         self.put(e, State::Unmapping, self.facts(e).resident, End::Front);
-        Some(Next::Unmap(e))
+        Some(Victim::Unmap(e))
     }
 
     pub(super) fn coldest(&self) -> Option<&'static E> {
@@ -247,7 +247,7 @@ impl<E: Entry> Lists<E> {
     }
 }
 
-pub(super) enum Next<E: 'static> {
+pub(super) enum Victim<E: 'static> {
     Unmap(&'static E),
     Measure(&'static E),
 }

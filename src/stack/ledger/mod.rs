@@ -56,7 +56,7 @@ pub(crate) use victims::Victims;
 use crate::sync::lock::Guard;
 use class::Class;
 use entry::{End, NOBODY};
-use lists::{Limit, Lists};
+use lists::{Bound, Lists};
 use std::sync::atomic::Ordering;
 use victims::TURN;
 
@@ -174,12 +174,12 @@ impl<E: Entry> Ledger<E> {
     /// Unmaps the coldest stacks until those that remain keep at most `resident` bytes in memory.
     /// O(1) for each of them and for each pending stack; the lock is taken anew for every few.
     pub(crate) fn trim(&self, resident: usize) -> Victims<'_, E> {
-        self.shrink(Limit::Resident(resident))
+        self.shrink(Bound::Resident(resident))
     }
 
     /// Unmaps everything that no thread uses. Cost as for [`Ledger::trim`].
     pub(crate) fn clear(&self) -> Victims<'_, E> {
-        self.shrink(Limit::Nothing)
+        self.shrink(Bound::Nothing)
     }
 
     /// Changes what the cache may keep; what is too much waits for the next call that unmaps.
@@ -189,12 +189,12 @@ impl<E: Entry> Ledger<E> {
 
     /// Unmaps the coldest stacks until the rest fits the budget. Cost as for [`Ledger::trim`].
     pub(crate) fn keep_budget(&self) -> Victims<'_, E> {
-        self.shrink(Limit::Budget)
+        self.shrink(Bound::Budget)
     }
 
     /// Each stack is measured once and tried once, so that this ends also when none can be unmapped, or when others
     /// keep giving.
-    fn shrink(&self, limit: Limit) -> Victims<'_, E> {
+    fn shrink(&self, limit: Bound) -> Victims<'_, E> {
         let stats = self.stats();
         let mut victims = Victims::none(self);
         victims.limit = limit;

@@ -1,7 +1,7 @@
 //! [`Victims`]: what is to be unmapped.
 
 use super::entry::{End, Entry, NOBODY, State};
-use super::lists::{Ledger, Limit, Lists, Next};
+use super::lists::{Bound, Ledger, Lists, Victim};
 use std::sync::atomic::Ordering;
 
 /// Entries per turn of the lock for the calls that see many.
@@ -26,7 +26,7 @@ pub(super) const TURN: usize = 32;
 #[must_use = "the stacks stay mapped"]
 pub(crate) struct Victims<'a, E: Entry> {
     pub(super) ledger: &'a Ledger<E>,
-    pub(super) limit: Limit,
+    pub(super) limit: Bound,
     /// Found in advance, so that a `give` within the budget takes the lock once.
     pub(super) ready: Option<&'static E>,
     /// Handed out by the last `pop`.
@@ -41,7 +41,7 @@ impl<'a, E: Entry> Victims<'a, E> {
     pub(super) const fn none(ledger: &'a Ledger<E>) -> Self {
         Victims {
             ledger,
-            limit: Limit::Budget,
+            limit: Bound::Budget,
             ready: None,
             current: None,
             left: 0,
@@ -72,7 +72,7 @@ impl<'a, E: Entry> Victims<'a, E> {
 
     /// Whether the stacks are unmapped to keep the budget only, so that one whose memory is given back may stay.
     pub(crate) fn are_excess(&self) -> bool {
-        matches!(self.limit, Limit::Budget)
+        matches!(self.limit, Bound::Budget)
     }
 
     /// The stack handed out last is unmapped. O(1).
@@ -117,11 +117,11 @@ impl<'a, E: Entry> Victims<'a, E> {
         self.look -= look;
         lists.settle(look);
         match lists.next(self.limit) {
-            Some(Next::Unmap(e)) => {
+            Some(Victim::Unmap(e)) => {
                 self.ready = Some(e);
                 self.left -= 1;
             }
-            Some(Next::Measure(e)) => return Some(e),
+            Some(Victim::Measure(e)) => return Some(e),
             None if self.look == 0 => self.left = 0,
             None => {}
         }

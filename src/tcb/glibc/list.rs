@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 
 /// `list_t`, the intrusive links of glibc's lists.
 #[repr(C)]
-struct Links {
+struct Node {
     next: AtomicUsize,
     prev: AtomicUsize,
 }
@@ -45,9 +45,9 @@ impl ThreadList {
 
     /// # Safety
     /// `address` is a list head or a linked element.
-    unsafe fn links<'a>(address: usize) -> &'a Links {
+    unsafe fn links<'a>(address: usize) -> &'a Node {
         // SAFETY: the caller vouches for the address.
-        unsafe { &*(address as *const Links) }
+        unsafe { &*(address as *const Node) }
     }
 
     /// The self-check before the lock is trusted: an ordinary futex lock holds 0, 1 or 2.

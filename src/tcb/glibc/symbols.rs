@@ -34,13 +34,13 @@ pub(super) struct KeyValue {
 
 /// One entry of `__pthread_keys`.
 #[repr(C)]
-pub(super) struct Key {
+pub(super) struct PthreadKey {
     /// Odd while the key is in use.
     pub sequence: AtomicUsize,
     destructor: AtomicUsize,
 }
 
-impl Key {
+impl PthreadKey {
     /// The destructor given to pthread_key_create.
     pub(super) fn destructor(&self) -> Option<unsafe extern "C" fn(*mut c_void)> {
         let address = self.destructor.load(Ordering::Acquire);
@@ -102,7 +102,7 @@ pub(super) struct Symbols {
     pub call_tls_dtors: Nullary,
     pub ctype_init: Nullary,
     pub res_nclose: ResNclose,
-    pub keys: *const Key,
+    pub keys: *const PthreadKey,
     nthreads: *const AtomicI32,
     /// Bytes of all static TLS; on x86-64 the descriptor is part of it.
     pub tls_size: usize,
@@ -309,7 +309,7 @@ impl Symbols {
             res_nclose: unsafe {
                 std::mem::transmute::<usize, ResNclose>(address(c"__res_nclose")?)
             },
-            keys: address(c"__pthread_keys")? as *const Key,
+            keys: address(c"__pthread_keys")? as *const PthreadKey,
             nthreads: address(c"__nptl_nthreads")? as *const AtomicI32,
             tls_size,
             tls_align,
@@ -378,7 +378,7 @@ impl Symbols {
         destructor: unsafe extern "C" fn(*mut c_void),
     ) -> bool {
         let place = self.keys.wrapping_add(key as usize);
-        if !is_mapped(place as usize, size_of::<Key>()) {
+        if !is_mapped(place as usize, size_of::<PthreadKey>()) {
             return false;
         }
         // SAFETY: mapped, and two words that glibc writes atomically.
