@@ -133,8 +133,10 @@ fn clone(
         Verdict::ruled(&ruling, ruling.named.map(cause))
     };
     if outside.answers() {
-        // The probe was answered as the refused call was: it is a repetition.
-        return Ok(by_outside(repetition.is_possible(), seen));
+        // The probe was answered as the refused call was: it is a repetition. An errno that no check of the kernel's
+        // gives needs none.
+        let only_outside = !matches!(error.errno, Errno::EAGAIN | Errno::ENOMEM | Errno::EINVAL);
+        return Ok(by_outside(only_outside || repetition.is_possible(), seen));
     }
     match error.errno {
         Errno::EAGAIN => eagain::diagnose(error, status, outside, seen, repetition),
