@@ -34,7 +34,7 @@ fn check(test: &str, name: &str) {
         return;
     }
     let scenario = scenarios::by_name(name).expect("a scenario");
-    let outcome = scenarios::run(scenario, ROUNDS, false, &start);
+    let outcome = scenarios::run(scenario, ROUNDS, false, None, &start);
     match outcome.verdict {
         Verdict::Right => {
             let asked = outcome.nptl_granted + outcome.answers.len() as u64;
@@ -110,6 +110,51 @@ scenarios! {
     virtual_machines "virtual-machines"
     threads_max "threads-max"
     overcommit_2 "overcommit-2"
+    filter_exact_clone "filter-exact-clone"
+    filter_kills_clone3 "filter-kills-clone3"
+    filter_mmap_flags "filter-mmap-flags"
+    notify_filter "notify-filter"
+    tracer "tracer"
+    exec_without_clone3 "exec-without-clone3"
+    nproc_raised "nproc-raised"
+    prefault "prefault"
+    rlimit_data_zero "rlimit-data-zero"
+    address_space_noise "address-space-noise"
+    covered_pid_max "covered-pid-max"
+    covered_meminfo "covered-meminfo"
+}
+
+/// Several threads ask at once.
+#[test]
+fn a_storm_makes_no_answer_wrong() {
+    let test = "a_storm_makes_no_answer_wrong";
+    let start = |case: &str| child(test, case);
+    if let Some(name) = case() {
+        return scenarios::play(&name, &start);
+    }
+    for name in [
+        "rlimit-nproc",
+        "pids-cgroup",
+        "pid-numbers",
+        "rlimit-as",
+        "notify-filter",
+    ] {
+        let scenario = scenarios::by_name(name).expect("a scenario");
+        let time = Some(Duration::from_millis(200));
+        let outcome = scenarios::run(scenario, 1, false, time, &start);
+        if outcome.verdict == scenarios::Verdict::Skipped {
+            support::announce_skip(&outcome.why.join("; "));
+            continue;
+        }
+        let counts = outcome.storm.expect("counts");
+        println!(
+            "{name}: {} refusals, {} proven",
+            counts.refusals(),
+            counts.proven
+        );
+        assert!(counts.refusals() > 0, "{name}: never refused");
+        assert_eq!(counts.wrong, 0, "{name}: {:?}", outcome.notes);
+    }
 }
 
 /// Spawns until nptl has been refused `ROUNDS` times, or for long enough, and reports what it said.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example reproduce -- [--list] [--only NAME]... [--json] [--report] [--rounds N] [--machine-wide]
+//!     [--storm SECONDS]
 //! ```
 //!
 //! Exit code 1: an answer was wrong. 2: a name or an option is unknown.
@@ -10,9 +11,11 @@ mod scenarios;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde::Serialize;
 
+use scenarios::storm::Counts;
 use scenarios::{Outcome, Scenario, Verdict};
 
 const HELP: &str = "\
@@ -26,6 +29,8 @@ nptl what is wrong.
   --rounds N      how often nptl is asked under each limit (default: 1)
   --machine-wide  run also what changes the whole machine for some milliseconds
                   (kernel.threads-max, vm.overcommit_memory)
+  --storm SECONDS ask under each limit for a part of this time, by three threads at once where it stands before all of
+                  them, and count the answers
 ";
 
 #[derive(Default)]
@@ -33,6 +38,7 @@ struct Arguments {
     list: bool,
     only: Vec<String>,
     json: bool,
+    storm: Option<u64>,
     report: bool,
     rounds: Option<usize>,
     machine_wide: bool,
@@ -60,6 +66,11 @@ impl Arguments {
                     let text = value()?;
                     let rounds = text.parse();
                     arguments.rounds = Some(rounds.map_err(|_| format!("{text:?} is no number"))?);
+                }
+                "--storm" => {
+                    let text = value()?;
+                    let seconds = text.parse();
+                    arguments.storm = Some(seconds.map_err(|_| format!("{text:?} is no number"))?);
                 }
                 "--machine-wide" => arguments.machine_wide = true,
                 "--help" | "-h" => return Ok(None),
@@ -109,17 +120,43 @@ fn main() -> ExitCode {
             _ => ExitCode::SUCCESS,
         };
     }
+    let storm = arguments.storm.map(|seconds| {
+        let each = seconds.saturating_mul(1000) / chosen.len().max(1) as u64;
+        Duration::from_millis(each.max(50))
+    });
+    if storm.is_some() {
+        println!("{}", storm_line("", &Counts::default()));
+        println!("| --- | --: | --: | --: | --: | --: | --: | --: | --: |");
+    }
+    let mut sum = Counts::default();
     let mut outcomes = Vec::new();
     for scenario in chosen {
-        if !arguments.json {
+        let prints = !arguments.json && storm.is_none();
+        if prints {
             println!("{}: {}", scenario.name, scenario.what);
         }
         let rounds = arguments.rounds.unwrap_or(1).clamp(1, 5000);
-        let outcome = scenarios::run(scenario, rounds, arguments.machine_wide, &support::program);
-        if !arguments.json {
+        let machine_wide = arguments.machine_wide;
+        let outcome = scenarios::run(scenario, rounds, machine_wide, storm, &support::program);
+        if prints {
             print(&outcome, arguments.report);
         }
+        if storm.is_some() {
+            let counts = storm_of(&outcome);
+            println!("{}", storm_line(outcome.name, &counts));
+            for note in outcome.notes.iter().chain(&outcome.why) {
+                eprintln!("{}: {note}", outcome.name);
+            }
+            sum.add(&counts);
+        }
         outcomes.push(outcome);
+    }
+    if storm.is_some() {
+        println!("{}", storm_line("all", &sum));
+        return match sum.wrong {
+            0 => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
+        };
     }
     let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
     let summary = Summary {
@@ -143,6 +180,51 @@ fn main() -> ExitCode {
         0 => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     }
+}
+
+/// What the storm brought, and where there was none, the answers of a plain run.
+fn storm_of(outcome: &Outcome) -> Counts {
+    let mut counts = outcome.storm.clone().unwrap_or_default();
+    counts.granted += outcome.nptl_granted;
+    for answer in &outcome.answers {
+        match &*answer.certainty {
+            "proven" => counts.proven += 1,
+            "inferred" => counts.inferred += 1,
+            _ => counts.unknown += 1,
+        }
+        counts.wrong += u64::from(answer.wrong.is_some());
+    }
+    counts
+}
+
+/// The microseconds that so many of a thousand refusals did not exceed.
+fn per_mille(times: &[u64], part: u64) -> u64 {
+    let all: u64 = times.iter().sum();
+    let mut rest = (all * part).div_ceil(1000);
+    let reached = |count: &u64| {
+        rest = rest.saturating_sub(*count);
+        rest == 0
+    };
+    let place = times.iter().position(reached);
+    place.map_or(0, |place| ((place + 1) as f64 / 20.0).exp() as u64)
+}
+
+/// A line of the table, the first without a name.
+fn storm_line(name: &str, counts: &Counts) -> String {
+    if name.is_empty() {
+        return "| limit | granted | refused | proven | inferred | unknown | wrong | p50 µs | p99 µs |".to_owned();
+    }
+    format!(
+        "| {name} | {} | {} | {} | {} | {} | {} | {} | {} |",
+        counts.granted,
+        counts.refusals(),
+        counts.proven,
+        counts.inferred,
+        counts.unknown,
+        counts.wrong,
+        per_mille(&counts.times, 500),
+        per_mille(&counts.times, 990),
+    )
 }
 
 fn chosen(only: &[String]) -> Result<Vec<&'static Scenario>, String> {

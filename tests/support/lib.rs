@@ -36,7 +36,7 @@ pub use limits::{Mappings, Sleepers, become_unused_user, is_root, set_rlimit, un
 pub use notify::{Call, Listener, listen, supervised};
 pub use seccomp::{
     Allow, Deny, Documented, MADV_GUARD_INSTALL, allow, allow_only, deny, deny_guard_marks,
-    firecracker_vcpu_filter, undocumented_call,
+    firecracker_vcpu_filter, trap_all_clones_but, trap_strange_mappings, undocumented_call,
 };
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
 pub use threads::{await_reaping, burst, is_mapped, listed_threads, private, resident_pages, tid};

@@ -86,6 +86,31 @@ impl Deny {
     }
 }
 
+/// From here on clone with other flags than these is answered by SIGSYS.
+pub fn trap_all_clones_but(flags: u64) {
+    let other = condition(0, SeccompCmpOp::Ne, flags);
+    let rules = rules([(libc::SYS_clone, vec![other])]);
+    let program = compile(rules, SeccompAction::Allow, SeccompAction::Trap);
+    seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
+}
+
+/// From here on an anonymous mapping with other flags than those of malloc and of a stack is answered by SIGSYS: without
+/// a type, with MAP_NORESERVE, with MAP_FIXED_NOREPLACE.
+pub fn trap_strange_mappings() {
+    let flag = |bits: libc::c_int| {
+        let bits = bits as u64;
+        condition(3, SeccompCmpOp::MaskedEq(bits), bits)
+    };
+    let untyped = condition(3, SeccompCmpOp::MaskedEq(3), 0);
+    let rules = rules([
+        (libc::SYS_mmap, vec![flag(libc::MAP_FIXED_NOREPLACE)]),
+        (libc::SYS_mmap, vec![flag(libc::MAP_NORESERVE)]),
+        (libc::SYS_mmap, vec![untyped]),
+    ]);
+    let program = compile(rules, SeccompAction::Allow, SeccompAction::Trap);
+    seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
+}
+
 /// One entry of an [allow list](allow_only): `syscall` with any arguments, or only those named.
 pub fn allow(syscall: libc::c_long) -> Allow {
     Allow {

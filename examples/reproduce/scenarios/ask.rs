@@ -14,6 +14,7 @@ use nptl::{Builder, Cause, Certainty, RetryPolicy, SpawnError, StackCache, Step}
 use serde::{Deserialize, Serialize};
 
 use super::Start;
+use super::storm::{self, Heard, Spawners};
 use support::report;
 
 /// How often one was asked, and what it said.
@@ -258,10 +259,14 @@ pub struct Asker<'a> {
     /// Starts this program again, for a scenario of several processes.
     pub start: &'a Start<'a>,
     stack: usize,
+    prefault: usize,
     retry: RetryPolicy,
     pthread: Vec<i32>,
     std: Vec<i32>,
     nptl: Vec<Result<(), SpawnError>>,
+    /// What the storm has brought, where there is one.
+    heard: Option<Heard>,
+    spawners: Option<Spawners>,
     /// Which of nptl's refusals came while the obstacle stood for longer than the policy waits.
     outlasted: Vec<usize>,
 }
@@ -275,11 +280,14 @@ impl<'a> Asker<'a> {
             rounds,
             start,
             stack: 256 << 10,
+            prefault: 0,
             retry: RetryPolicy::default(),
             pthread: Vec::with_capacity(MOST),
             std: Vec::with_capacity(MOST),
             nptl: Vec::with_capacity(MOST),
             outlasted: Vec::with_capacity(MOST),
+            heard: None,
+            spawners: None,
         }
     }
 
@@ -287,18 +295,32 @@ impl<'a> Asker<'a> {
         self.stack = bytes;
     }
 
+    /// Bytes of each stack that are to be resident.
+    pub fn prefault(&mut self, bytes: usize) {
+        self.prefault = bytes;
+    }
+
     pub fn retry(&mut self, policy: RetryPolicy) {
         self.retry = policy;
     }
 
     fn builder(&self) -> Builder {
-        Builder::new().stack_size(self.stack).retry(self.retry)
+        let builder = Builder::new().stack_size(self.stack);
+        builder.prefault_stack(self.prefault).retry(self.retry)
     }
 
     /// One thread of each kind without any limit in the way, so that what is refused later is the thread
     /// itself and not a library's preparations for its first one. Leaves no stack in a cache of nptl's, and no
     /// thread that the kernel may still be reaping.
-    pub fn calibrate(&self) -> Result<(), String> {
+    pub fn calibrate(&mut self) -> Result<(), String> {
+        if storm::duration().is_some() {
+            self.spawners = Some(Spawners::new()?);
+        }
+        self.calibrate_alone()
+    }
+
+    /// The same for a scenario that counts the threads of its process.
+    pub fn calibrate_alone(&self) -> Result<(), String> {
         let small = 64 << 10;
         let threads = threads();
         if ask_pthread(small) != 0 || ask_std(small) != 0 {
@@ -313,8 +335,22 @@ impl<'a> Asker<'a> {
     /// Everybody, under the limit in force now.
     pub fn ask(&mut self) {
         self.ask_others();
-        for _ in 0..self.rounds {
-            self.ask_nptl();
+        self.ask_many(true);
+    }
+
+    /// nptl alone, as often as is wanted. `all`: the limit stands before every thread of the process.
+    pub fn ask_many(&mut self, all: bool) {
+        match storm::duration() {
+            Some(duration) => {
+                let spawners = self.spawners.as_ref().filter(|_| all);
+                let own = || self.builder();
+                self.heard = Some(storm::rage(duration, spawners, self.stack, own));
+            }
+            None => {
+                for _ in 0..self.rounds {
+                    self.ask_nptl();
+                }
+            }
         }
     }
 
@@ -368,6 +404,17 @@ impl<'a> Asker<'a> {
 
     /// Tells the answers, each with its judgement.
     pub fn tell(&self, right: Right, judge: impl Fn(&SpawnError) -> Result<(), String>) {
+        if let Some(heard) = &self.heard {
+            let mut told = 0;
+            let counts = heard.judge(judge, |why| {
+                told += 1;
+                if told <= 5 {
+                    tell_note(format_args!("wrong: {why}"));
+                }
+            });
+            tell_json("storm", &counts);
+            return;
+        }
         if right == Right::Refused && (self.pthread.contains(&0) || self.std.contains(&0)) {
             tell_failure(
                 "the limit refuses nothing: pthread_create or std::thread was granted one",
@@ -425,7 +472,9 @@ impl Expected {
         expect("errno", error.errno() == self.errno as i32, &self.errno)?;
         let kind = error.cause().kind();
         expect("cause", kind == self.kind, &self.kind)?;
-        let certain = self.certainty.contains(&error.certainty());
+        // In a storm other limits flicker, and cannot always be excluded.
+        let storms = storm::duration().is_some();
+        let certain = storms || self.certainty.contains(&error.certainty());
         expect("certainty", certain, &self.certainty)?;
         evidence(error.cause())
     }

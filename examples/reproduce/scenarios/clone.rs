@@ -185,7 +185,7 @@ pub(super) fn become_limited_user() -> Result<u32, String> {
 
 /// The lowest RLIMIT_NPROC that still allows one more task, set. The count it is compared with is shown
 /// nowhere, so that it has to be tried.
-fn leave_room_for_one() -> Result<u64, String> {
+pub(super) fn leave_room_for_one() -> Result<u64, String> {
     let Some(mut limit) = (1..100_000).find(|&limit| leaves_room(limit)) else {
         return Err("this user has too many tasks".to_owned());
     };
@@ -263,7 +263,8 @@ fn rlimit_nproc(ask: &mut Asker<'_>) -> Result<(), String> {
 }
 
 fn seccomp(ask: &mut Asker<'_>, by: CloneCall, certainty: &'static [Certainty]) {
-    ask.ask();
+    ask.ask_others();
+    ask.ask_many(false);
     let alone = threads() == Some(1);
     ask.tell(Right::Refused, |error| {
         // Of clone alone it cannot be told from another thread inside execve.
@@ -362,7 +363,7 @@ fn deadline(ask: &mut Asker<'_>) -> Result<(), String> {
 /// after the kernel has marked the state that it shares with the other threads.
 ///
 /// `burst` times without a pause: endlessly, hardly anybody would get in between.
-fn exec_in_a_loop(burst: usize) -> Result<(), String> {
+pub(super) fn exec_in_a_loop(burst: usize) -> Result<(), String> {
     let failed = |_| io::Error::last_os_error().to_string();
     // SAFETY: the name is NUL-terminated, the buffer as long as said.
     let file = unsafe {
@@ -507,7 +508,8 @@ fn unshared_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
     }
     // Some kernels (7.2) show the new namespace before its first process, others (up to 6.18) do not.
     let empty = inode("/proc/thread-self/ns/pid_for_children");
-    ask.ask();
+    ask.ask_others();
+    ask.ask_many(false);
     ask.tell(Right::Refused, |error| {
         let expected = Expected {
             errno: Errno::EINVAL,
@@ -641,7 +643,8 @@ fn pids_cgroup_hidden(ask: &mut Asker<'_>) -> Result<(), String> {
     limit
         .write_all(tasks.to_string().as_bytes())
         .map_err(|e| e.to_string())?;
-    ask.ask();
+    ask.ask_others();
+    ask.ask_many(false);
     limit.write_all(b"max").map_err(|e| e.to_string())?;
     // A v2 hierarchy counts a refusal at the cgroup whose limit was hit from 6.11 on, unless its mount says
     // otherwise: nothing in sight shows it, and only elimination is left.
@@ -804,7 +807,7 @@ fn join_and_spawn(ask: &mut Asker<'_>, right: Right) -> Result<(), String> {
     let slow = SlowReaping::new()?;
     be_preferred();
     let user = become_limited_user()?;
-    ask.calibrate()?;
+    ask.calibrate_alone()?;
     let limit = leave_room_for_one()?;
     join_often(ask, &slow, |ask| {
         ask.ask_pthread();
@@ -907,7 +910,7 @@ pub const DYING_ROUNDS: usize = 5;
 /// they wait for nobody, where that is permitted.
 fn dying_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
     const MEMBERS: usize = 800;
-    ask.calibrate()?;
+    ask.calibrate_alone()?;
     let seen = shared_page()?;
     let wanted = ask.rounds.min(DYING_ROUNDS) as u64;
     let count = || seen.nptl.load(Ordering::SeqCst);

@@ -442,7 +442,8 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
         full = !crowd.grow();
     }
     if full {
-        ask.ask();
+        ask.ask_others();
+        ask.ask_many(false);
     }
     free.write_all(b"0").map_err(|e| e.to_string())?;
     write(&limit, -1)?;

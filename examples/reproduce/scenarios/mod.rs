@@ -4,12 +4,14 @@
 //! Shared by the example `reproduce` and the test of that name: both start themselves again for each process
 //! of a scenario, each in its own way ([`Start`]).
 
+mod adversary;
 pub mod ask;
 pub mod clone;
 pub mod guardian;
 mod machine;
 mod memory;
 mod memory_v2;
+pub mod storm;
 mod virtual_machines;
 
 use std::path::Path;
@@ -103,6 +105,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         memory::SCENARIOS,
         virtual_machines::SCENARIOS,
         machine::SCENARIOS,
+        adversary::SCENARIOS,
     ]
     .into_iter()
     .flatten()
@@ -137,6 +140,8 @@ pub struct Outcome {
     pub answers: Vec<Answer>,
     pub notes: Vec<String>,
     pub seconds: f64,
+    /// Where there was a storm under the limit.
+    pub storm: Option<storm::Counts>,
 }
 
 impl Outcome {
@@ -153,6 +158,7 @@ impl Outcome {
             answers: Vec::new(),
             notes: Vec::new(),
             seconds: 0.0,
+            storm: None,
         }
     }
 }
@@ -162,6 +168,7 @@ pub fn run(
     scenario: &'static Scenario,
     rounds: usize,
     machine_wide: bool,
+    storm: Option<Duration>,
     start: &Start<'_>,
 ) -> Outcome {
     let began = Instant::now();
@@ -169,9 +176,12 @@ pub fn run(
         let why = "it changes what the whole machine shares: needs --machine-wide".to_owned();
         return Outcome::of(scenario, Verdict::Skipped, vec![why]);
     }
-    let child = start(scenario.name)
+    let mut child = start(scenario.name)
         .env(ROUNDS_VARIABLE, rounds.to_string())
-        .time_limit(Duration::from_secs(120));
+        .time_limit(Duration::from_secs(120) + storm.unwrap_or_default());
+    if let Some(storm) = storm {
+        child = child.env(storm::VARIABLE, storm.as_millis().to_string());
+    }
     let output = (scenario.sandbox)(child).and_then(Child::run);
     let mut outcome = match output {
         Ok(output) => judge(scenario, &output),
@@ -213,6 +223,12 @@ fn judge(scenario: &'static Scenario, output: &Output) -> Outcome {
             Err(error) => wrong.push(format!("an answer: {error}: {text}")),
         }
     }
+    for text in output.all("storm") {
+        match serde_json::from_str(text) {
+            Ok(counts) => outcome.storm.get_or_insert_default().add(&counts),
+            Err(error) => wrong.push(format!("the storm: {error}")),
+        }
+    }
     let granted = output.all("granted").into_iter().map(str::parse::<u64>);
     outcome.nptl_granted = granted.flatten().sum();
     outcome.notes = output.all("note").into_iter().map(str::to_owned).collect();
@@ -227,6 +243,7 @@ fn judge(scenario: &'static Scenario, output: &Output) -> Outcome {
         && wrong.is_empty()
         && outcome.nptl_granted == 0
         && outcome.answers.is_empty()
+        && outcome.storm.is_none()
     {
         wrong.push(format!("the scenario asked nothing: {output}"));
     }
