@@ -97,11 +97,12 @@ pub(super) fn diagnose(
         }
     });
     let possible = ruling.possible();
-    // A sibling inside execve is gone in milliseconds; and so are ended threads, which stand in nobody's way where
-    // something else than a count refused.
+    // A sibling inside execve is gone in milliseconds, and can be before anything is asked of a call that is not
+    // repeated; and so are ended threads, which stand in nobody's way where something else than a count refused.
     let exec = match ruling.named {
         Some(kind) => kind == CauseKind::SiblingExec,
-        None => facts.exec() >= Standing::Open,
+        None if facts.repeated => facts.exec() >= Standing::Open,
+        None => facts.exec() > Standing::Excluded,
     };
     Ok(Verdict::ruled(&ruling, cause).transient_if(exec || reaping && possible.has_count()))
 }
