@@ -1,63 +1,12 @@
-//! [`explain`]: why the kernel refuses a task to code that is not this crate's.
+//! [`Explanation`]: why the kernel refuses a task to code that is not this crate's.
 
 use std::fmt;
 
 use super::cause::{Cause, Causes, Certainty};
-use super::diagnose_once;
 use super::verdict::Verdict;
 use crate::errno::Errno;
-use crate::step::{CloneCall, Step, StepError};
-use crate::sync::notice_fork;
-use crate::sys::NoCancellation;
 
-/// The stack of a thread of std, and the bytes that are asked for here where a mapping may have been refused.
-const STACK: usize = 2 << 20;
-
-/// Finds out why a task was refused to other code of this process a moment ago: a thread to `std::thread` or
-/// `pthread_create(3)`, a process to fork(2), a helper thread of the kernel to KVM. `errno` is what that code was given.
-///
-/// The kernel is asked what refuses a clone(2) now, and if nothing does, a mapping of 2 MiB: pthread_create says EAGAIN
-/// for both. The refused call cannot be repeated here, so the cause is [`Certainty::Inferred`] at most: it is what
-/// refuses now, which need not be what refused then. Allocates nothing, and makes the system calls of an analysis
-/// (`docs/seccomp.md` in the repository). Call it at once, and in the thread that was refused: limits and filters can
-/// differ between threads.
-///
-/// ```
-/// if let Err(error) = std::thread::Builder::new().spawn(|| ()) {
-///     let errno = error.raw_os_error().unwrap_or(0);
-///     eprintln!("{error}\n{}", nptl::explain(errno).report());
-/// }
-/// let explanation = nptl::explain(libc::EAGAIN);
-/// assert_ne!(explanation.certainty(), nptl::Certainty::Proven);
-/// ```
-pub fn explain(errno: i32) -> Explanation {
-    notice_fork();
-    // Reading files is a cancellation point.
-    let _cancellation = NoCancellation::new();
-    let errno = Errno::new(errno);
-    let clone = |call| StepError {
-        call,
-        ..StepError::new(Step::Clone, errno, 0)
-    };
-    let mapping = StepError::new(Step::MapStack, Errno::ENOMEM, STACK);
-    // Whether it was clone3 or clone is not known either.
-    let mut verdict = diagnose_once(&clone(CloneCall::Clone3));
-    if verdict.certainty == Certainty::Unknown && errno == Errno::EPERM {
-        verdict = diagnose_once(&clone(CloneCall::Clone));
-    }
-    if verdict.certainty == Certainty::Unknown && matches!(errno, Errno::EAGAIN | Errno::ENOMEM) {
-        let second = diagnose_once(&mapping);
-        if second.certainty != Certainty::Unknown {
-            verdict = second;
-        }
-    }
-    if verdict.certainty == Certainty::Proven {
-        verdict.certainty = Certainty::Inferred;
-    }
-    Explanation { errno, verdict }
-}
-
-/// What [`explain`] found out. One line by [`Display`](fmt::Display), several by [`report`](Self::report).
+/// What [`explain`](super::explain()) found out. One line by [`Display`](fmt::Display), several by [`report`](Self::report).
 ///
 /// ```
 /// let explanation = nptl::explain(libc::EAGAIN);
@@ -66,8 +15,8 @@ pub fn explain(errno: i32) -> Explanation {
 /// ```
 #[derive(Clone, Copy)]
 pub struct Explanation {
-    errno: Errno,
-    verdict: Verdict,
+    pub(super) errno: Errno,
+    pub(super) verdict: Verdict,
 }
 
 impl Explanation {

@@ -38,7 +38,7 @@ pub use cause::{
     PidsCgroup, Seccomp, SecurityModule, SiblingExec, ThreadsMax, Tracer, Unknown,
     UnsharedPidNamespace, UnsharedTimeNamespace, UnsupportedRuntime, UserProcesses,
 };
-pub use explain::{Explanation, explain};
+pub use explain::Explanation;
 pub use headroom::{Headroom, HeadroomLimit, Unit, headroom, headroom_of};
 use outside::Outside;
 use rule::{Standing, rule};
@@ -49,6 +49,8 @@ use crate::proc::status::Status;
 use crate::proc::{machine, task};
 pub use crate::step::CloneCall;
 use crate::step::{Step, StepError};
+use crate::sync::notice_fork;
+use crate::sys::NoCancellation;
 use crate::sys::clone_probe::probe as probe_kernel;
 
 /// Names the cause of a refusal.
@@ -73,6 +75,53 @@ pub(crate) fn diagnose<T>(
     };
     let verdict = analyse(error, Some(&mut again));
     value.ok_or(verdict)
+}
+
+/// The stack of a thread of std, and the bytes that are asked for here where a mapping may have been refused.
+const STACK: usize = 2 << 20;
+
+/// Finds out why a task was refused to other code of this process a moment ago: a thread to `std::thread` or
+/// `pthread_create(3)`, a process to fork(2), a helper thread of the kernel to KVM. `errno` is what that code was given.
+///
+/// The kernel is asked what refuses a clone(2) now, and if nothing does, a mapping of 2 MiB: pthread_create says EAGAIN
+/// for both. The refused call cannot be repeated here, so the cause is [`Certainty::Inferred`] at most: it is what
+/// refuses now, which need not be what refused then. Allocates nothing, and makes the system calls of an analysis
+/// (`docs/seccomp.md` in the repository). Call it at once, and in the thread that was refused: limits and filters can
+/// differ between threads.
+///
+/// ```
+/// if let Err(error) = std::thread::Builder::new().spawn(|| ()) {
+///     let errno = error.raw_os_error().unwrap_or(0);
+///     eprintln!("{error}\n{}", nptl::explain(errno).report());
+/// }
+/// let explanation = nptl::explain(libc::EAGAIN);
+/// assert_ne!(explanation.certainty(), nptl::Certainty::Proven);
+/// ```
+pub fn explain(errno: i32) -> Explanation {
+    notice_fork();
+    // Reading files is a cancellation point.
+    let _cancellation = NoCancellation::new();
+    let errno = Errno::new(errno);
+    let clone = |call| StepError {
+        call,
+        ..StepError::new(Step::Clone, errno, 0)
+    };
+    let mapping = StepError::new(Step::MapStack, Errno::ENOMEM, STACK);
+    // Whether it was clone3 or clone is not known either.
+    let mut verdict = diagnose_once(&clone(CloneCall::Clone3));
+    if verdict.certainty == Certainty::Unknown && errno == Errno::EPERM {
+        verdict = diagnose_once(&clone(CloneCall::Clone));
+    }
+    if verdict.certainty == Certainty::Unknown && matches!(errno, Errno::EAGAIN | Errno::ENOMEM) {
+        let second = diagnose_once(&mapping);
+        if second.certainty != Certainty::Unknown {
+            verdict = second;
+        }
+    }
+    if verdict.certainty == Certainty::Proven {
+        verdict.certainty = Certainty::Inferred;
+    }
+    Explanation { errno, verdict }
 }
 
 /// [`diagnose`] without a repetition.
