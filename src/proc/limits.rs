@@ -8,7 +8,7 @@ use super::file;
 use super::parse::{self, words};
 use super::status::Calls;
 
-/// Soft and hard value of a resource limit.
+/// Soft and hard value of a resource limit, the soft one as the kernel enforces it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limit {
     pub(crate) soft: u64,
@@ -16,7 +16,7 @@ pub(crate) struct Limit {
 }
 
 /// The limits that thread creation meets.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Limited {
     Processes,
     AddressSpace,
@@ -42,7 +42,7 @@ impl Limit {
         match calls {
             Calls::Any => {
                 let (soft, hard) = getrlimit(limited.names().1).ok()?;
-                Some(Limit { soft, hard })
+                Some(Limit::enforced(limited, soft, hard))
             }
             Calls::FilesOnly => Limit::read_from(c"/proc/thread-self/limits", limited),
         }
@@ -55,7 +55,16 @@ impl Limit {
     pub(crate) fn parse(line: &[u8], limited: Limited) -> Option<Limit> {
         let mut values = words(parse::value(line, limited.names().0)?).map(parse::limit);
         let (soft, hard) = (values.next()??, values.next()??);
-        Some(Limit { soft, hard })
+        Some(Limit::enforced(limited, soft, hard))
+    }
+
+    fn enforced(limited: Limited, soft: u64, hard: u64) -> Limit {
+        // The kernel takes a soft limit of 0 on data for the hard one, which valgrind counts on.
+        let soft = match limited {
+            Limited::Data if soft == 0 => hard,
+            _ => soft,
+        };
+        Limit { soft, hard }
     }
 }
 
@@ -77,6 +86,9 @@ mod tests {
         let line =
             b"Max locked memory         0                    0                    bytes     ";
         assert_eq!(of(line, Limited::LockedMemory), Some((0, 0)));
+        let line =
+            b"Max data size             0                    1048576              bytes     ";
+        assert_eq!(of(line, Limited::Data), Some((1 << 20, 1 << 20)));
         let line = b"Max data size             ";
         assert_eq!(of(line, Limited::Data), None);
     }
