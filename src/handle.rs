@@ -280,6 +280,23 @@ macro_rules! shared_methods {
 /// assert_eq!(handle.join().unwrap(), 42);
 /// # Ok::<(), nptl::SpawnError>(())
 /// ```
+///
+/// rust-vmm's `Killable` (vmm-sys-util) is three lines on a type of your own. Its `kill` tests for an error with `< 0`, which
+/// pthread_kill(3) never returns; [`kill`](Self::kill) returns the error, and knows of threads that have ended.
+///
+/// ```
+/// use vmm_sys_util::signal::Killable;
+/// struct Vcpu(nptl::JoinHandle<()>);
+/// // SAFETY: the pthread_t is valid while there is a handle.
+/// unsafe impl Killable for Vcpu {
+///     fn pthread_handle(&self) -> libc::pthread_t { self.0.as_pthread_t() }
+/// }
+/// let vcpu = Vcpu(nptl::spawn(std::thread::park)?);
+/// # extern "C" fn kicked(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+/// # vmm_sys_util::signal::register_signal_handler(libc::SIGRTMIN(), kicked).unwrap();
+/// vcpu.kill(libc::SIGRTMIN()).unwrap();
+/// # Ok::<(), nptl::SpawnError>(())
+/// ```
 pub struct JoinHandle<T>(Handle<'static, T>);
 
 impl<T> JoinHandle<T> {
