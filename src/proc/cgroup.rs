@@ -148,14 +148,18 @@ impl Hierarchy {
             unescape(mount.point, &mut path);
             let length = path.as_bytes().len();
             path.push(below);
-            if !path.is_truncated() {
-                found = Some(Hierarchy {
-                    path,
-                    mount: length,
-                    version,
-                    forking: controller == b"pids" && lists(mount.options, b"pids_localevents"),
-                });
+            // Every cgroup has this file: where there is none, another mount covers this one.
+            let mut unread = false;
+            let visible = exists(&mut path, b"/cgroup.procs", &mut unread) || unread;
+            if path.is_truncated() || !visible {
+                return ControlFlow::Continue(());
             }
+            found = Some(Hierarchy {
+                path,
+                mount: length,
+                version,
+                forking: controller == b"pids" && lists(mount.options, b"pids_localevents"),
+            });
             // A mount of the whole hierarchy shows more ancestors than a mount of a part.
             if mount.root == b"/" {
                 ControlFlow::Break(())
