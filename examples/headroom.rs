@@ -7,6 +7,7 @@
 use clap::Parser;
 use nptl::diagnose::{Headroom, HeadroomLimit};
 use serde::Serialize;
+use std::ops::RangeInclusive;
 
 /// Show every limit that thread creation meets, how full it is, and which is reached first.
 #[derive(Parser)]
@@ -38,23 +39,27 @@ fn bytes(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "too large".to_owned())
 }
 
-/// One line of the table. `null` in JSON: it cannot be read; the largest number: there is no limit.
+/// One line of the table. `null` in JSON: it cannot be told; the largest number: there is no limit.
 #[derive(Serialize)]
 struct Row {
     limit: String,
     unit: String,
+    /// At least.
     in_use: Option<u64>,
+    /// How much more may be in use.
+    unseen: u64,
     maximum: Option<u64>,
     left: Option<u64>,
-    threads_left: Option<u64>,
+    /// At least and at most.
+    threads_left: Option<(u64, u64)>,
     source: String,
 }
 
 #[derive(Serialize)]
 struct Table {
     stack_bytes: usize,
-    /// Index of the limit that is reached first, and after how many threads.
-    first: Option<(usize, u64)>,
+    /// Index of the limit that is reached first, and after how many threads at least and at most.
+    first: Option<(usize, u64, u64)>,
     limits: Vec<Row>,
 }
 
@@ -63,15 +68,18 @@ impl Table {
         let limits = headroom.limits();
         let first = headroom.first(stack_bytes).and_then(|(first, threads)| {
             let index = limits.iter().position(|limit| std::ptr::eq(limit, first))?;
-            Some((index, threads))
+            Some((index, *threads.start(), *threads.end()))
         });
         let row = |limit: &HeadroomLimit| Row {
             limit: limit.cause.title().to_owned(),
             unit: limit.unit.to_string(),
             in_use: limit.in_use,
+            unseen: limit.unseen,
             maximum: limit.maximum,
             left: limit.left(),
-            threads_left: headroom.threads_left(limit, stack_bytes),
+            threads_left: headroom
+                .threads_left(limit, stack_bytes)
+                .map(RangeInclusive::into_inner),
             source: limit.source.clone(),
         };
         Table {
@@ -99,17 +107,33 @@ impl Table {
         for (row, cells) in self.limits.iter().zip(&cells) {
             line(cells, &row.source);
         }
-        println!("? cannot be read, - does not count for a new thread as things are");
+        println!("? cannot be told, - does not count for a new thread as things are");
         match self
             .first
-            .and_then(|(index, threads)| Some((self.limits.get(index)?, threads)))
+            .and_then(|(index, least, most)| Some((self.limits.get(index)?, least, most)))
         {
-            Some((row, threads)) => println!(
-                "first: {} after {threads} more threads with {} bytes of stack each",
-                row.limit, self.stack_bytes
+            Some((row, least, most)) => println!(
+                "first: {} after {} more threads with {} bytes of stack each",
+                row.limit,
+                between(least, most),
+                self.stack_bytes
             ),
-            None => println!("first: no limit that can be read is in the way"),
+            None => println!("first: no limit that can be seen is in the way"),
         }
+        for row in self.limits.iter().filter(|row| row.threads_left.is_none()) {
+            println!("may come earlier: {} ({})", row.limit, row.source);
+        }
+    }
+}
+
+fn between(least: u64, most: u64) -> String {
+    let shown = |number| match number {
+        u64::MAX => "-".to_owned(),
+        number => number.to_string(),
+    };
+    match least == most {
+        true => shown(most),
+        false => format!("{}..{}", shown(least), shown(most)),
     }
 }
 
@@ -125,7 +149,8 @@ impl Row {
             shown(self.in_use, "?"),
             shown(self.maximum, "unlimited"),
             shown(self.left, "unlimited"),
-            shown(self.threads_left, "-"),
+            self.threads_left
+                .map_or("?".to_owned(), |(least, most)| between(least, most)),
             self.unit.clone(),
         ]
     }

@@ -105,7 +105,7 @@ fn run() -> Result<(), Box<dyn Error>> {
 /// first.
 fn obstacles(threads: usize, stack_bytes: usize) -> Vec<String> {
     let headroom = nptl::headroom();
-    let left = |limit| headroom.threads_left(limit, stack_bytes);
+    let left = |limit| Some(*headroom.threads_left(limit, stack_bytes)?.end());
     let mut short: Vec<_> = headroom
         .limits()
         .iter()

@@ -39,7 +39,7 @@ pub use cause::{
     UnsharedPidNamespace, UnsharedTimeNamespace, UnsupportedRuntime, UserProcesses,
 };
 pub use explain::Explanation;
-pub use headroom::{Headroom, HeadroomLimit, Unit, headroom, headroom_of};
+pub use headroom::{Charge, Headroom, HeadroomLimit, Unit, headroom, headroom_of};
 use outside::Outside;
 use rule::{Standing, rule};
 pub(crate) use verdict::Verdict;

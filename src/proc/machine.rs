@@ -21,6 +21,11 @@ pub(crate) struct LoadAverage {
 }
 
 impl LoadAverage {
+    fn read(calls: Calls) -> Option<LoadAverage> {
+        let file = file::open_genuine(LOADAVG, calls).ok()?;
+        file::parse_start(&file, LoadAverage::parse).ok()
+    }
+
     pub(crate) fn parse(text: &[u8]) -> Option<LoadAverage> {
         // Three averages, runnable/all tasks, the pid number given out last.
         let mut fields = words(text).skip(3);
@@ -40,16 +45,12 @@ fn split_once(text: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
 /// All tasks of the machine, as the kernel compares them with `kernel.threads-max`. lxcfs mounts a file of its own over
 /// /proc/loadavg that counts one container; then the number is absent.
 pub(crate) fn tasks(calls: Calls) -> Option<u64> {
-    let file = file::open_genuine(LOADAVG, calls).ok()?;
-    let load = file::parse_start(&file, LoadAverage::parse).ok()?;
-    Some(load.tasks).filter(|tasks| *tasks > 0)
+    Some(LoadAverage::read(calls)?.tasks).filter(|tasks| *tasks > 0)
 }
 
 /// The number given out last in the reader's pid namespace.
-pub(crate) fn last_pid_number() -> Option<u64> {
-    let file = file::open(LOADAVG).ok()?;
-    let load = file::parse_start(&file, LoadAverage::parse).ok()?;
-    Some(load.last_pid)
+pub(crate) fn last_pid_number(calls: Calls) -> Option<u64> {
+    Some(LoadAverage::read(calls)?.last_pid)
 }
 
 pub(crate) fn threads_max(calls: Calls) -> Option<u64> {
@@ -162,7 +163,7 @@ mod tests {
         for wrong in [&b"0.20 0.18 0.12 1 11206"[..], b"0.20 0.18 0.12 1/80", b""] {
             assert_eq!(LoadAverage::parse(wrong), None);
         }
-        assert!(last_pid_number().is_some());
+        assert!(last_pid_number(Calls::Any).is_some());
         assert_eq!(
             tasks(Calls::Any).is_some(),
             tasks(Calls::FilesOnly).is_some()

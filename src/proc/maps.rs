@@ -15,6 +15,8 @@ const LSM_MIN_ADDR: u64 = 64 << 10;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Maps {
     pub(crate) count: u64,
+    /// Bytes in all ranges that mmap can still give out.
+    pub(crate) free: u64,
     /// The longest range that mmap can still give out, in bytes.
     pub(crate) largest_gap: u64,
 }
@@ -29,6 +31,7 @@ impl Maps {
     pub(crate) fn parse(text: &[u8], lowest: u64) -> Option<Maps> {
         let mut maps = Maps {
             count: 0,
+            free: 0,
             largest_gap: 0,
         };
         let mut free_from = lowest;
@@ -46,11 +49,16 @@ impl Maps {
                 false => 0,
             };
             let gap = start.saturating_sub(kept).saturating_sub(free_from);
-            maps.largest_gap = maps.largest_gap.max(gap);
+            maps.add(gap);
             free_from = free_from.max(end);
         }
-        maps.largest_gap = maps.largest_gap.max(END.saturating_sub(free_from));
+        maps.add(END.saturating_sub(free_from));
         Some(maps)
+    }
+
+    fn add(&mut self, gap: u64) {
+        self.free = self.free.saturating_add(gap);
+        self.largest_gap = self.largest_gap.max(gap);
     }
 }
 

@@ -1,5 +1,8 @@
 //! /proc/PID/mountinfo.
 
+use std::ops::ControlFlow;
+
+use super::file;
 use crate::mem::text::Text;
 
 /// A line of it.
@@ -27,11 +30,32 @@ impl Mount<'_> {
             options: rest.nth(1)?,
         })
     }
+
+    /// Not so with the options `hidepid` and `subset`, which the kernel shows only where they are in force.
+    fn shows_all_processes(&self) -> bool {
+        let mut options = self.options.split(|byte| *byte == b',');
+        let hides =
+            |option: &[u8]| option.starts_with(b"hidepid=") || option.starts_with(b"subset=");
+        self.kind == b"proc" && self.root == b"/" && !options.any(hides)
+    }
 }
 
 /// Whether a list separated by commas has an element.
 pub(crate) fn lists(list: &[u8], element: &[u8]) -> bool {
     list.split(|byte| *byte == b',').any(|one| one == element)
+}
+
+/// Whether /proc is the kernel's, and shows every process of its pid namespace.
+pub(crate) fn proc_shows_all() -> bool {
+    let mut all = false;
+    // The last mount at a point is the one on top.
+    let read = file::lines(c"/proc/thread-self/mountinfo", |line| {
+        if let Some(mount) = Mount::parse(line).filter(|mount| mount.point == b"/proc") {
+            all = mount.shows_all_processes();
+        }
+        ControlFlow::Continue(())
+    });
+    all && read.is_ok()
 }
 
 /// Undoes the octal escapes of a mount point.
@@ -75,6 +99,26 @@ mod tests {
         assert_eq!(Mount::parse(b"29 22 0:26 / /sys rw"), None);
         assert_eq!(Mount::parse(b"29 22 0:26 / /sys rw - sysfs"), None);
         assert_eq!(Mount::parse(b""), None);
+    }
+
+    #[test]
+    fn a_proc_that_hides_processes() {
+        let shows = |line: &[u8]| Mount::parse(line).map(|mount| mount.shows_all_processes());
+        for (line, all) in [
+            (
+                &b"22 28 0:20 / /proc rw,nosuid shared:12 - proc proc rw"[..],
+                true,
+            ),
+            (
+                b"22 28 0:20 / /proc rw - proc proc rw,gid=27,hidepid=invisible",
+                false,
+            ),
+            (b"22 28 0:20 / /proc rw - proc proc rw,subset=pid", false),
+            (b"22 28 0:20 /42 /proc rw - proc proc rw", false),
+            (b"22 28 0:20 / /proc rw - tmpfs none rw", false),
+        ] {
+            assert_eq!(shows(line), Some(all));
+        }
     }
 
     #[test]

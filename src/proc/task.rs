@@ -54,13 +54,22 @@ pub(crate) fn scheduling_policy() -> Option<u32> {
     file::first(c"/proc/thread-self/stat", parse_policy)
 }
 
-/// Field 41 of /proc/PID/stat.
-pub(crate) fn parse_policy(stat: &[u8]) -> Option<u32> {
+/// A field of /proc/PID/stat behind the second.
+fn field(stat: &[u8], number: usize) -> Option<&[u8]> {
     // The command's name stands in parentheses and may hold anything; field 3 follows the last one.
     let end = stat.iter().rposition(|byte| *byte == b')')?;
     let rest = stat.get(end + 2..)?;
-    let field = rest.split(|byte| *byte == b' ').nth(41 - 3)?;
-    u32::try_from(number(field)?).ok()
+    rest.split(|byte| *byte == b' ').nth(number.checked_sub(3)?)
+}
+
+/// The numbers of the process group and of the session, of /proc/PID/stat.
+pub(crate) fn group_and_session(stat: &[u8]) -> [Option<u64>; 2] {
+    [5, 6].map(|at| number(field(stat, at)?))
+}
+
+/// Field 41 of /proc/PID/stat.
+pub(crate) fn parse_policy(stat: &[u8]) -> Option<u32> {
+    u32::try_from(number(field(stat, 41)?)?).ok()
 }
 
 #[cfg(test)]
@@ -78,6 +87,8 @@ mod tests {
         };
         for name in ["cat", "a) R 1 (x", "", ") ) )"] {
             assert_eq!(parse_policy(&with_name(name)), Some(6), "{name}");
+            let numbers = group_and_session(&with_name(name));
+            assert_eq!(numbers, [Some(4242), Some(4242)], "{name}");
         }
         assert_eq!(parse_policy(b"4242 (cat) R 1 4242"), None);
         assert_eq!(parse_policy(b"4242 (cat)"), None);

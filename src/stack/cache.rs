@@ -545,6 +545,12 @@ impl StackCache {
         count
     }
 
+    /// The bytes that all caches hold.
+    pub(crate) fn cached_bytes() -> u64 {
+        let bytes = instances().map(|instance| instance.ledger.stats().cached.bytes as u64);
+        bytes.sum()
+    }
+
     /// Stacks that [`StackCache::reclaim_all`] has given back so far, in any thread.
     pub(crate) fn reclaimed() -> usize {
         RECLAIMED.load(Ordering::Relaxed)

@@ -107,6 +107,18 @@ impl Stack {
     }
 }
 
+/// Bytes that are mapped for a stack of so many, without what lies around it.
+pub(crate) fn rounded(stack: usize) -> usize {
+    let stack = stack.max(layout::SMALLEST);
+    class::fit(stack, 0, sys::page_size()).map_or(stack, |fit| fit.usable)
+}
+
+/// Bytes around the stack of a thread with the default guard.
+pub(crate) fn bytes_around(runtime: &Runtime) -> usize {
+    let layout = Layout::new(runtime, layout::SMALLEST, sys::page_size());
+    layout.map_or(0, |layout| layout.total() - layout.stack)
+}
+
 /// A stack without a thread, owned by a spawn on its way: dropped, it goes back where it came from.
 pub(crate) struct Idle {
     stack: &'static Stack,

@@ -12,7 +12,7 @@ mod message;
 pub(crate) mod overflow;
 mod record;
 
-pub(crate) use idle::{Idle, RefusedStack, Wanted};
+pub(crate) use idle::{Idle, RefusedStack, Wanted, bytes_around, rounded};
 pub use info::StackInfo;
 pub(crate) use ledger::Ledger;
 pub(crate) use message::{Settings, Start, Work};

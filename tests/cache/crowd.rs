@@ -32,10 +32,11 @@ fn obstacle(threads: u64) -> Option<String> {
             0
         };
         match headroom.threads_left(limit, STACK) {
-            Some(left) if left < threads + spare => {
+            Some(left) if *left.end() < threads + spare => {
                 return Some(format!(
-                    "{threads} threads do not fit {}: room for {left} of {} ({})",
+                    "{threads} threads do not fit {}: room for {} of {} ({})",
                     limit.cause,
+                    left.end(),
                     limit.maximum.unwrap_or_default(),
                     limit.source
                 ));

@@ -32,7 +32,9 @@ mod warden;
 
 pub use cgroup::{Cgroup, CgroupDir, inherited_cgroup};
 pub use child::{Child, Output, Running, alone, case, child, kernel_at_least, program, report};
-pub use limits::{Mappings, Sleepers, become_unused_user, is_root, set_rlimit, unused_uid};
+pub use limits::{
+    Mappings, Sleepers, become_unused_user, become_user, is_root, set_rlimit, unused_uid,
+};
 pub use notify::{Call, Listener, listen, supervised};
 pub use seccomp::{
     Allow, Deny, Documented, MADV_GUARD_INSTALL, allow, allow_only, deny, deny_guard_marks,

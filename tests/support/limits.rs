@@ -42,6 +42,11 @@ pub fn unused_uid() -> u32 {
 /// `Err` where this process may not.
 pub fn become_unused_user() -> Result<u32, String> {
     let uid = unused_uid();
+    become_user(uid).map(|()| uid)
+}
+
+/// The same for a user that is given.
+pub fn become_user(uid: u32) -> Result<(), String> {
     // SAFETY: glibc changes every thread; the new ids are plain numbers. prctl takes a flag and a
     // signal number.
     unsafe {
@@ -54,7 +59,7 @@ pub fn become_unused_user() -> Result<u32, String> {
         // It also forgets that this process is to end with its parent.
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
     }
-    Ok(uid)
+    Ok(())
 }
 
 /// Forked processes that do nothing but exist, and end with this value or with this process.
