@@ -264,6 +264,12 @@ impl Facts {
             _ => commit_stands(&numbers.commit),
         };
         let size = self.both(|numbers| stands(&numbers.size));
+        // Without the arithmetic it was memory for the structure, and the limits on writable mappings were not reached.
+        let unasked = place == Place::Size && size < Standing::Signed;
+        let writable = |places: &[Place], standing| match unasked {
+            true => standing,
+            false => at(places, standing),
+        };
         let data = self.both(|numbers| stands(&numbers.data));
         let commit = self.both(commit);
         let [tracer, filter] = self.outside;
@@ -283,11 +289,11 @@ impl Facts {
             (CauseKind::AddressSpace, of_size(at(&[Place::Size], size))),
             (
                 CauseKind::DataSegment,
-                of_size(at(&[Place::DataOrCommit], data)),
+                of_size(writable(&[Place::DataOrCommit], data)),
             ),
             (
                 CauseKind::Overcommit,
-                of_size(at(&[Place::DataOrCommit, Place::Commit], commit)),
+                of_size(writable(&[Place::DataOrCommit, Place::Commit], commit)),
             ),
             (CauseKind::KernelMemory, of_size(Standing::Remote)),
         ]
@@ -471,3 +477,7 @@ fn guard(status: &Status, seen: &mut Unknown) -> Verdict {
     let cause = ruling.named.map(|_| cause.into());
     Verdict::ruled(&ruling, cause).transient_if(first != second)
 }
+
+#[cfg(test)]
+#[path = "truth_of_mmap.rs"]
+mod truth;
