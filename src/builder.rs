@@ -1,15 +1,19 @@
 //! [`Builder`]: what the caller wants of a thread.
 
-use crate::error::{Refused, SpawnError};
+use crate::error::{Refused, SetupError, SpawnError};
+use crate::gate::StartGate;
 use crate::handle::{JoinHandle, Running, ScopedJoinHandle};
 use crate::mem::text::character_boundary;
-use crate::mem::{Packet, Shared};
+use crate::mem::{Failure, Packet, SetupPacket, Shared, With, try_box};
 use crate::retry::RetryPolicy;
 use crate::scope::Scope;
+use crate::settings::{Cgroup, CoreScheduling, Cpus, Scheduler, Special};
 use crate::spawn::{self, Request};
 use crate::stack::cache::StackCache;
 use crate::stack::{Wanted, Work};
-use crate::sync::Latch;
+use crate::sync::{Entrance, Latch, forked_bare};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// std's default.
@@ -35,6 +39,7 @@ pub struct Builder {
     lock: bool,
     prefault: usize,
     retry: RetryPolicy,
+    special: Option<Box<Special>>,
 }
 
 /// A thread, and what it shares with its creator.
@@ -109,6 +114,76 @@ impl Builder {
         }
     }
 
+    /// The CPUs that the thread may run on, by their numbers: sched_setaffinity(2).
+    ///
+    /// Refused at [`Step::Affinity`](crate::Step::Affinity) if one of them lies outside of the cpuset or does not exist. (Of
+    /// a set that lies partly outside, the kernel takes the other part and says nothing. Here this is refused, with EINVAL.)
+    pub fn cpu_affinity(self, cpus: impl IntoIterator<Item = usize>) -> Builder {
+        self.specially(|special| match Cpus::new(cpus) {
+            Ok(cpus) => special.affinity = Some(cpus),
+            Err(wrong) => special.invalid = special.invalid.or(Some(wrong)),
+        })
+    }
+
+    /// The scheduling policy: sched_setattr(2). Refused at [`Step::Scheduler`](crate::Step::Scheduler).
+    pub fn scheduler(self, scheduler: Scheduler) -> Builder {
+        self.specially(|special| {
+            special.scheduler = Some(scheduler);
+            special.invalid = special.invalid.or(scheduler.invalid());
+        })
+    }
+
+    /// The signals that are blocked in the thread, by their numbers, and no others; by default those that are blocked in
+    /// its creator. 32 and 33 belong to glibc and are never blocked.
+    pub fn blocked_signals(self, signals: impl IntoIterator<Item = libc::c_int>) -> Builder {
+        self.specially(|special| {
+            let mut blocked = 0;
+            for signal in signals {
+                match signal {
+                    1..=64 => blocked |= 1 << (signal - 1),
+                    _ => {
+                        let wrong = ("number of a signal", signal.unsigned_abs().into());
+                        special.invalid = special.invalid.or(Some(wrong));
+                    }
+                }
+            }
+            special.blocked = Some(blocked);
+        })
+    }
+
+    /// The cgroup of the thread: an open directory of a cgroup file system.
+    ///
+    /// v2: the thread is made in it (`CLONE_INTO_CGROUP`, Linux 5.7, and not by clone(2) where a filter denies clone3).
+    /// The process stays where it is, so both must be in one threaded domain. v1: the thread writes itself into `tasks`.
+    /// Refused at [`Step::Cgroup`](crate::Step::Cgroup).
+    pub fn cgroup(self, directory: impl Into<OwnedFd>) -> Builder {
+        let cgroup = Arc::new(Cgroup::new(directory.into()));
+        self.specially(|special| special.cgroup = Some(cgroup))
+    }
+
+    /// Which threads may run beside it on a core: prctl(2), `PR_SCHED_CORE`, Linux 5.14. Refused at
+    /// [`Step::CoreScheduling`](crate::Step::CoreScheduling).
+    pub fn core_scheduling(self, cookie: CoreScheduling) -> Builder {
+        self.specially(|special| special.core = Some(cookie))
+    }
+
+    /// The thread waits at `gate` before its closure, when its settings are in force and its setup has succeeded.
+    pub fn start_gate(self, gate: &StartGate) -> Builder {
+        self.specially(|special| special.gate = Some(gate.entrance().cloned()))
+    }
+
+    /// Makes the handle that std gives the thread available as [`JoinHandle::thread`], so that it can be unparked. It is made
+    /// in the new thread, with memory and a thread-local destructor, so spawn waits for it: do not ask for it in the
+    /// constructor of a shared object, which holds the lock of the loader.
+    pub fn publish_std_thread(self, yes: bool) -> Builder {
+        self.specially(|special| special.publish = yes)
+    }
+
+    fn specially(mut self, change: impl FnOnce(&mut Special)) -> Builder {
+        change(self.special.get_or_insert_default());
+        self
+    }
+
     /// Creates the thread.
     ///
     /// # Errors
@@ -146,6 +221,91 @@ impl Builder {
         };
         let (running, packet) = self.launch(f, None, start)?;
         Ok(JoinHandle::new(running, packet.into_delivery()))
+    }
+
+    /// Creates a thread that calls `f` with `value`. Like [`spawn_or_return`](Self::spawn_or_return), except that a refusal
+    /// gives the value back: a closure could only be called.
+    ///
+    /// # Errors
+    /// A [`Refused`] with the [`SpawnError`] and the value.
+    ///
+    /// ```
+    /// let vm = vec![1, 2, 3];
+    /// let impossible = nptl::Builder::new().stack_size(usize::MAX);
+    /// let refused = impossible.spawn_with(vm, |vm| vm.len()).unwrap_err();
+    /// assert_eq!(refused.error().step(), nptl::Step::Attributes);
+    /// assert_eq!(refused.into_inner(), [1, 2, 3]);
+    /// ```
+    pub fn spawn_with<A, F, T>(self, value: A, f: F) -> Result<JoinHandle<T>, Refused<A>>
+    where
+        A: Send + 'static,
+        F: FnOnce(A) -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        let start = |request: &Request, packet: Shared<Packet<With<A, F>, T>>| {
+            spawn::spawn(request, Work::Free(&packet.into_body()))
+        };
+        let launched = self.launch(With(value, f), None, start);
+        let (running, packet) = launched.map_err(|refused| {
+            let (error, With(value, _)) = refused.into_parts();
+            Refused::new(error, value)
+        })?;
+        Ok(JoinHandle::new(running, packet.into_delivery()))
+    }
+
+    /// Creates a thread that runs `setup` and then calls `body` with what it returned. `setup` has run, in the new thread
+    /// with all settings in force, when this returns: what can fail there (a filter, a file, a device) fails here.
+    ///
+    /// The thread does not hold anything that this waits for, but `setup` can: it must not wait for the calling thread.
+    ///
+    /// # Errors
+    /// [`SetupError`]: the refusal of a thread, or what `setup` returned or panicked with. No thread is left.
+    ///
+    /// ```
+    /// use std::fs::File;
+    /// let vcpu = nptl::Builder::new().name("vcpu0");
+    /// let refused = vcpu.spawn_with_setup(|| File::open("/dev/none"), |_device| ());
+    /// match refused {
+    ///     Err(nptl::SetupError::Failed(error)) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound),
+    ///     _ => unreachable!(),
+    /// }
+    /// ```
+    pub fn spawn_with_setup<S, A, E, F, T>(
+        self,
+        setup: S,
+        body: F,
+    ) -> Result<JoinHandle<T>, SetupError<E>>
+    where
+        S: FnOnce() -> Result<A, E> + Send + 'static,
+        A: 'static,
+        E: Send + 'static,
+        F: FnOnce(A) -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        let mut builder = self;
+        if builder.special.is_none() && !forked_bare() {
+            builder.special = try_box(Special::default()).ok();
+        }
+        let Some(special) = &mut builder.special else {
+            let bytes = size_of::<Special>();
+            return Err(spawn::refused_memory(&builder.request(), bytes).into());
+        };
+        special.setup = true;
+        let request = builder.request();
+        let packet = spawn::share(SetupPacket::new(setup, body)).map_err(|_| {
+            spawn::refused_memory(&request, size_of::<SetupPacket<S, A, E, F, T>>())
+        })?;
+        let running = spawn::spawn(&request, Work::Free(&packet.clone().into_body()))?;
+        match packet.take_failure() {
+            None => Ok(JoinHandle::new(running, packet.into_delivery())),
+            Some(failure) => {
+                running.finish_failed();
+                Err(match failure {
+                    Failure::Failed(error) => SetupError::Failed(error),
+                    Failure::Panicked(payload) => SetupError::Panicked(payload),
+                })
+            }
+        }
     }
 
     /// Like [`spawn`](Self::spawn), except that closure and result may borrow, as std's `spawn_unchecked`.
@@ -208,6 +368,13 @@ impl Builder {
             let bytes = size_of::<Latch>();
             return Err(spawn::refused_memory(&self.request(), bytes));
         };
+        if let Some(special) = &self.special
+            && let Some(Some(gate)) = &special.gate
+            && !scope.note_gate(gate)
+        {
+            let bytes = size_of::<Shared<Entrance>>();
+            return Err(spawn::refused_memory(&self.request(), bytes));
+        }
         let start = |request: &Request, packet: Shared<Packet<F, T>>| {
             spawn::spawn(request, Work::Scoped(&packet.into_body(), latch))
         };
@@ -235,7 +402,7 @@ impl Builder {
         };
         match f {
             Some(f) => Err(Refused::new(error, f)),
-            // No thread was made, so nobody can have taken the closure.
+            // No thread was made, or it has ended before it took the closure.
             None => unreachable!("a refused spawn ran the closure"),
         }
     }
@@ -257,8 +424,15 @@ impl Builder {
         } else if wanted.size.saturating_add(wanted.guard) > isize::MAX as usize {
             Some(wanted.too_large())
         } else {
-            None
+            self.special.as_ref().and_then(|special| special.invalid)
         };
+        let mut special = self.special;
+        if let Some(special) = &mut special
+            && let Some(stages) = special.stages_to_share()
+        {
+            special.stages = spawn::share(stages).ok();
+            special.unshared = special.stages.is_none();
+        }
         Request {
             comm: name.as_deref().map(comm),
             name: name
@@ -267,6 +441,7 @@ impl Builder {
                 .map_err(|_| size_of::<String>()),
             invalid,
             wanted,
+            special,
             retry: self.retry,
             cache: self.cache.unwrap_or_else(|| StackCache::global().clone()),
         }

@@ -20,15 +20,20 @@ pub struct Errno(i32);
 /// Those that this crate compares with.
 impl Errno {
     pub(crate) const E2BIG: Errno = Errno(libc::E2BIG);
+    pub(crate) const EACCES: Errno = Errno(libc::EACCES);
     pub(crate) const EAGAIN: Errno = Errno(libc::EAGAIN);
     pub(crate) const EBADF: Errno = Errno(libc::EBADF);
+    pub(crate) const EBUSY: Errno = Errno(libc::EBUSY);
     pub(crate) const EEXIST: Errno = Errno(libc::EEXIST);
     pub(crate) const EINTR: Errno = Errno(libc::EINTR);
     pub(crate) const EINVAL: Errno = Errno(libc::EINVAL);
     pub(crate) const ENODATA: Errno = Errno(libc::ENODATA);
+    pub(crate) const ENODEV: Errno = Errno(libc::ENODEV);
     pub(crate) const ENOENT: Errno = Errno(libc::ENOENT);
     pub(crate) const ENOMEM: Errno = Errno(libc::ENOMEM);
     pub(crate) const ENOSYS: Errno = Errno(libc::ENOSYS);
+    pub(crate) const ENOTDIR: Errno = Errno(libc::ENOTDIR);
+    pub(crate) const EOPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
     pub(crate) const EPERM: Errno = Errno(libc::EPERM);
     pub(crate) const ESRCH: Errno = Errno(libc::ESRCH);
 }

@@ -15,7 +15,7 @@
 use crate::failures;
 use crate::stack::cache;
 use crate::step::{Step, StepError};
-use crate::sync::{forked_bare, note_bare_fork, notice_fork, set_up_notice};
+use crate::sync::{forked_bare, note_bare_fork, note_fork, notice_fork, set_up_notice};
 use crate::sys;
 use crate::tcb::Runtime;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -105,6 +105,7 @@ fn has_handlers() -> bool {
 /// Makes the crate's state one of this process: run once by the first call that notices the fork, with application
 /// signals blocked. It may be repeated, by a child that is forked in the middle of it.
 fn repair() {
+    note_fork();
     if !has_handlers() {
         note_bare_fork();
     }

@@ -2,9 +2,11 @@
 
 use crate::errno::Errno;
 use crate::mem::{Deliver, Shared};
+use crate::settings::{Cpus, Scheduler, Stages, set_affinity};
 use crate::stack::cache::StackCache;
 use crate::stack::{Stack, StackInfo};
 use crate::sync::notice_fork;
+use crate::sys::sched;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::thread::Result as Outcome;
@@ -16,6 +18,7 @@ pub(crate) struct Running {
     cache: StackCache,
     tid: libc::pid_t,
     name: Option<Shared<String>>,
+    stages: Option<Shared<Stages>>,
 }
 
 impl Running {
@@ -24,13 +27,26 @@ impl Running {
         cache: StackCache,
         tid: libc::pid_t,
         name: Option<Shared<String>>,
+        stages: Option<Shared<Stages>>,
     ) -> Running {
         Running {
             stack,
             cache,
             tid,
             name,
+            stages,
         }
+    }
+
+    /// The thread's setup has failed: waits for its end.
+    pub(crate) fn finish_failed(self) {
+        self.stack.wait_released(None);
+        self.stack.reap();
+    }
+
+    /// Calls `f` with the tid while the thread cannot end, or says ESRCH if it has.
+    fn with_tid<R>(&self, f: impl FnOnce(libc::pid_t) -> Result<R, Errno>) -> Result<R, Errno> {
+        self.stack.with_tid(|| f(self.tid))
     }
 }
 
@@ -227,6 +243,57 @@ macro_rules! shared_methods {
         /// ```
         pub fn pidfd(&self) -> io::Result<OwnedFd> {
             Ok(self.0.running.stack.pidfd(self.0.running.tid)?)
+        }
+
+        /// The handle that std gives the thread, for [`unpark`](std::thread::Thread::unpark), if the thread was created with
+        /// [`publish_std_thread`](crate::Builder::publish_std_thread).
+        pub fn thread(&self) -> Option<&std::thread::Thread> {
+            self.0.running.stages.as_ref()?.thread()
+        }
+
+        /// The CPUs that the thread may run on, ascending: sched_getaffinity(2).
+        ///
+        /// # Errors
+        /// ESRCH if the thread has ended.
+        pub fn cpu_affinity(&self) -> std::io::Result<Vec<usize>> {
+            let cpus = self.0.running.with_tid(sched::affinity)?;
+            Ok(sched::list(&cpus).collect())
+        }
+
+        /// Changes the CPUs that the thread may run on: sched_setaffinity(2).
+        ///
+        /// # Errors
+        /// ESRCH if the thread has ended. EINVAL if a CPU lies outside of the cpuset; of a set that lies partly outside, the
+        /// kernel has then taken the other part. Else those of the call.
+        pub fn set_cpu_affinity(
+            &self,
+            cpus: impl IntoIterator<Item = usize>,
+        ) -> std::io::Result<()> {
+            let cpus =
+                Cpus::new(cpus).map_err(|_| std::io::Error::from_raw_os_error(libc::EINVAL))?;
+            Ok(self.0.running.with_tid(|tid| set_affinity(tid, &cpus))?)
+        }
+
+        /// Its scheduling policy: sched_getattr(2).
+        ///
+        /// # Errors
+        /// ESRCH if the thread has ended, `Unsupported` for a policy that [`Scheduler`](crate::Scheduler) does not name.
+        pub fn scheduler(&self) -> std::io::Result<Scheduler> {
+            let attributes = self.0.running.with_tid(sched::scheduler)?;
+            Scheduler::of(&attributes).ok_or(std::io::ErrorKind::Unsupported.into())
+        }
+
+        /// Changes its scheduling policy: sched_setattr(2).
+        ///
+        /// # Errors
+        /// ESRCH if the thread has ended, EPERM without the privilege, EBUSY where a deadline is not admitted, EINVAL for
+        /// values that are invalid.
+        pub fn set_scheduler(&self, scheduler: Scheduler) -> std::io::Result<()> {
+            let attributes = scheduler.attributes();
+            Ok(self
+                .0
+                .running
+                .with_tid(|tid| sched::set_scheduler(tid, &attributes))?)
         }
 
         /// Where its stack lies, and how large it is. Makes no system call.

@@ -53,12 +53,14 @@ mod error;
 mod failures;
 #[expect(unsafe_code, reason = "A9")]
 mod fork;
+mod gate;
 mod handle;
 #[expect(unsafe_code, reason = "A9")]
 mod mem;
 mod proc;
 mod retry;
 mod scope;
+mod settings;
 mod spawn;
 #[expect(unsafe_code, reason = "A9")]
 mod stack;
@@ -75,11 +77,14 @@ mod tcb;
 pub use builder::{Builder, prepare, spawn};
 pub use diagnose::{Cause, Certainty, explain, headroom};
 pub use errno::Errno;
-pub use error::{Refused, SpawnError, StackFate, StackOrigin, StackOutcome, Step};
+pub use error::{Refused, SetupError, SpawnError, StackFate, StackOrigin, StackOutcome, Step};
 pub use failures::last_failure;
+pub use gate::StartGate;
 pub use handle::{JoinHandle, ScopedJoinHandle};
+pub use mem::packet::Cancelled;
 pub use retry::RetryPolicy;
 pub use scope::{Scope, scope};
+pub use settings::{CoreScheduling, Scheduler};
 pub use stack::StackInfo;
 pub use stack::cache::{StackCache, StackCacheConfig, StackCacheStats};
 pub use stack::overflow::disable_overflow_reports;

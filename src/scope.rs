@@ -2,7 +2,8 @@
 
 use crate::mem::Shared;
 use crate::stack::cache::StackCache;
-use crate::sync::Latch;
+use crate::sync::{Entrance, Latch};
+use parking_lot::Mutex;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
@@ -10,6 +11,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 pub struct Scope<'scope, 'env: 'scope> {
     /// `None` where there was no memory for it: then no thread is made here.
     latch: Option<Shared<Latch>>,
+    /// Those that its threads wait at.
+    gates: Mutex<Vec<Shared<Entrance>>>,
     // Invariant in both, as std's: a scope must not shrink to a shorter 'scope or another 'env.
     scope: PhantomData<&'scope mut &'scope ()>,
     env: PhantomData<&'env mut &'env ()>,
@@ -18,6 +21,17 @@ pub struct Scope<'scope, 'env: 'scope> {
 impl Scope<'_, '_> {
     pub(crate) fn latch(&self) -> Option<&Shared<Latch>> {
         self.latch.as_ref()
+    }
+
+    /// A thread is to wait at this gate. Returns `false` if there was no memory to remember it.
+    pub(crate) fn note_gate(&self, gate: &Shared<Entrance>) -> bool {
+        let mut gates = self.gates.lock();
+        let known = gates.iter().any(|known| known.is(gate));
+        let room = known || gates.try_reserve(1).is_ok();
+        if room && !known {
+            gates.push(gate.clone());
+        }
+        room
     }
 }
 
@@ -53,10 +67,17 @@ where
 {
     let scope = Scope {
         latch: Shared::try_new(Latch::default()).ok(),
+        gates: Mutex::new(Vec::new()),
         scope: PhantomData,
         env: PhantomData,
     };
     let result = catch_unwind(AssertUnwindSafe(|| f(&scope)));
+    if result.is_err() {
+        // A gate outside of the scope would be dropped only behind the wait for the threads that wait at it.
+        for gate in &*scope.gates.lock() {
+            gate.decide(false);
+        }
+    }
     // In every case, before anything else: the threads borrow from our caller.
     let panicked = scope.latch.as_ref().is_some_and(|latch| {
         latch.wait(|| StackCache::reap_dead_of(latch));

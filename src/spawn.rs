@@ -16,6 +16,7 @@ use crate::fork;
 use crate::handle::Running;
 use crate::mem::Shared;
 use crate::retry::RetryPolicy;
+use crate::settings::Special;
 use crate::stack::cache::StackCache;
 use crate::stack::{self, Idle, Settings, Start, Wanted, Work, overflow};
 use crate::start::Begin;
@@ -36,6 +37,7 @@ pub(crate) struct Request {
     pub retry: RetryPolicy,
     /// What is wrong with it, and the value.
     pub invalid: Option<(&'static str, u64)>,
+    pub special: Option<Box<Special>>,
 }
 
 /// Creates the thread that does `work`.
@@ -60,7 +62,12 @@ pub(crate) fn spawn(request: &Request, work: Work<'_>) -> Result<Running, SpawnE
         let step = refusal.error.step;
         let allocates = matches!(step, Step::Allocate | Step::AllocateTls) || refusal.calibration;
         let transient = refusal.verdict.transient && !allocates;
-        let hopeless = matches!(step, Step::Attributes | Step::Runtime) || request.name.is_err();
+        let hopeless = matches!(step, Step::Attributes | Step::Runtime | Step::Setup)
+            || request.name.is_err()
+            || request
+                .special
+                .as_ref()
+                .is_some_and(|special| special.refusal().is_some());
         let started = *started.get_or_insert_with(Instant::now);
         if request.retry.again(started, transient, hopeless) {
             continue;
@@ -139,6 +146,15 @@ fn explained(error: StepError) -> Refusal {
     Refusal::new(error, diagnose::diagnose_once(&error))
 }
 
+/// [`explained`], for what only a thread with settings meets.
+fn unsettled(error: StepError, special: &Special) -> Refusal {
+    if error.step == Step::Allocate {
+        return explained(error);
+    }
+    let _cancellation = NoCancellation::new();
+    Refusal::new(error, diagnose::explain_setting(&error, &special.asked()))
+}
+
 fn no_memory(bytes: usize) -> Refusal {
     explained(StepError::new(Step::Allocate, Errno::ENOMEM, bytes))
 }
@@ -158,6 +174,11 @@ struct Message<'a> {
 fn check(request: &Request) -> Result<Option<&Shared<String>>, Refusal> {
     if let Some(wrong) = request.invalid {
         return Err(invalid(wrong));
+    }
+    if let Some(special) = &request.special
+        && let Some(error) = special.refusal()
+    {
+        return Err(unsettled(error, special));
     }
     match &request.name {
         Ok(name) => Ok(name.as_ref()),
@@ -198,12 +219,17 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
     };
     let enter = || enter(request, runtime, &idle, &message);
     let (error, reclaimed) = match with_room(runtime, attempts, lacks, enter) {
-        Ok(tid) => return Ok(running(name, idle, tid)),
+        Ok(tid) => return settle(request, name, idle, tid),
         Err(refused) => refused,
     };
     if error.step == Step::Runtime {
         let refusal = no_runtime(RuntimeError::Unsupported(FORKED_BARE));
         return Err(give_up(idle, reclaimed, refusal));
+    }
+    if let Some(special) = &request.special
+        && error.step == Step::Cgroup
+    {
+        return Err(give_up(idle, reclaimed, unsettled(error, special)));
     }
     // Reading files is a cancellation point, and so is sleeping between attempts.
     let _cancellation = NoCancellation::new();
@@ -213,7 +239,7 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
         false => Err(diagnose::diagnose_once(&error)),
     };
     match entered {
-        Ok(tid) => Ok(running(name, idle, tid)),
+        Ok(tid) => settle(request, name, idle, tid),
         Err(verdict) => {
             *attempts += verdict.repeated;
             Err(give_up(idle, reclaimed, Refusal::new(error, verdict)))
@@ -243,6 +269,7 @@ fn enter(
     }
 
     // 7. Clone.
+    let special = request.special.as_deref();
     let (body, latch) = message.work.share();
     let start = Start {
         body: Some(body),
@@ -250,22 +277,39 @@ fn enter(
         memory: None,
         runtime,
         name: message.name.cloned(),
-        mask: signals.inherited(),
+        mask: signals.of_thread(special.and_then(|special| special.blocked)),
         rseq: runtime.has_rseq(),
         settings: Settings {
             comm: request.comm,
             signal_stack: overflow::enabled(),
+            stages: special.and_then(|special| special.stages.clone()),
         },
     };
+    let cgroup = special.and_then(Special::cloned);
     // On refusal dropped in this order: off the list while SIGSETXID is unblocked (G3), then the creator's mask.
-    let tid = idle.clone_thread::<Begin>(start, &signals)?;
+    let tid = idle.clone_thread::<Begin>(start, cgroup, &signals)?;
     enlisted.commit();
     Ok(tid)
 }
 
-fn running(name: Option<&Shared<String>>, idle: Idle, tid: libc::pid_t) -> Running {
+/// 8. and 9. Settings and setup, if there are any: the thread reports what was refused, and ends.
+#[inline(always)]
+fn settle(
+    request: &Request,
+    name: Option<&Shared<String>>,
+    idle: Idle,
+    tid: libc::pid_t,
+) -> Result<Running, Refusal> {
+    let mut stages = None;
+    if let Some(special) = &request.special {
+        stages = special.stages.clone();
+        if let Err(error) = special.wait(|| idle.has_ended()) {
+            idle.join_thread();
+            return Err(give_up(idle, 0, unsettled(error, special)));
+        }
+    }
     let (stack, cache) = idle.into_running();
-    Running::new(stack, cache, tid, name.cloned())
+    Ok(Running::new(stack, cache, tid, name.cloned(), stages))
 }
 
 /// A stack, if need be after giving back what the caches hold: cached stacks are mappings and

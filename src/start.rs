@@ -5,7 +5,8 @@
 //! ```text
 //!  all but SIGSETXID blocked       set_robust_list, rseq, locale, ctype, resolver, errno
 //!                                  name, signal stack
-//!  the creator's mask              the closure; its result and itself are dropped or handed over
+//!  the closure's mask              settings and setup, reported to the creator, and the gate: where there are any
+//!                                  the closure; its result and itself are dropped or handed over
 //!                                  thread-local destructors, pthread keys, thread-locals again
 //!                                  glibc's count of threads; the last one exits the process
 //!  application signals blocked     what was registered or set meanwhile is cleared
@@ -123,8 +124,10 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     // SAFETY: this very thread's stack; a body does not unwind.
     unsafe {
         runtime.with_unwind_buffer(stack.top(), || {
-            if let Some(body) = &start.body {
-                body.run();
+            match (&start.body, &start.settings.stages) {
+                (Some(body), None) => body.run(),
+                (Some(body), Some(stages)) => stages.run(&**body),
+                (None, _) => {}
             }
         });
     }

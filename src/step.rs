@@ -24,6 +24,17 @@ pub enum Step {
     AllocateTls,
     /// clone3(2), or clone(2).
     Clone,
+    /// sched_setaffinity(2).
+    Affinity,
+    /// sched_setattr(2).
+    Scheduler,
+    /// The cgroup of the new thread: `CLONE_INTO_CGROUP` (v2), or a write to its `tasks` (v1).
+    Cgroup,
+    /// prctl(2), `PR_SCHED_CORE`.
+    CoreScheduling,
+    /// The caller's own setup ended the thread. Its error or panic is no refusal:
+    /// [`SetupError`](crate::SetupError) has it.
+    Setup,
 }
 
 impl fmt::Display for Step {
@@ -38,6 +49,11 @@ impl fmt::Display for Step {
             Step::PrepareStack => "prepare stack",
             Step::AllocateTls => "allocate TLS",
             Step::Clone => "clone",
+            Step::Affinity => "affinity",
+            Step::Scheduler => "scheduler",
+            Step::Cgroup => "cgroup",
+            Step::CoreScheduling => "core scheduling",
+            Step::Setup => "setup",
         })
     }
 }

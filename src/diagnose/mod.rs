@@ -24,6 +24,7 @@ mod numbers;
 mod outside;
 mod probe;
 mod rule;
+mod settings;
 mod verdict;
 
 use std::time::Instant;
@@ -33,9 +34,10 @@ use crate::errno::Errno;
 use again::{Again, Granted, Repetition};
 pub use cause::{
     AddressSpace, AddressSpaceExhausted, Answer, Cause, CauseKind, Causes, CausesIter, Certainty,
-    CgroupPlace, DataSegment, DeadlineScheduling, DyingPidNamespace, InvalidAttribute,
-    KernelMemory, LockedMemory, MapCount, MemoryOracle, Oracle, Overcommit, PidLevel, PidNumbers,
-    PidsCgroup, Seccomp, SecurityModule, SiblingExec, ThreadsMax, Tracer, Unknown,
+    CgroupPlace, DataSegment, DeadlineAdmission, DeadlineScheduling, DyingPidNamespace, EndedEarly,
+    ForeignCgroup, InvalidAttribute, KernelMemory, LockedMemory, MapCount, MemoryOracle,
+    NoCoreScheduling, NotPermitted, Oracle, OutsideCpuset, Overcommit, PidLevel, PidNumbers,
+    PidsCgroup, RealTimeRuntime, Seccomp, SecurityModule, SiblingExec, ThreadsMax, Tracer, Unknown,
     UnsharedPidNamespace, UnsharedTimeNamespace, UnsupportedRuntime, UserProcesses,
 };
 pub use explain::Explanation;
@@ -47,6 +49,7 @@ pub(crate) use verdict::Verdict;
 pub use crate::mem::text::InlinePath;
 use crate::proc::status::Status;
 use crate::proc::{machine, task};
+use crate::settings::Asked;
 pub use crate::step::CloneCall;
 use crate::step::{Step, StepError};
 use crate::sync::notice_fork;
@@ -129,6 +132,21 @@ pub(crate) fn diagnose_once(error: &StepError) -> Verdict {
     analyse(error, None)
 }
 
+/// Like [`explain`], for a setting of the new thread.
+pub(crate) fn explain_setting(error: &StepError, asked: &Asked<'_>) -> Verdict {
+    let start = Instant::now();
+    let status = Status::read();
+    let mut verdict = settings::diagnose(error, asked, &status);
+    if verdict.certainty == Certainty::Unknown {
+        verdict.cause = Cause::Unknown(Unknown {
+            seccomp: status.seccomp,
+            ..Unknown::NOTHING
+        });
+    }
+    verdict.spent = start.elapsed();
+    verdict
+}
+
 const NO_CLONE3: &str =
     "no clone3 (Linux before 5.3, or a filter): the kernel cannot be asked what refused";
 
@@ -164,7 +182,13 @@ fn name(
         | Step::PrepareStack
         | Step::AllocateTls => Ok(memory::diagnose(error, &status, seen)),
         Step::Clone => clone(error, &status, seen, repetition),
-        Step::Attributes | Step::Runtime => Ok(Verdict::UNKNOWN),
+        Step::Attributes
+        | Step::Runtime
+        | Step::Affinity
+        | Step::Scheduler
+        | Step::Cgroup
+        | Step::CoreScheduling
+        | Step::Setup => Ok(Verdict::UNKNOWN),
     }
 }
 

@@ -17,6 +17,7 @@ use std::thread::Result as Outcome;
 ///  WORK ──► EMPTY    by the thread, or by the creator if no thread was made
 ///  EMPTY ──► RESULT  by the thread
 ///  RESULT ──► EMPTY  by the handle
+///  WORK ──► CANCELLED  by the thread, whose gate was cancelled; the closure stays inside
 /// ```
 pub(crate) struct Packet<F, T> {
     state: AtomicU8,
@@ -28,6 +29,22 @@ pub(crate) struct Packet<F, T> {
 const EMPTY: u8 = 0;
 const WORK: u8 = 1;
 const RESULT: u8 = 2;
+const CANCELLED: u8 = 3;
+
+/// The payload of [`join`](crate::JoinHandle::join) of a thread that did not run its closure, because its
+/// [`StartGate`](crate::StartGate) was cancelled.
+///
+/// ```
+/// let gate = nptl::StartGate::new();
+/// let handle = nptl::Builder::new().start_gate(&gate).spawn(|| unreachable!())?;
+/// gate.cancel();
+/// let payload: Box<dyn std::any::Any + Send> = handle.join().map(|()| ()).unwrap_err();
+/// assert!(payload.is::<nptl::Cancelled>());
+/// # Ok::<(), nptl::SpawnError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the start gate of the thread was cancelled")]
+pub struct Cancelled;
 
 // SAFETY: a cell is touched only by the one that has changed `state` away from it (`work` from WORK, `result` from
 // RESULT), or by the one that is about to announce it (`result` before RESULT). So a value moves from thread to thread
@@ -60,6 +77,24 @@ impl<F, T> Packet<F, T> {
         unsafe { (*self.work.get()).take() }
     }
 
+    /// The closure will not run, and stays inside.
+    pub(super) fn mark_cancelled(&self) {
+        let _ = self
+            .state
+            .compare_exchange(WORK, CANCELLED, Ordering::Release, Ordering::Relaxed);
+    }
+
+    /// Runs the closure, if it is still there, and keeps its result or its panic.
+    pub(super) fn run_with(&self, run: impl FnOnce(F) -> T) {
+        if let Some(work) = self.take_work() {
+            // As in std: join tells the one that looks at the data afterwards that it panicked.
+            let outcome = catch_unwind(AssertUnwindSafe(|| run(work)));
+            // SAFETY: the work was inside until now, so no result was announced before.
+            unsafe { *self.result.get() = Some(outcome) };
+            self.state.store(RESULT, Ordering::Release);
+        }
+    }
+
     /// The same, where there was not even memory to share it.
     pub(crate) fn into_work(mut self) -> Option<F> {
         self.work.get_mut().take()
@@ -72,18 +107,37 @@ where
     T: Send,
 {
     fn run(&self) {
-        if let Some(work) = self.take_work() {
-            // As in std: join tells the one that looks at the data afterwards that it panicked.
-            let outcome = catch_unwind(AssertUnwindSafe(work));
-            // SAFETY: the work was inside until now, so no result was announced before.
-            unsafe { *self.result.get() = Some(outcome) };
-            self.state.store(RESULT, Ordering::Release);
-        }
+        self.run_with(|work| work());
+    }
+
+    fn cancel(&self) {
+        self.mark_cancelled();
+    }
+}
+
+/// A closure, and the value that it is called with.
+pub(crate) struct With<A, F>(pub A, pub F);
+
+impl<A, F, T> Body for Packet<With<A, F>, T>
+where
+    A: Send,
+    F: FnOnce(A) -> T + Send,
+    T: Send,
+{
+    fn run(&self) {
+        self.run_with(|With(value, work)| work(value));
+    }
+
+    fn cancel(&self) {
+        self.mark_cancelled();
     }
 }
 
 impl<F: Send, T: Send> Deliver<T> for Packet<F, T> {
     fn take(&self) -> Option<Outcome<T>> {
+        if self.claim(CANCELLED) {
+            return Some(Err(Box::new(Cancelled)));
+        }
         if !self.claim(RESULT) {
             return None;
         }
@@ -98,7 +152,7 @@ impl<F, T> Drop for Packet<F, T> {
         if let (Some(Err(_)), Some(scope)) = (&result, &self.scope) {
             scope.note_panic();
         }
-        // The closure of a thread that died before it ran.
+        // The closure of a thread that was cancelled, or died before it ran.
         let work = self.work.get_mut().take();
         // A destructor that panics must take down neither a thread that ends nor the one that reaps another; the
         // panic hook has reported it.
@@ -107,7 +161,7 @@ impl<F, T> Drop for Packet<F, T> {
     }
 }
 
-fn drop_quietly<T>(value: T) {
+pub(super) fn drop_quietly<T>(value: T) {
     if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(value)))
         && let Err(worse) = catch_unwind(AssertUnwindSafe(|| drop(payload)))
     {

@@ -228,6 +228,21 @@ impl Hierarchy {
         }
     }
 
+    /// The directory of the thread's own cgroup.
+    pub(crate) fn own_directory(&self) -> InlinePath {
+        InlinePath::new(self.path.as_bytes())
+    }
+
+    /// What a parser finds in a file of the thread's own cgroup.
+    pub(crate) fn first_in<T>(
+        &self,
+        file: &[u8],
+        parse: impl FnMut(&[u8]) -> Option<T>,
+    ) -> Option<T> {
+        let mut path = self.path;
+        with_file(&mut path, file, |path| file::first(path, parse))
+    }
+
     pub(crate) fn directory(&self, level: &Level) -> InlinePath {
         let bytes = self.path.as_bytes();
         InlinePath::new(bytes.get(..level.length).unwrap_or(bytes))

@@ -22,6 +22,8 @@ pub(crate) enum Limited {
     AddressSpace,
     Data,
     LockedMemory,
+    RealTimePriority,
+    Nice,
 }
 
 impl Limited {
@@ -32,6 +34,8 @@ impl Limited {
             Limited::AddressSpace => (b"Max address space", Resource::RLIMIT_AS),
             Limited::Data => (b"Max data size", Resource::RLIMIT_DATA),
             Limited::LockedMemory => (b"Max locked memory", Resource::RLIMIT_MEMLOCK),
+            Limited::RealTimePriority => (b"Max realtime priority", Resource::RLIMIT_RTPRIO),
+            Limited::Nice => (b"Max nice priority", Resource::RLIMIT_NICE),
         }
     }
 }
@@ -89,6 +93,8 @@ mod tests {
         let line =
             b"Max data size             0                    1048576              bytes     ";
         assert_eq!(of(line, Limited::Data), Some((1 << 20, 1 << 20)));
+        let line = b"Max realtime priority     0                    0                    ";
+        assert_eq!(of(line, Limited::RealTimePriority), Some((0, 0)));
         let line = b"Max data size             ";
         assert_eq!(of(line, Limited::Data), None);
     }
@@ -100,6 +106,8 @@ mod tests {
             Limited::AddressSpace,
             Limited::Data,
             Limited::LockedMemory,
+            Limited::RealTimePriority,
+            Limited::Nice,
         ] {
             let called = Limit::read(limited, Calls::Any);
             assert!(called.is_some());

@@ -39,6 +39,16 @@ pub(crate) fn words(text: &[u8]) -> impl Iterator<Item = &[u8]> {
         .filter(|word| !word.is_empty())
 }
 
+/// Whether a list of ranges (`0-3,8`) has a number.
+pub(crate) fn list_has(list: &[u8], wanted: u64) -> bool {
+    list.trim_ascii().split(|byte| *byte == b',').any(|range| {
+        let mut ends = range.splitn(2, |byte| *byte == b'-').map(number);
+        let first = ends.next().flatten();
+        let last = ends.next().map_or(first, |last| last);
+        first <= Some(wanted) && first.is_some() && Some(wanted) <= last
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -69,5 +79,14 @@ mod tests {
         assert_eq!(value(b"max", b"max"), None);
         let fields: Vec<_> = words(b"  1024 \t 4096   files ").collect();
         assert_eq!(fields, [&b"1024"[..], b"4096", b"files"]);
+    }
+
+    #[test]
+    fn lists_of_ranges() {
+        let has = |list: &[u8]| -> Vec<u64> { (0..12).filter(|n| list_has(list, *n)).collect() };
+        assert_eq!(has(b"0-2,5,9-10\n"), [0, 1, 2, 5, 9, 10]);
+        assert_eq!(has(b"3"), [3]);
+        assert_eq!(has(b"\n"), []);
+        assert_eq!(has(b""), []);
     }
 }

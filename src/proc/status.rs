@@ -87,6 +87,7 @@ impl Status {
 
 pub(crate) const CAP_IPC_LOCK: u32 = 14;
 pub(crate) const CAP_SYS_ADMIN: u32 = 21;
+pub(crate) const CAP_SYS_NICE: u32 = 23;
 pub(crate) const CAP_SYS_RESOURCE: u32 = 24;
 
 #[cfg(test)]

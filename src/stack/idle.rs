@@ -12,6 +12,7 @@ use crate::sync::forked_bare;
 use crate::sys::{self, Entry, Signals};
 use crate::tcb::{Enlisted, Runtime};
 use std::cell::Cell;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 
 /// Bytes between the initial stack pointer and the top of the stack.
@@ -210,6 +211,7 @@ impl Idle {
     }
 
     /// mlock and prefault, as asked for.
+    #[inline]
     pub(crate) fn prepare(&self, wanted: &Wanted) -> Result<(), StepError> {
         let refused = |bytes| move |errno| StepError::new(Step::PrepareStack, errno, bytes);
         let stack = self.stack;
@@ -265,6 +267,7 @@ impl Idle {
     pub(crate) fn clone_thread<E: Entry>(
         &self,
         start: Start,
+        cgroup: Option<BorrowedFd<'_>>,
         _blocked: &Signals,
     ) -> Result<libc::pid_t, StepError> {
         let stack = self.stack;
@@ -285,6 +288,7 @@ impl Idle {
             thread_pointer: stack.block.thread_pointer(),
             tid: stack.tid.load(Ordering::Relaxed).cast(),
             start: std::ptr::from_ref(stack).cast_mut().cast(),
+            cgroup: cgroup.map(|directory| directory.as_raw_fd()),
         };
         // SAFETY: stack and block are idle, owned, enlisted and complete; E::main takes a
         // `&'static Stack` with a message in it.
@@ -294,10 +298,37 @@ impl Idle {
             // SAFETY: no thread was made; dropping the message here gives the closure back.
             drop(unsafe { (*stack.start.get()).take() });
         }
-        answer.map_err(|(errno, call)| StepError {
-            call,
-            ..StepError::new(Step::Clone, errno, 0)
+        answer.map_err(|(errno, call)| {
+            let step = match errno {
+                // With valid flags only the cgroup has these to give.
+                Errno::EACCES
+                | Errno::EBADF
+                | Errno::EBUSY
+                | Errno::ENODEV
+                | Errno::ENOENT
+                | Errno::EOPNOTSUPP
+                    if cgroup.is_some() =>
+                {
+                    Step::Cgroup
+                }
+                _ => Step::Clone,
+            };
+            StepError {
+                call,
+                ..StepError::new(step, errno, 0)
+            }
         })
+    }
+
+    /// The thread that was made here has ended, and the kernel has cleared its tid word.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.stack.has_ended()
+    }
+
+    /// Waits for the end of the thread that was made here, and does what a join does: the stack is idle again.
+    pub(crate) fn join_thread(&self) {
+        self.stack.wait_released(None);
+        self.stack.reap();
     }
 
     /// A thread runs on it now; the handle and the thread own it together.

@@ -95,7 +95,7 @@ impl Stack {
 
     /// Calls `f` while the thread cannot end in the normal way, or says ESRCH if it has. Signals are
     /// blocked meanwhile: a handler that came here would wait for the thread that it interrupted.
-    pub(super) fn with_tid<T>(&self, f: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+    pub(crate) fn with_tid<T>(&self, f: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
         let old = sys::set_signal_mask(sys::APPLICATION);
         // Behind the mask: no handler can fork between this and the lock.
         notice_fork();

@@ -1,6 +1,7 @@
 //! [`Start`]: the message of a creator to its thread, which stays in the thread's record.
 
 use crate::mem::{Body, Entered, Memory, Shared};
+use crate::settings::Stages;
 use crate::sync::Latch;
 use crate::sys::KernelSigSet;
 use crate::tcb::Runtime;
@@ -22,13 +23,15 @@ pub(crate) struct Start {
     pub settings: Settings,
 }
 
-/// What a thread sets for itself before the closure runs. New settings go here; those that can be
-/// refused return their step, and a creator that asked for them waits.
+/// What a thread sets for itself before the closure runs.
 pub(crate) struct Settings {
     /// As many bytes of the name as `comm` holds, NUL-terminated.
     pub comm: Option<[u8; 16]>,
     /// Handle overflows on the signal stack.
     pub signal_stack: bool,
+    /// What can be refused, and what the closure waits for. Stays in the message, like the latch: an ending thread must
+    /// not be the one that frees it.
+    pub stages: Option<Shared<Stages>>,
 }
 
 /// What a thread is to run.

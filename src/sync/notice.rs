@@ -26,6 +26,18 @@ static REPAIR: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
 /// This process is a child of `_Fork(3)` or of a bare clone, or descends from one.
 static BARE: AtomicBool = AtomicBool::new(false);
 
+/// How many forks lie between this process and the one in which the crate was first used, as far as they were noticed.
+static FORKS: AtomicU32 = AtomicU32::new(0);
+
+pub(crate) fn forks() -> u32 {
+    FORKS.load(Ordering::Relaxed)
+}
+
+/// In the child, by its repair.
+pub(crate) fn note_fork() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+}
+
 fn word() -> Option<&'static AtomicU32> {
     // SAFETY: null, or a page that is never unmapped.
     unsafe { PAGE.load(Ordering::Acquire).as_ref() }

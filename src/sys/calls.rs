@@ -111,6 +111,13 @@ pub(crate) fn lll_unlock(word: &AtomicU32) {
     }
 }
 
+/// readlink(2). The length of what was written.
+pub(crate) fn read_link(path: &std::ffi::CStr, into: &mut [u8]) -> Result<usize, Errno> {
+    // SAFETY: a NUL-terminated path, and a buffer of this length.
+    let answer = unsafe { libc::readlink(path.as_ptr(), into.as_mut_ptr().cast(), into.len()) };
+    usize::try_from(answer).map_err(|_| Errno::last())
+}
+
 /// tgkill(2).
 pub(crate) fn tgkill(pid: libc::pid_t, tid: libc::pid_t, signal: libc::c_int) -> Result<(), Errno> {
     // SAFETY: sending a signal touches no memory of ours.

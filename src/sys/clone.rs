@@ -5,6 +5,7 @@ use super::entry::Entry;
 use crate::errno::Errno;
 use crate::step::CloneCall;
 use libc::{c_void, pid_t};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Exactly nptl's flags: valgrind and qemu-user accept no other combination, and kernel-side
@@ -19,6 +20,9 @@ pub(crate) const FLAGS: u64 = (libc::CLONE_VM
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID) as u64;
 
+/// `CLONE_INTO_CGROUP`, for clone3 only; libc's constant of that name is too narrow for the bit.
+pub(super) const INTO_CGROUP: u64 = 1 << 33;
+
 /// What the kernel needs to make a thread.
 pub(crate) struct CloneRequest {
     /// Lowest address of the stack.
@@ -31,6 +35,8 @@ pub(crate) struct CloneRequest {
     pub tid: *mut pid_t,
     /// The argument of [`Entry::main`].
     pub start: *mut c_void,
+    /// The directory of the cgroup (v2) that the thread is made in.
+    pub cgroup: Option<RawFd>,
 }
 
 /// clone3 answered ENOSYS: an old kernel, valgrind, or a filter made after Docker's fix. It will
@@ -40,13 +46,14 @@ static NO_CLONE3: AtomicBool = AtomicBool::new(false);
 /// Makes the thread. Prefers clone3 (under shadow stacks the kernel needs the stack's size), and
 /// falls back to clone on ENOSYS and on EPERM: Docker's old seccomp profile answers EPERM to every
 /// clone3, and with exactly [`FLAGS`] the kernel itself has no EPERM to give, so whoever said so
-/// was a filter or an LSM, and clone's own answer is then the one to report.
+/// was a filter or an LSM, and clone's own answer is then the one to report. clone knows no cgroup, so there is no fallback
+/// for a thread that is made in one.
 ///
 /// # Safety
 /// The stack, the TLS block and `start` belong to the new thread alone from here on, unless this
 /// returns an error (A1, A2).
 pub(crate) unsafe fn thread<E: Entry>(request: &CloneRequest) -> Result<pid_t, (Errno, CloneCall)> {
-    if !NO_CLONE3.load(Ordering::Relaxed) {
+    if !NO_CLONE3.load(Ordering::Relaxed) || request.cgroup.is_some() {
         // SAFETY: all-zero is a valid clone_args: no pidfd, no exit signal, no set_tid.
         let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
         args.flags = FLAGS;
@@ -55,6 +62,10 @@ pub(crate) unsafe fn thread<E: Entry>(request: &CloneRequest) -> Result<pid_t, (
         args.stack = request.stack as u64;
         args.stack_size = request.stack_size as u64;
         args.tls = request.thread_pointer as u64;
+        if let Some(cgroup) = request.cgroup {
+            args.flags |= INTO_CGROUP;
+            args.cgroup = cgroup as u64;
+        }
         // SAFETY: the caller vouches for stack, block and start.
         let answer = unsafe {
             arch::clone3::<E>(
@@ -65,6 +76,7 @@ pub(crate) unsafe fn thread<E: Entry>(request: &CloneRequest) -> Result<pid_t, (
         };
         match Errno::in_answer(answer) {
             None => return Ok(answer as pid_t),
+            Some(errno) if request.cgroup.is_some() => return Err((errno, CloneCall::Clone3)),
             Some(Errno::ENOSYS) => NO_CLONE3.store(true, Ordering::Relaxed),
             Some(Errno::EPERM) => {}
             Some(errno) => return Err((errno, CloneCall::Clone3)),

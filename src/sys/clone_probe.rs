@@ -19,9 +19,6 @@ use libc::{CLONE_FILES, CLONE_FS, CLONE_SIGHAND, CLONE_SYSVSEM, CLONE_THREAD, CL
 /// What a thread shares, except the `fs_struct`.
 const SHARED: u64 = (CLONE_VM | CLONE_FILES | CLONE_SYSVSEM | CLONE_SIGHAND | CLONE_THREAD) as u64;
 
-/// `CLONE_INTO_CGROUP`; libc's constant of that name is too narrow for the bit.
-const CLONE_INTO_CGROUP: u64 = 1 << 33;
-
 /// A descriptor number that clone3 accepts as a number and that no process can have open: the kernel's
 /// highest possible descriptor is below `INT_MAX`.
 const NO_DESCRIPTOR: u64 = i32::MAX as u64;
@@ -93,7 +90,7 @@ fn clone3(flags: u64, bad_number: bool) -> Result<(), Errno> {
         args.set_tid = zero.as_ptr().addr() as u64;
         args.set_tid_size = 1;
     } else {
-        args.flags |= CLONE_INTO_CGROUP;
+        args.flags |= super::clone::INTO_CGROUP;
         args.cgroup = NO_DESCRIPTOR;
     }
     let pointer = (&raw const args).expose_provenance();

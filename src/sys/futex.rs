@@ -5,6 +5,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A futex word, private to the process.
+#[derive(Debug)]
 pub(crate) struct Word(AtomicU32);
 
 impl Word {
@@ -28,6 +29,18 @@ impl Word {
         self.0.swap(value, Ordering::AcqRel)
     }
 
+    /// What the word is (Acquire).
+    pub(crate) fn read(&self) -> u32 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Changes `from` to `to` (Release) and says whether the word was `from`.
+    pub(crate) fn publish(&self, from: u32, to: u32) -> bool {
+        self.0
+            .compare_exchange(from, to, Ordering::Release, Ordering::Relaxed)
+            .is_ok()
+    }
+
     /// Sleeps while the word is `expected`; may return early, so the caller looks again.
     ///
     /// FUTEX_WAIT and FUTEX_WAKE with the private flag, because the system-call filters of VMMs allow
@@ -49,13 +62,22 @@ impl Word {
 
     /// Wakes one thread that sleeps in [`Word::wait`].
     pub(crate) fn wake_one(&self) {
+        self.wake(1);
+    }
+
+    /// Wakes all of them.
+    pub(crate) fn wake_all(&self) {
+        self.wake(libc::c_int::MAX);
+    }
+
+    fn wake(&self, most: libc::c_int) {
         // SAFETY: the word is a live, aligned u32; waking writes nothing.
         unsafe {
             libc::syscall(
                 libc::SYS_futex,
                 self.0.as_ptr(),
                 libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
-                1,
+                most,
             );
         }
     }

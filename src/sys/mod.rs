@@ -10,6 +10,7 @@ mod entry;
 pub(crate) mod futex;
 pub(crate) mod map_probe;
 mod page;
+pub(crate) mod sched;
 mod signals;
 
 pub(crate) use arch::{
@@ -19,7 +20,7 @@ pub(crate) use arch::{
 pub(crate) use calls::{
     NoCancellation, PTHREAD_CANCEL_DISABLE, at_fork, cpu_time, exit_thread, futex_wait, futex_wake,
     lll_lock, lll_try_lock, lll_unlock, madvise, pidfd_open_thread, process_id,
-    pthread_setcancelstate, tgkill,
+    pthread_setcancelstate, read_link, tgkill,
 };
 pub(crate) use entry::{Entry, Faults, Next};
 pub(crate) use page::page_size;

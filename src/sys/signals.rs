@@ -49,9 +49,10 @@ impl Signals {
         }
     }
 
-    /// What a new thread inherits: never SIGCANCEL and SIGSETXID (G4).
-    pub(crate) fn inherited(&self) -> KernelSigSet {
-        self.old & APPLICATION
+    /// The mask of a new thread's closure: the creator's, or the one that was asked for; never with SIGCANCEL and
+    /// SIGSETXID (G4).
+    pub(crate) fn of_thread(&self, blocked: Option<KernelSigSet>) -> KernelSigSet {
+        blocked.unwrap_or(self.old) & APPLICATION
     }
 }
 

@@ -97,6 +97,16 @@ impl Cgroup {
         Cgroup::new("memory")
     }
 
+    /// A cgroup with the cpu controller.
+    pub fn cpu() -> Result<Cgroup, String> {
+        Cgroup::new("cpu")
+    }
+
+    /// A cgroup with the cpuset controller.
+    pub fn cpuset() -> Result<Cgroup, String> {
+        Cgroup::new("cpuset")
+    }
+
     /// A cgroup of the v2 hierarchy without any controller, as for `CLONE_INTO_CGROUP`.
     pub fn unified() -> Result<Cgroup, String> {
         Cgroup::new("")

@@ -11,6 +11,7 @@ mod mapping;
 mod oracle;
 mod pid;
 mod request;
+mod settings;
 mod show;
 mod tasks;
 mod thread;
@@ -30,6 +31,10 @@ pub use pid::{
     DyingPidNamespace, PidLevel, PidNumbers, UnsharedPidNamespace, UnsharedTimeNamespace,
 };
 pub use request::{InvalidAttribute, UnsupportedRuntime};
+pub use settings::{
+    DeadlineAdmission, EndedEarly, ForeignCgroup, NoCoreScheduling, NotPermitted, OutsideCpuset,
+    RealTimeRuntime,
+};
 use show::Evidence;
 pub use tasks::{ThreadsMax, UserProcesses};
 pub use thread::{DeadlineScheduling, SiblingExec};
@@ -139,6 +144,13 @@ causes! {
     Overcommit: "the overcommit policy (vm.overcommit_memory)",
     LockedMemory: "RLIMIT_MEMLOCK",
     AddressSpaceExhausted: "no free range of addresses",
+    NotPermitted: "a missing privilege",
+    OutsideCpuset: "CPUs outside the cpuset",
+    RealTimeRuntime: "cpu.rt_runtime_us of a cgroup",
+    DeadlineAdmission: "the admission of SCHED_DEADLINE",
+    ForeignCgroup: "a cgroup of another domain, or without threaded mode",
+    NoCoreScheduling: "no core scheduling",
+    EndedEarly: "the new thread ended early",
     Unknown: "unknown",
 }
 

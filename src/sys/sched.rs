@@ -1,0 +1,94 @@
+//! Where and how a thread runs: affinity, scheduling policy, core scheduling, v1 cgroups. 0 is the calling thread.
+
+use super::arch::syscall;
+use crate::errno::Errno;
+use std::os::fd::RawFd;
+
+/// Words of a set of CPUs: as many as the largest kernel has (NR_CPUS is at most 8192).
+pub(crate) const WORDS: usize = 8192 / 64;
+
+/// What libc does not name.
+pub(crate) const SCHED_DEADLINE: u32 = 6;
+
+/// The numbers in a set.
+pub(crate) fn list(cpus: &[u64]) -> impl Iterator<Item = usize> {
+    let has = |cpu: &usize| {
+        cpus.get(cpu / 64)
+            .is_some_and(|word| word >> (cpu % 64) & 1 == 1)
+    };
+    (0..cpus.len() * 64).filter(has)
+}
+
+fn checked(answer: isize) -> Result<usize, Errno> {
+    Errno::in_answer(answer).map_or(Ok(answer.cast_unsigned()), Err)
+}
+
+/// sched_setaffinity(2).
+pub(crate) fn set_affinity(tid: libc::pid_t, cpus: &[u64]) -> Result<(), Errno> {
+    let (start, length) = (cpus.as_ptr() as usize, size_of_val(cpus));
+    let arguments = [tid as usize, length, start, 0, 0, 0];
+    // SAFETY: the kernel reads the set, which outlives the call.
+    checked(unsafe { syscall(libc::SYS_sched_setaffinity, arguments) }).map(|_| ())
+}
+
+/// sched_getaffinity(2). The set is zero where the kernel writes nothing.
+pub(crate) fn affinity(tid: libc::pid_t) -> Result<[u64; WORDS], Errno> {
+    let mut cpus = [0; WORDS];
+    let (start, length) = (cpus.as_mut_ptr() as usize, size_of_val(&cpus));
+    let arguments = [tid as usize, length, start, 0, 0, 0];
+    // SAFETY: the kernel writes at most `length` bytes into the set.
+    checked(unsafe { syscall(libc::SYS_sched_getaffinity, arguments) }).map(|_| cpus)
+}
+
+/// sched_setattr(2).
+pub(crate) fn set_scheduler(tid: libc::pid_t, attributes: &libc::sched_attr) -> Result<(), Errno> {
+    let start = std::ptr::from_ref(attributes) as usize;
+    let arguments = [tid as usize, start, 0, 0, 0, 0];
+    // SAFETY: the kernel reads as many bytes as the structure says, which is its size.
+    checked(unsafe { syscall(libc::SYS_sched_setattr, arguments) }).map(|_| ())
+}
+
+/// sched_getattr(2).
+pub(crate) fn scheduler(tid: libc::pid_t) -> Result<libc::sched_attr, Errno> {
+    let mut attributes = attributes();
+    let (start, size) = (&raw mut attributes as usize, size_of::<libc::sched_attr>());
+    let arguments = [tid as usize, start, size, 0, 0, 0];
+    // SAFETY: the kernel writes at most `size` bytes into the structure.
+    checked(unsafe { syscall(libc::SYS_sched_getattr, arguments) }).map(|_| attributes)
+}
+
+/// An empty structure of this size.
+pub(crate) fn attributes() -> libc::sched_attr {
+    // SAFETY: `sched_attr` is plain numbers.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    attributes.size = size_of::<libc::sched_attr>() as u32;
+    attributes
+}
+
+/// A cookie of its own for the calling thread: prctl(2), `PR_SCHED_CORE_CREATE`.
+pub(crate) fn new_core_cookie() -> Result<(), Errno> {
+    core_scheduling(libc::PR_SCHED_CORE_CREATE, 0)
+}
+
+/// The cookie of the thread `tid` for the calling thread: prctl(2), `PR_SCHED_CORE_SHARE_FROM`.
+pub(crate) fn core_cookie_of(tid: libc::pid_t) -> Result<(), Errno> {
+    core_scheduling(libc::PR_SCHED_CORE_SHARE_FROM, tid)
+}
+
+fn core_scheduling(operation: libc::c_int, tid: libc::pid_t) -> Result<(), Errno> {
+    /// `PR_SCHED_CORE_SCOPE_THREAD`
+    const THREAD: usize = 0;
+    let (option, operation) = (libc::PR_SCHED_CORE as usize, operation as usize);
+    let arguments = [option, operation, tid as usize, THREAD, 0, 0];
+    // SAFETY: of these operations none takes a pointer.
+    checked(unsafe { syscall(libc::SYS_prctl, arguments) }).map(|_| ())
+}
+
+/// Moves the calling thread into the cgroup whose open `tasks` file this is: a write of "0".
+pub(crate) fn enter_cgroup(tasks: RawFd) -> Result<(), Errno> {
+    let text = b"0";
+    let start = text.as_ptr() as usize;
+    let arguments = [tasks as usize, start, text.len(), 0, 0, 0];
+    // SAFETY: the kernel reads the byte.
+    checked(unsafe { syscall(libc::SYS_write, arguments) }).map(|_| ())
+}

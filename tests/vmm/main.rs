@@ -1,0 +1,37 @@
+//! What a virtual machine monitor needs of its threads: settings in force before the closure, setups that can fail,
+//! gates, control of a living thread, and system-call filters.
+//!
+//! Runs on the system's glibc and on newer ones, and (module `gate`) under valgrind.
+
+mod gate;
+mod settings;
+mod setup;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Polls for a state that another thread or the kernel brings about.
+#[track_caller]
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(Instant::now() < deadline, "never came true: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// What is moved into closures: counts how often one of its kind was dropped.
+struct Moved(Arc<AtomicUsize>);
+
+impl Moved {
+    fn counter() -> Arc<AtomicUsize> {
+        Arc::default()
+    }
+}
+
+impl Drop for Moved {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
