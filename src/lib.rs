@@ -60,6 +60,7 @@ mod mem;
 mod proc;
 mod retry;
 mod scope;
+pub mod seccomp;
 mod settings;
 mod spawn;
 #[expect(unsafe_code, reason = "A9")]

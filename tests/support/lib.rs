@@ -37,8 +37,9 @@ pub use limits::{
 };
 pub use notify::{Call, Listener, listen, supervised};
 pub use seccomp::{
-    Allow, Deny, Documented, MADV_GUARD_INSTALL, allow, allow_only, deny, deny_guard_marks,
-    firecracker_vcpu_filter, trap_all_clones_but, trap_strange_mappings, undocumented_call,
+    Allow, Deny, Documented, MADV_GUARD_INSTALL, allow, allow_only, cloud_hypervisor_vcpu_filter,
+    cloud_hypervisor_vmm_filter, contract, deny, deny_guard_marks, firecracker_vcpu_filter,
+    trap_all_clones_but, trap_strange_mappings, undocumented_call,
 };
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
 pub use threads::{await_reaping, burst, is_mapped, listed_threads, private, resident_pages, tid};
