@@ -380,7 +380,7 @@ mod tests {
     /// The document and the list are one contract.
     #[test]
     fn every_call_of_the_list_is_in_the_document_and_the_other_way_round() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/seccomp.md");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/", "docs/seccomp.md");
         let document = std::fs::read_to_string(path).expect("the document");
         let known = |word: &str| CALLS.iter().any(|call| call.name == word);
         for call in CALLS {
