@@ -95,3 +95,8 @@ pub use start::{current_name, with_current_name};
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// And what the chapter on VMMs shows.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/porting.md")]
+struct Porting;

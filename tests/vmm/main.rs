@@ -3,6 +3,7 @@
 //!
 //! Runs on the system's glibc and on newer ones, and (module `gate`) under valgrind.
 
+mod example;
 mod filters;
 mod gate;
 mod settings;
