@@ -459,7 +459,14 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
             }
             Ok(libc::pthread_join(thread, &raw mut result) == 0)
         } else {
-            Err(refused(Step::Clone, errno, 0))
+            // Written when the thread's storage is complete, just before clone.
+            let routine = routine as *const () as usize;
+            let cloned = (0..this.size).step_by(8).any(|at| this.word(at) == routine);
+            let step = match cloned {
+                true => Step::Clone,
+                false => Step::AllocateTls,
+            };
+            Err(refused(step, errno, 0))
         };
         drop(cancellation);
         libc::pthread_attr_destroy(attributes);
