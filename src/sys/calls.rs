@@ -16,8 +16,8 @@ pub(crate) fn exit_thread() -> ! {
 }
 
 /// Waits with plain FUTEX_WAIT (operation 0: shared, relative time-out) while `word` holds
-/// `expected`. The kernel wakes a cleared tid word with a shared wake, and VMM filters allow this
-/// operation (docs/seccomp.md). Returns early for any reason; the caller looks at the word again.
+/// `expected`. The kernel wakes a cleared tid word with a shared wake. Returns early for any reason; the caller looks at
+/// the word again.
 pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
     let spec = timeout.map(|t| libc::timespec {
         tv_sec: t.as_secs().min(i64::MAX as u64) as i64,
@@ -25,37 +25,40 @@ pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Durati
     });
     let spec = spec.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: the word and the timespec outlive the call.
-    unsafe {
-        syscall(
-            libc::SYS_futex,
-            [
-                (&raw const *word) as usize,
-                libc::FUTEX_WAIT as usize,
-                expected as usize,
-                spec as usize,
-                0,
-                0,
-            ],
-        )
-    };
+    unsafe { futex(word, libc::FUTEX_WAIT, expected, spec) };
 }
 
 /// Wakes one thread that sleeps in [`futex_wait`].
 pub(crate) fn futex_wake(word: &AtomicU32) {
     // SAFETY: a wake touches no memory.
-    unsafe {
-        syscall(
-            libc::SYS_futex,
-            [
-                (&raw const *word) as usize,
-                libc::FUTEX_WAKE as usize,
-                1,
-                0,
-                0,
-                0,
-            ],
-        )
-    };
+    unsafe { futex(word, libc::FUTEX_WAKE, 1, std::ptr::null()) };
+}
+
+const WAIT_PRIVATE: libc::c_int = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
+const WAKE_PRIVATE: libc::c_int = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
+
+/// futex(2): FUTEX_WAIT or FUTEX_WAKE, private or not, because the system-call filters of VMMs allow
+/// these operations (docs/seccomp.md). What it answers is ignored: whoever waits looks at the word again.
+///
+/// # Safety
+/// To wait, word and time-out are valid until this returns. A word that is gone can be woken.
+#[inline(always)]
+unsafe fn futex(
+    word: *const AtomicU32,
+    operation: libc::c_int,
+    value: u32,
+    timeout: *const libc::timespec,
+) {
+    let arguments = [
+        word as usize,
+        operation as usize,
+        value as usize,
+        timeout as usize,
+        0,
+        0,
+    ];
+    // SAFETY: the kernel reads the word and the time-out while the call lasts, and writes nothing.
+    unsafe { syscall(libc::SYS_futex, arguments) };
 }
 
 /// glibc's low-level lock: 0 free, 1 taken, 2 taken with waiters; private futex. It serves both
@@ -67,19 +70,7 @@ pub(crate) fn lll_lock(word: &AtomicU32) {
     }
     while word.swap(2, Ordering::Acquire) != 0 {
         // SAFETY: the word outlives the call; a spurious return only loops.
-        unsafe {
-            syscall(
-                libc::SYS_futex,
-                [
-                    (&raw const *word) as usize,
-                    (libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG) as usize,
-                    2,
-                    0,
-                    0,
-                    0,
-                ],
-            )
-        };
+        unsafe { futex(word, WAIT_PRIVATE, 2, std::ptr::null()) };
     }
 }
 
@@ -95,19 +86,7 @@ pub(crate) fn lll_try_lock(word: &AtomicU32) -> bool {
 pub(crate) fn lll_unlock(word: &AtomicU32) {
     if word.swap(0, Ordering::Release) == 2 {
         // SAFETY: a wake touches no memory, so the word may be gone by now.
-        unsafe {
-            syscall(
-                libc::SYS_futex,
-                [
-                    (&raw const *word) as usize,
-                    (libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG) as usize,
-                    1,
-                    0,
-                    0,
-                    0,
-                ],
-            )
-        };
+        unsafe { futex(word, WAKE_PRIVATE, 1, std::ptr::null()) };
     }
 }
 
