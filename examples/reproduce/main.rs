@@ -29,7 +29,7 @@ nptl what is wrong.
   --rounds N      how often nptl is asked under each limit (default: 1)
   --machine-wide  run also what changes the whole machine for some milliseconds
                   (kernel.threads-max, vm.overcommit_memory)
-  --storm SECONDS ask under each limit for a part of this time, by three threads at once where it stands before all of
+  --storm SECONDS ask under each limit for a part of this time, by several threads at once where it stands before all of
                   them, and count the answers
 ";
 

@@ -407,6 +407,26 @@ fn a_cgroup_that_was_not_full_throughout() {
     }
 }
 
+/// As deep as a container in a container in a pod.
+#[test]
+fn a_cgroup_seventeen_levels_up_is_named() {
+    let outer = or_skip!(Cgroup::pids());
+    let mut levels = vec![outer.nested().expect("a cgroup below")];
+    while levels.len() < 17 {
+        let below = levels[levels.len() - 1].nested();
+        levels.push(below.expect("a cgroup below"));
+    }
+    outer.set("pids.max", "1");
+    let report = in_child("a deep cgroup", |report| {
+        levels[levels.len() - 1].set("cgroup.procs", 0);
+        clones(report, CloneCall::Clone3, true);
+    });
+    expect(report, CauseKind::PidsCgroup, Certainty::Proven);
+    if let Some(Cause::PidsCgroup(found)) = report.map(|report| report.last()) {
+        assert_eq!(found.directory.to_str(), outer.path().to_str());
+    }
+}
+
 /// `RetryPolicy::never` makes no call that could create a task, and what holds now need not have held then.
 #[test]
 fn without_a_repetition_nothing_is_proven() {

@@ -11,7 +11,7 @@ use super::parse::UNLIMITED;
 use crate::mem::text::{InlinePath, Text};
 
 /// More levels than this are not walked; what lies above counts as hidden.
-const DEEPEST: usize = 16;
+const DEEPEST: usize = 24;
 
 /// Long enough for a mount point and what Kubernetes and systemd nest below it; longer ones are not read.
 type Path = Text<768>;

@@ -14,8 +14,12 @@ use super::ask::ask_nptl;
 /// Milliseconds under each limit, for the process of a scenario.
 pub const VARIABLE: &str = "NPTL_REPRODUCE_STORM";
 
-/// Threads that ask besides the scenario's own.
-const SPAWNERS: usize = 2;
+/// Threads that ask besides the scenario's own: with more than there are processors, the times would be those of
+/// the scheduler.
+fn spawners() -> usize {
+    let processors = std::thread::available_parallelism().map_or(2, usize::from);
+    processors.clamp(2, 4) - 1
+}
 
 /// For how long, if there is a storm.
 pub fn duration() -> Option<Duration> {
@@ -185,13 +189,14 @@ struct Shared {
 impl Spawners {
     /// Started before the limit is there.
     pub fn new() -> Result<Spawners, String> {
+        let spawners = spawners();
         let shared = Arc::new(Shared {
             rages: AtomicBool::new(false),
             still: AtomicUsize::new(0),
             stack: AtomicUsize::new(0),
-            heard: Mutex::new(Vec::with_capacity(SPAWNERS)),
+            heard: Mutex::new(Vec::with_capacity(spawners)),
         });
-        for _ in 0..SPAWNERS {
+        for _ in 0..spawners {
             let shared = Arc::clone(&shared);
             let work = move || {
                 let mut heard = Heard::new();
@@ -214,7 +219,7 @@ impl Spawners {
             let started = std::thread::Builder::new().spawn(work);
             started.map_err(|error| error.to_string())?;
         }
-        shared.still.store(SPAWNERS, Ordering::Release);
+        shared.still.store(spawners, Ordering::Release);
         Ok(Spawners(shared))
     }
 }

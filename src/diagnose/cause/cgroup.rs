@@ -71,8 +71,10 @@ impl Evidence for PidsCgroup {
             line(f, "pids.current", Value(self.current))?;
             line(f, "pids.max", Value(self.maximum))?;
         }
-        let what = "pids.events rose over a repeated refusal by";
-        line(f, what, Value(self.refusals))
+        match self.refusals {
+            Some(rise) => line(f, "pids.events rose over a repeated refusal by", rise),
+            None => f.write_str("  No counter of refusals was compared over a repetition.\n"),
+        }
     }
 
     fn remedy(&self, f: &mut Formatter<'_>) -> Result {
@@ -117,7 +119,7 @@ impl Evidence for PidsCgroup {
             version: 2,
             current: Some(101),
             maximum: Some(100),
-            refusals: Some(1),
+            refusals: (place != CgroupPlace::Hidden).then_some(1),
         })
         .collect()
     }
