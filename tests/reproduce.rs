@@ -98,6 +98,7 @@ scenarios! {
     pids_cgroup_ancestor "pids-cgroup-ancestor"
     pids_cgroup_borrowed "pids-cgroup-borrowed"
     pids_cgroup_hidden "pids-cgroup-hidden"
+    pod_limit "pod-limit"
     join_then_spawn "join-then-spawn"
     join_then_spawn_no_retry "join-then-spawn-no-retry"
     rlimit_as "rlimit-as"

@@ -54,6 +54,7 @@ pub(super) fn diagnose(
         limits: early,
         threads: status.threads,
         numbers: Numbers::Unclear,
+        pid_max: None,
         cgroup: Judgement::Open,
     };
     let mut numbers = PidNumbers::UNREAD;
@@ -72,6 +73,7 @@ pub(super) fn diagnose(
         facts.repeated = repetition.is_possible();
         facts.cgroup = round.cgroup;
         (facts.numbers, numbers) = round.numbers;
+        facts.pid_max = numbers.pid_max;
         if facts.are_enough(agreeing) {
             break;
         }
@@ -175,6 +177,7 @@ struct Facts {
     limits: ProcessLimits,
     threads: Option<u64>,
     numbers: Numbers,
+    pid_max: Option<u64>,
     cgroup: Judgement,
 }
 
@@ -206,10 +209,21 @@ impl Facts {
             (Reached::BeyondThreadPointer | Reached::Unusable, Numbers::NoneFree) => {
                 Standing::Signed
             }
+            // An outer namespace may allow fewer than this one does.
+            (Reached::BeyondThreadPointer | Reached::Unusable, _) if self.has_many_numbers() => {
+                Standing::Remote
+            }
             (Reached::BeyondThreadPointer | Reached::Unusable, Numbers::Unclear) => Standing::Open,
             (Reached::SiblingExec | Reached::BeyondPidNumbers, _) => Standing::Remote,
             _ => Standing::Excluded,
         }
+    }
+
+    /// A task holds at most four numbers: its own, and as group, session and process.
+    fn has_many_numbers(&self) -> bool {
+        let tasks = self.limits.threads_max.tasks;
+        let most = tasks.zip(self.pid_max);
+        most.is_some_and(|(tasks, most)| tasks.saturating_mul(4) < most)
     }
 
     fn cgroup(&self) -> Standing {
@@ -243,6 +257,10 @@ impl Facts {
             if matches!(self.reached, Reached::SiblingExec | Reached::PidNumbers) {
                 module = Standing::Excluded;
             }
+        }
+        // A filter sees the registers, and let the same pass; only a supervisor that looks into memory is left.
+        if passed && numbers.max(cgroup) >= Standing::Open {
+            filter = filter.min(Standing::Remote);
         }
         // One that is full by its own numbers before and after refuses whatever else comes and goes.
         let all_numbers = self.reached == Reached::PidNumbers && self.numbers == Numbers::NoneFree;

@@ -213,6 +213,14 @@ impl World {
         Some(Snapshot::of(&[own, parent], true))
     }
 
+    /// That of its own namespace, as large as by default.
+    fn pid_max(&self) -> u64 {
+        match self.pids {
+            Pids::OwnFull => 700,
+            _ => 4_194_304,
+        }
+    }
+
     fn numbers(&self) -> Numbers {
         match self.pids {
             // Under a filter none is probed.
@@ -256,6 +264,7 @@ fn found(before: &World, at: &World, after: &World, repeated: bool) -> Option<Ru
             true => numbers,
             false => Numbers::Unclear,
         },
+        pid_max: reached.may_be_numbers().then_some(after.pid_max()),
         cgroup: match (reached.may_be_cgroup(), snapshots) {
             (true, (Some(before), Some(after))) if repeated => judge(Some(&before), &after),
             (true, (Some(before), _)) if !repeated => judge(None, &before),
@@ -416,6 +425,14 @@ fn one_cause_alone_is_proven() {
         (|world| world.fill = Fill::Parent, Certainty::Proven),
         (|world| world.tracer = Who::AnswersAll, Certainty::Proven),
         (|world| world.filter = Who::AnswersAll, Certainty::Proven),
+        // Docker's and Kubernetes' limit: a filter without clone3, and a cgroup namespace.
+        (
+            |world| {
+                (world.call, world.filter, world.fill) =
+                    (CloneCall::Clone, Who::Quiet, Fill::Hidden);
+            },
+            Certainty::Inferred,
+        ),
         // Nothing in sight shows them.
         (|world| world.fill = Fill::Hidden, Certainty::Inferred),
         (

@@ -133,7 +133,14 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         what: "pids.max of a cgroup outside the process's cgroup namespace is reached",
         needs: &[Need::Root, Need::PidsCgroup],
         sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?.nested()?)),
-        provoke: pids_cgroup_hidden,
+        provoke: |ask| pids_cgroup_hidden(ask, false),
+    },
+    Scenario {
+        name: "pod-limit",
+        what: "the same where a container's filter answers clone3 with ENOSYS",
+        needs: &[Need::Root, Need::PidsCgroup],
+        sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?.nested()?)),
+        provoke: |ask| pids_cgroup_hidden(ask, true),
     },
     Scenario {
         name: "join-then-spawn",
@@ -629,7 +636,7 @@ fn hide_ancestors(own: &CgroupDir) -> Result<(), String> {
     }
 }
 
-fn pids_cgroup_hidden(ask: &mut Asker<'_>) -> Result<(), String> {
+fn pids_cgroup_hidden(ask: &mut Asker<'_>, filtered: bool) -> Result<(), String> {
     ask.calibrate()?;
     let inner = inherited_cgroup(0);
     let full = inner.path().parent().ok_or("a cgroup without a parent")?;
@@ -643,6 +650,9 @@ fn pids_cgroup_hidden(ask: &mut Asker<'_>) -> Result<(), String> {
     limit
         .write_all(tasks.to_string().as_bytes())
         .map_err(|e| e.to_string())?;
+    if filtered {
+        deny(libc::SYS_clone3, libc::ENOSYS).install();
+    }
     ask.ask_others();
     ask.ask_many(false);
     limit.write_all(b"max").map_err(|e| e.to_string())?;
