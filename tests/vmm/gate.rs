@@ -5,7 +5,9 @@ use nptl::{Builder, Cancelled, JoinHandle, RetryPolicy, SpawnError, StartGate, S
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use support::{Cgroup, Snapshot, alone, await_reaping, case, child, inherited_cgroup, or_skip};
+use support::{
+    Cgroup, Snapshot, alone, await_reaping, case, child, inherited_cgroup, or_skip, short_or_long,
+};
 
 /// Threads at one gate, and what became of them.
 struct Group {
@@ -336,12 +338,11 @@ fn a_thread_at_a_gate_handles_signals_and_goes_on_waiting() {
 /// Opened and cancelled over and over, with threads on either side of the decision. Under memcheck as well (.ci/run).
 #[test]
 fn many_gates() {
-    let rounds =
-        if std::fs::read_to_string("/proc/self/maps").is_ok_and(|m| m.contains("vgpreload")) {
-            300
-        } else {
-            10_000
-        };
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let rounds = match maps.contains("vgpreload") {
+        true => short_or_long(300, 10_000),
+        false => 10_000,
+    };
     let dropped = Moved::counter();
     let ran = Arc::new(AtomicUsize::new(0));
     let mut expected = 0;
