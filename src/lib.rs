@@ -86,9 +86,9 @@ pub use mem::packet::Cancelled;
 pub use retry::RetryPolicy;
 pub use scope::{Scope, scope};
 pub use settings::{CoreScheduling, Scheduler};
-pub use stack::StackInfo;
-pub use stack::cache::{StackCache, StackCacheConfig, StackCacheStats};
+pub use stack::cache::StackCache;
 pub use stack::overflow::disable_overflow_reports;
+pub use stack::{StackCacheConfig, StackCacheStats, StackInfo};
 pub use start::{current_name, with_current_name};
 
 /// What the README shows is compiled and run.

@@ -2,6 +2,7 @@
 
 pub(crate) mod cache;
 mod caps;
+mod config;
 mod idle;
 mod info;
 mod layout;
@@ -12,6 +13,7 @@ mod message;
 pub(crate) mod overflow;
 mod record;
 
+pub use config::{StackCacheConfig, StackCacheStats};
 pub(crate) use idle::{Idle, RefusedStack, Wanted, bytes_around, rounded};
 pub use info::StackInfo;
 pub(crate) use ledger::Ledger;
