@@ -105,7 +105,7 @@ impl Entry for Begin {
 /// # Safety
 /// Called once, by the thread whose message lies in `stack`, as the first thing that it does.
 unsafe fn live(stack: &'static Stack) -> &'static Runtime {
-    // SAFETY: passed on. Without a message there is no thread to be: the creator always leaves one.
+    // SAFETY: this thread's own message, which it does not take before it ends. Without a message there is no thread to be: the creator always leaves one.
     let Some(start) = (unsafe { stack.start() }) else {
         sys::exit_thread()
     };

@@ -40,7 +40,8 @@ impl Drop for Memory {
     }
 }
 
-// SAFETY: as for Arc: the value is reached by shared references from many threads, and dropped in any.
+// SAFETY: whoever holds a reference can reach the value, beside others, and can be the one that drops it: hence both
+// bounds.
 unsafe impl<T: Send + Sync + ?Sized> Send for Shared<T> {}
 // SAFETY: cloning through a shared reference and dropping the clone elsewhere is what `Send` above allows.
 unsafe impl<T: Send + Sync + ?Sized> Sync for Shared<T> {}

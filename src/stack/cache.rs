@@ -148,7 +148,7 @@ fn instances() -> impl Iterator<Item = &'static Instance> {
     // SAFETY: null, or a leaked instance whose `next` never changes once it can be found.
     let first = unsafe { INSTANCES.load(Ordering::Acquire).as_ref() };
     let rest = std::iter::successors(first, |at| {
-        // SAFETY: as above.
+        // SAFETY: null, or the instance that was leaked and linked before this one.
         unsafe { at.next.load(Ordering::Acquire).as_ref() }
     });
     std::iter::once(&GLOBAL_INSTANCE).chain(rest)
@@ -602,7 +602,7 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
             unsafe { runtime.forget_senders(stack.block.thread_pointer()) };
         }
     }
-    // SAFETY: passed on.
+    // SAFETY: a forked child, where no other thread uses the crate: whoever holds either is of the parent.
     unsafe {
         record::SPARE.reset();
         ADDING.reset();
@@ -610,7 +610,7 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
     if bare {
         return;
     }
-    // SAFETY: passed on.
+    // SAFETY: a forked child, where no other thread uses the crate, and so none is inside a ledger's call.
     unsafe {
         for instance in instances() {
             let in_use = |stack: &Stack| is_own(stack) || stack.has_handle();

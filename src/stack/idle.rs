@@ -68,7 +68,8 @@ impl Stack {
     /// # Safety
     /// The caller is the idle stack's only owner.
     unsafe fn renew(&self, cache: &StackCache, runtime: &Runtime) {
-        // SAFETY: passed on. What a detached thread has left, ended or dead.
+        // What a detached thread has left, ended or dead.
+        // SAFETY: the caller is the idle stack's only owner.
         unsafe { self.drop_message() };
         let uses = self.uses.load(Ordering::Relaxed).wrapping_add(1);
         self.uses.store(uses, Ordering::Relaxed);
@@ -83,7 +84,7 @@ impl Stack {
             unsafe { self.discard() };
         }
         if cache.is_zeroed() {
-            // SAFETY: passed on.
+            // SAFETY: nothing runs on the stack, and only the caller owns it.
             unsafe { self.wipe(runtime) };
         }
     }
@@ -227,12 +228,12 @@ impl Idle {
             })?;
         } else if stack.locked.swap(false, Ordering::Relaxed) {
             // A stack that an earlier thread had locked: its memory is wanted back.
-            // SAFETY: as above.
+            // SAFETY: all that `lock` was called for, of a stack that nothing runs on.
             let _ = unsafe { mapping::unlock(bottom, size) };
         }
         let prefault = wanted.prefault.min(size).next_multiple_of(sys::page_size());
         if prefault > 0 {
-            // SAFETY: as above.
+            // SAFETY: the uppermost bytes of an idle stack, no more than it has, so that no guard is among them.
             unsafe { mapping::populate(stack.top() - prefault, prefault) }
                 .map_err(refused(prefault))?;
         }

@@ -10,7 +10,7 @@ use crate::tcb::{BlockState, Runtime};
 use std::sync::atomic::Ordering;
 
 impl Stack {
-    /// Like [`Stack::is_released`], for a handle. In a forked child the kernel never clears the word of a thread that
+    /// Like [`Stack::is_released`], but for a handle. In a forked child the kernel never clears the word of a thread that
     /// does not exist there; the repair does.
     pub(crate) fn has_ended(&self) -> bool {
         notice_fork();
@@ -177,7 +177,7 @@ impl Stack {
         if self.change_life(Life::Attached, Life::Ending) {
             return false;
         }
-        // SAFETY: passed on.
+        // SAFETY: by the caller's promise nothing deeper than the page that is always kept is in use, or comes to be.
         unsafe { self.discard() };
         // `Detached` says that this thread will give its stack back. It does: left standing, the word would call the
         // stack unowned in its next life (`StackCache::sweep`).

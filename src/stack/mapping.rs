@@ -65,7 +65,7 @@ pub(crate) unsafe fn guard(base: usize, layout: &Layout) -> Result<bool, (Errno,
                 Err(other) => return Err((other, length)),
             }
         }
-        // SAFETY: as for the marker, the range is the caller's, and unused.
+        // SAFETY: a part of the caller's fresh mapping that is to become a guard: nothing uses it.
         let answer = unsafe { libc::mprotect(start as *mut libc::c_void, length, libc::PROT_NONE) };
         Errno::result(answer).map_err(|errno| (errno, length))?;
     }
@@ -77,7 +77,7 @@ pub(crate) unsafe fn guard(base: usize, layout: &Layout) -> Result<bool, (Errno,
 /// # Safety
 /// Nothing uses the range any more.
 pub(crate) unsafe fn unmap(base: usize, length: usize) -> Result<(), Errno> {
-    // SAFETY: passed on.
+    // SAFETY: the caller promises that nothing uses the range.
     Errno::result(unsafe { libc::munmap(base as *mut libc::c_void, length) })
 }
 
@@ -86,16 +86,16 @@ pub(crate) unsafe fn unmap(base: usize, length: usize) -> Result<(), Errno> {
 /// # Safety
 /// The range belongs to one idle stack and holds no guard (mlock over a guard fails with ENOMEM).
 pub(crate) unsafe fn lock(start: usize, length: usize) -> Result<(), Errno> {
-    // SAFETY: passed on.
+    // SAFETY: touches no content; the range is the caller's.
     Errno::result(unsafe { libc::mlock(start as *const libc::c_void, length) })
 }
 
 /// Undoes [`lock`].
 ///
 /// # Safety
-/// As [`lock`].
+/// The range belongs to one idle stack.
 pub(crate) unsafe fn unlock(start: usize, length: usize) -> Result<(), Errno> {
-    // SAFETY: passed on.
+    // SAFETY: touches no content; the range is the caller's.
     Errno::result(unsafe { libc::munlock(start as *const libc::c_void, length) })
 }
 
@@ -105,7 +105,7 @@ pub(crate) unsafe fn unlock(start: usize, length: usize) -> Result<(), Errno> {
 /// # Safety
 /// The range belongs to one idle stack and holds no guard.
 pub(crate) unsafe fn populate(start: usize, length: usize) -> Result<(), Errno> {
-    // SAFETY: passed on.
+    // SAFETY: the caller's idle range, whose content this advice keeps.
     match unsafe { sys::madvise(start, length, libc::MADV_POPULATE_WRITE) } {
         Err(Errno::EINVAL) => {
             for page in (start..start + length).step_by(page_size()) {

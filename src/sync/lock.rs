@@ -91,7 +91,7 @@ impl<T> Deref for Guard<'_, T> {
 
 impl<T> DerefMut for Guard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
-        // SAFETY: as above, and the guard is borrowed mutably.
+        // SAFETY: only this thread holds the lock, and the guard is borrowed mutably, so that no other reference exists.
         unsafe { &mut *self.lock.value.get() }
     }
 }

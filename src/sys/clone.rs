@@ -82,7 +82,7 @@ pub(crate) unsafe fn thread<E: Entry>(request: &CloneRequest) -> Result<pid_t, (
             Some(errno) => return Err((errno, CloneCall::Clone3)),
         }
     }
-    // SAFETY: as above.
+    // SAFETY: no thread was made above, so that stack, block and start still are what the caller vouches for.
     let answer = unsafe {
         arch::clone::<E>(
             FLAGS as usize,

@@ -128,16 +128,35 @@ pub(super) enum Measured {
 
 /// Neighbours in a list; stale while the entry is in none. Two cells, because each is mostly set alone.
 pub(super) struct Pair<E: 'static> {
-    prev: Guarded<Option<&'static E>>,
-    next: Guarded<Option<&'static E>>,
+    prev: Neighbour<E>,
+    next: Neighbour<E>,
 }
 
 impl<E> Pair<E> {
     const fn new() -> Self {
         Pair {
-            prev: Guarded::new(None),
-            next: Guarded::new(None),
+            prev: Neighbour::new(),
+            next: Neighbour::new(),
         }
+    }
+}
+
+/// One of them.
+struct Neighbour<E: 'static>(Guarded<Option<&'static E>>);
+
+impl<E> Neighbour<E> {
+    const fn new() -> Self {
+        Neighbour(Guarded::new(None))
+    }
+
+    fn get(&self, _key: &Key) -> Option<&'static E> {
+        // SAFETY: the key's lock is held, and the caller has come to this entry through a list behind it.
+        unsafe { self.0.get() }
+    }
+
+    fn set(&self, _key: &mut Key, entry: Option<&'static E>) {
+        // SAFETY: the key's lock is held, and the caller has come to this entry through a list behind it.
+        unsafe { self.0.set(entry) }
     }
 }
 
@@ -160,7 +179,7 @@ impl<E: Entry> Links<E> {
     }
 
     pub(super) fn set_facts(&self, _key: &mut Key, facts: Facts) {
-        // SAFETY: as in `facts`.
+        // SAFETY: the key's lock is held, and no reference to the cell exists: `facts` copies.
         unsafe { self.facts.set(facts) }
     }
 
@@ -170,26 +189,6 @@ impl<E: Entry> Links<E> {
 
     fn pair<const BY_AGE: bool>(&self) -> &Pair<E> {
         if BY_AGE { &self.age } else { &self.home }
-    }
-
-    fn prev<const BY_AGE: bool>(&self, _key: &Key) -> Option<&'static E> {
-        // SAFETY: as in `facts`.
-        unsafe { self.pair::<BY_AGE>().prev.get() }
-    }
-
-    fn next<const BY_AGE: bool>(&self, _key: &Key) -> Option<&'static E> {
-        // SAFETY: as in `facts`.
-        unsafe { self.pair::<BY_AGE>().next.get() }
-    }
-
-    fn set_prev<const BY_AGE: bool>(&self, _key: &mut Key, prev: Option<&'static E>) {
-        // SAFETY: as in `facts`.
-        unsafe { self.pair::<BY_AGE>().prev.set(prev) }
-    }
-
-    fn set_next<const BY_AGE: bool>(&self, _key: &mut Key, next: Option<&'static E>) {
-        // SAFETY: as in `facts`.
-        unsafe { self.pair::<BY_AGE>().next.set(next) }
     }
 }
 
@@ -216,26 +215,26 @@ impl<E: Entry, const BY_AGE: bool> List<E, BY_AGE> {
             End::Front => (None, self.head),
             End::Back => (self.tail, None),
         };
-        e.links().set_prev::<BY_AGE>(key, prev);
-        e.links().set_next::<BY_AGE>(key, next);
+        e.links().pair::<BY_AGE>().prev.set(key, prev);
+        e.links().pair::<BY_AGE>().next.set(key, next);
         self.join(key, prev, Some(e));
         self.join(key, Some(e), next);
     }
 
     pub(super) fn remove(&mut self, key: &mut Key, e: &'static E) {
-        let prev = e.links().prev::<BY_AGE>(key);
-        let next = e.links().next::<BY_AGE>(key);
+        let prev = e.links().pair::<BY_AGE>().prev.get(key);
+        let next = e.links().pair::<BY_AGE>().next.get(key);
         self.join(key, prev, next);
     }
 
     /// Makes `next` follow `prev`; `None` stands for the list's ends.
     fn join(&mut self, key: &mut Key, prev: Option<&'static E>, next: Option<&'static E>) {
         match prev {
-            Some(e) => e.links().set_next::<BY_AGE>(key, next),
+            Some(e) => e.links().pair::<BY_AGE>().next.set(key, next),
             None => self.head = next,
         }
         match next {
-            Some(e) => e.links().set_prev::<BY_AGE>(key, prev),
+            Some(e) => e.links().pair::<BY_AGE>().prev.set(key, prev),
             None => self.tail = prev,
         }
     }
@@ -243,7 +242,7 @@ impl<E: Entry, const BY_AGE: bool> List<E, BY_AGE> {
     pub(super) fn for_each(&self, key: &Key, mut f: impl FnMut(&'static E)) {
         let mut at = self.head;
         while let Some(e) = at {
-            at = e.links().next::<BY_AGE>(key);
+            at = e.links().pair::<BY_AGE>().next.get(key);
             f(e);
         }
     }

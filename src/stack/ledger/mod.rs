@@ -320,7 +320,7 @@ impl<E: Entry> Ledger<E> {
         entries: impl Iterator<Item = &'static E>,
         mut in_use: impl FnMut(&E) -> bool,
     ) {
-        // SAFETY: passed on.
+        // SAFETY: by the caller's promise whoever holds the lock is a thread of the parent.
         unsafe { self.lists.reset() };
         let mut lists = self.lists.lock();
         let counters = lists.stats;

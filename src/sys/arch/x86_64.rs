@@ -71,7 +71,8 @@ pub(crate) unsafe extern "C" fn clone3<E: Entry>(
 /// clone(2), for kernels and filters without clone3. Returns in the creator only.
 ///
 /// # Safety
-/// As [`clone3`]; `stack_top` is the initial stack pointer, 16-byte aligned.
+/// The stack below `stack_top`, which is 16-byte aligned, the block at `thread_pointer` and `start` are what
+/// [`Entry::main`] asks for, and belong to the new thread alone.
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn clone<E: Entry>(
     flags: usize,

@@ -107,7 +107,7 @@ impl Block {
     /// Whether there is something to take.
     ///
     /// # Safety
-    /// As for [`Block::take_parked`].
+    /// The caller is the only owner of a block whose memory is unmapped.
     pub(crate) unsafe fn has_parked(&self) -> bool {
         // SAFETY: the caller is the block's only owner.
         unsafe { (*self.parked.get()).present }

@@ -71,7 +71,7 @@ impl ThreadList {
                 found = true;
                 break;
             }
-            // SAFETY: as above.
+            // SAFETY: neither null nor the head, so that `at` is an element, linked while the lock is held.
             at = unsafe { Self::links(at) }.next.load(Ordering::Relaxed);
         }
         sys::lll_unlock(self.lock_word());

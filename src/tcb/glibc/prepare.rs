@@ -54,7 +54,7 @@ impl Runtime {
     /// at its end, and out of the count, if it died by a bare exit or a filter (G7 and G17).
     ///
     /// # Safety
-    /// As for [`Runtime::enlist`]. Application signals are blocked, SIGSETXID is not (G3).
+    /// The caller is the only owner of an idle block. Application signals are blocked, SIGSETXID is not (G3).
     pub(crate) unsafe fn reap(&self, block: &Block) {
         if block.listed.load(Ordering::Acquire) {
             // SAFETY: the block is the caller's, and mapped.
@@ -70,7 +70,7 @@ impl Runtime {
     /// The state the block has once it is prepared, should nothing come of it.
     ///
     /// # Safety
-    /// As for [`Runtime::enlist`]: the block is idle, and the caller its only owner.
+    /// The block is idle, the caller its only owner, and `stack` describes its stack.
     unsafe fn prepare(&self, block: &Block, stack: (usize, usize, usize)) -> BlockState {
         let tp = block.thread_pointer();
         let state = block.state();
@@ -126,7 +126,7 @@ impl Runtime {
     /// would raise the priority of the next thread.
     ///
     /// # Safety
-    /// As for [`Runtime::release_dtv`].
+    /// `tp` is the thread pointer of an idle block, whose only owner the caller is.
     unsafe fn release_priorities(&self, tp: usize) {
         let tpp = (tp + self.offsets.tpp) as *mut *mut libc::c_void;
         // SAFETY: a word of the caller's idle descriptor: null, or a block of malloc's that only it points to.
@@ -140,7 +140,7 @@ impl Runtime {
     /// Frees the second-level tables of pthread keys (G18); the first table is part of the descriptor.
     ///
     /// # Safety
-    /// As for [`Runtime::release_dtv`].
+    /// `tp` is the thread pointer of an idle block, whose only owner the caller is.
     unsafe fn release_key_tables(&self, tp: usize) {
         let tables = (tp + self.symbols.specific) as *mut *mut KeyValues;
         for index in 1..KEY_BLOCKS {
@@ -153,7 +153,7 @@ impl Runtime {
     /// two steps of changing it.
     ///
     /// # Safety
-    /// As for [`Runtime::release_dtv`].
+    /// `tp` is the thread pointer of an idle block, whose only owner the caller is.
     pub(crate) unsafe fn abandon_dtv(&self, block: &Block) {
         let dtv = (block.thread_pointer() + self.symbols.dtv) as *mut usize;
         // SAFETY: the caller owns the idle block. Without a DTV nothing is written, so that the kernel copies no page
@@ -169,7 +169,7 @@ impl Runtime {
     /// stay and are used again (G5 among them).
     ///
     /// # Safety
-    /// As for [`Runtime::release_dtv`].
+    /// `tp` is the thread pointer of an idle block, whose only owner the caller is.
     unsafe fn reset(&self, tp: usize) {
         let (symbols, offsets) = (&self.symbols, &self.offsets);
         // SAFETY: offsets lie in the descriptor, which the caller owns.
@@ -193,7 +193,8 @@ impl Runtime {
     /// thread itself looks at are left to [`Runtime::enter`].
     ///
     /// # Safety
-    /// As for [`Runtime::release_dtv`]; the range is that of the stack below the block.
+    /// `tp` is the thread pointer of an idle block, whose only owner the caller is, and the range is that of the stack
+    /// below it.
     unsafe fn fill_descriptor(&self, tp: usize, (base, length, guard): (usize, usize, usize)) {
         let (symbols, offsets) = (&self.symbols, &self.offsets);
         let write = |at: usize, value: usize| {
@@ -207,12 +208,12 @@ impl Runtime {
         write(offsets.reported_guardsize, guard);
         match offsets.join_mark {
             JoinMark::Itself => write(offsets.join, tp),
-            // SAFETY: as in `write`.
+            // SAFETY: a field of the descriptor of four bytes at least, and the caller owns it.
             JoinMark::State(detached) => unsafe {
                 ((tp + offsets.join) as *mut u32).write(detached);
             },
         }
-        // SAFETY: as in `write`.
+        // SAFETY: a byte and the tid word of the descriptor, which the caller owns and no thread uses yet.
         unsafe {
             ((tp + offsets.user_stack) as *mut u8).write(offsets.user_stack_value);
             ((tp + symbols.tid) as *mut u32).write(0);
@@ -244,7 +245,7 @@ impl Runtime {
     /// Writes the words of the descriptor that go with the segment.
     ///
     /// # Safety
-    /// As for [`Runtime::put_segment`].
+    /// `tp` is the thread pointer of a block that the caller owns.
     unsafe fn put_words(&self, tp: usize, parked: &Parked) {
         for (at, word) in self.parked_words().into_iter().zip(parked.words) {
             if let Some(at) = at {
@@ -257,9 +258,9 @@ impl Runtime {
     /// Both.
     ///
     /// # Safety
-    /// As for [`Runtime::put_segment`].
+    /// `tp` is the thread pointer of a block that the caller owns, and nothing is lost with what is in it.
     pub(super) unsafe fn put_parked(&self, tp: usize, parked: &Parked) {
-        // SAFETY: passed on.
+        // SAFETY: by the caller's promise the block is its own, and what is in it may be overwritten.
         unsafe {
             self.put_words(tp, parked);
             self.put_segment(tp, parked);
@@ -298,8 +299,7 @@ impl Runtime {
     /// the next block that it describes.
     ///
     /// # Safety
-    /// The block is idle and the caller its only owner, as for [`Runtime::enlist`]; afterwards its
-    /// memory must not be used any more.
+    /// The block is idle and the caller its only owner; afterwards its memory must not be used any more.
     pub(crate) unsafe fn retire(&self, block: &Block) {
         let tp = block.thread_pointer();
         // SAFETY: the caller owns the idle block. Application signals are blocked around the

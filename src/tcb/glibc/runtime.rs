@@ -31,7 +31,7 @@ pub(crate) struct Runtime {
 // SAFETY: after calibration everything in here is constant; what the pointers point at is glibc's,
 // lives as long as the process, and is touched under glibc's own lock or atomically.
 unsafe impl Send for Runtime {}
-// SAFETY: as above.
+// SAFETY: a shared reference gives no more than reading constants, and glibc's own locks and atomics.
 unsafe impl Sync for Runtime {}
 
 /// Null until the calibration succeeded; the value is leaked, so readers need no lock.
@@ -103,7 +103,7 @@ impl Runtime {
     /// # Safety
     /// The process is a forked child, and no thread of it is calibrating.
     pub(crate) unsafe fn forget_calibration() {
-        // SAFETY: passed on.
+        // SAFETY: by the caller's promise the lock is held by a thread of the parent, if by any.
         unsafe { CALIBRATION.reset() };
     }
 
@@ -256,7 +256,7 @@ impl Runtime {
     /// What hangs off libc's own state, and must not reach the next thread on this block.
     ///
     /// # Safety
-    /// As [`Runtime::run_destructors`].
+    /// Called by an ending thread of this crate.
     unsafe fn release_libc_state(&self) {
         // SAFETY: the calling thread's own state.
         unsafe {
@@ -284,7 +284,7 @@ impl Runtime {
     /// # Safety
     /// Called by an ending thread of this crate with all application signals blocked.
     pub(crate) unsafe fn clear_leftovers(&self) {
-        // SAFETY: as in `run_destructors`.
+        // SAFETY: exported for a thread's end, which this is; what was registered since is of this thread's own.
         unsafe {
             (self.symbols.call_tls_dtors)();
             self.clear_keys(false);
@@ -312,7 +312,7 @@ impl Runtime {
         // them is held across a destructor.
         let blocks = unsafe { table.read() };
         for (block, &values) in blocks.iter().enumerate() {
-            // SAFETY: as above.
+            // SAFETY: not null, and so a table of this thread's, which only a destructor changes: none runs here.
             if values.is_null() || unsafe { is_empty(&*values) } {
                 continue;
             }
@@ -332,7 +332,7 @@ impl Runtime {
                     && let Some(destructor) = key.destructor()
                 {
                     ran = true;
-                    // SAFETY: as pthread_key_create promised the destructor's author.
+                    // SAFETY: the key is the one that the value was set for, and the destructor takes its values.
                     unsafe { destructor(data) };
                 }
             }

@@ -459,7 +459,7 @@ fn loaded(below: usize) -> Result<(Range<isize>, usize, *const c_char), RuntimeE
         // SAFETY: dl_iterate_phdr passes a valid description, and `data` is our Search.
         let (info, search) = unsafe { (&*info, &mut *data.cast::<Search>()) };
         for index in 0..usize::from(info.dlpi_phnum) {
-            // SAFETY: as many headers as it says.
+            // SAFETY: `dlpi_phnum` headers lie there, and `index` is less.
             let header = unsafe { &*info.dlpi_phdr.add(index) };
             let of = |start: usize| start..start.wrapping_add(header.p_memsz as usize);
             let (tls, code) = (
