@@ -199,7 +199,8 @@ unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
     check(symbols.finds_segment_in(dtv, tp), "_thread_db_pthread_dtvp")?;
     // SAFETY: this thread's own, and the descriptor is as large as said.
     check(unsafe { symbols.knows_rseq(tp) }, "__rseq_offset")?;
-    check(this.half(symbols.tid) == subject.tid, TID)?;
+    // With the unused half behind it: the upper half of a pointer can be a thread's number by chance.
+    check(this.word(symbols.tid) == subject.tid as usize, TID)?;
 
     let robust_head = symbols.tid + 16;
     let empty = tp + robust_head;
