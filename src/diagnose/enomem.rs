@@ -64,7 +64,8 @@ pub(super) fn diagnose(
         outside,
         reached: [first, second],
         counted: risen.is_some(),
-        all_read: after.is_some_and(|after| !after.unread),
+        all_read: after.as_ref().is_some_and(|after| !after.unread),
+        short: starved_of_files || after.as_ref().is_some_and(is_short),
         starved_of_files,
         shadow_stack: status.shadow_stack || status.error.is_some(),
     };
@@ -94,6 +95,8 @@ struct Facts {
     counted: bool,
     /// Whether every cgroup in sight could be read.
     all_read: bool,
+    /// A cgroup in sight is nearly full, or could not be read: its charges can have failed anywhere.
+    short: bool,
     /// Not even a file could be opened for want of memory.
     starved_of_files: bool,
     /// The thread may have a shadow stack: that of a new task is a mapping, and refused as one.
@@ -111,6 +114,7 @@ impl Facts {
             (true, true) => Standing::Shown,
             (_, true) => Standing::Signed,
             (true, _) if self.starved_of_files => Standing::Signed,
+            _ if at_numbers && self.short => Standing::Signed,
             // The probe was given memory for everything that a namespace needs; a charge that failed was counted.
             _ if at_numbers && self.all_read => Standing::Excluded,
             _ if at_numbers => Standing::Remote,
@@ -122,6 +126,8 @@ impl Facts {
         }
         let dying = match (starved, at_numbers) {
             (true, _) => Standing::Excluded,
+            // The number itself is a charge as well.
+            (_, true) if self.short => Standing::Open,
             (_, true) => Standing::Shown,
             _ => Standing::Open,
         };
@@ -190,6 +196,11 @@ pub(super) fn nearly_full() -> Option<KernelMemory> {
         failures: None,
         unread: None,
     })
+}
+
+/// A cgroup in sight has hardly any room, or no memory for reading its files.
+fn is_short(snapshot: &Snapshot) -> bool {
+    snapshot.unread || snapshot.levels().iter().any(is_nearly_full)
 }
 
 /// A new task asks for some 30 KiB, and the kernel tries 256 KiB at a time first.
