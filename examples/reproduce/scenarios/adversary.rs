@@ -307,8 +307,8 @@ fn exec_without_clone3(ask: &mut Asker<'_>) -> Result<(), String> {
     ask.retry(RetryPolicy::never());
     exec_in_a_loop(usize::MAX)?;
     deny(libc::SYS_clone3, libc::ENOSYS).install();
-    for _ in 0..3000 {
-        if ask.nptl_refusals() >= ask.rounds.min(20) {
+    for asked in 0..3000 {
+        if asked >= ask.rounds && ask.nptl_refusals() >= ask.rounds.min(20) {
             break;
         }
         ask.ask_nptl();
