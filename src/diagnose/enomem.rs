@@ -25,7 +25,9 @@ pub(super) fn diagnose(
     // Every call that asks a starved kernel for memory costs it a fruitless search for pages, some 200 µs: where
     // the first file could not be opened, the others are left alone.
     let starved_of_files = status.error == Some(Errno::ENOMEM);
-    let hierarchy = (!starved_of_files)
+    let hierarchy = status
+        .error
+        .is_none()
         .then(|| Hierarchy::of_thread(b"memory"))
         .flatten();
     let files = match hierarchy.as_ref().map(|hierarchy| hierarchy.version) {

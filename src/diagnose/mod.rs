@@ -198,7 +198,11 @@ fn clone(
     seen: &mut Unknown,
     repetition: &mut Repetition<'_>,
 ) -> Result<Verdict, Granted> {
-    let modules = machine::security_modules();
+    // A kernel that could not open one file takes its time to refuse the next.
+    let modules = match status.error {
+        None => machine::security_modules(),
+        Some(_) => None,
+    };
     let outside = Outside::read(error, status, modules, seen, &mut probe_kernel);
     let by_outside = |repeated, seen: &Unknown| {
         let ruling = rule(&outside.checks(), repeated);
