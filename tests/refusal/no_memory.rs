@@ -5,7 +5,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nptl::{Builder, RetryPolicy, SpawnError, StackCache, StackCacheConfig, StackFate, Step};
+use nptl::{
+    Builder, RetryPolicy, SetupError, SpawnError, StackCache, StackCacheConfig, StackFate,
+    StartGate, Step,
+};
 use support::{case, child, or_skip, report};
 
 thread_local! {
@@ -158,6 +161,33 @@ fn spawns() {
     });
     report("scoped", count);
 
+    // With a setting, a setup and a gate, which are made with memory.
+    let count = refuse_each(|granted| {
+        GRANTED.set(None);
+        let gate = StartGate::new();
+        let builder = Builder::new().stack_cache(&cache).cpu_affinity([0]);
+        let builder = builder.start_gate(&gate);
+        GRANTED.set(Some(granted));
+        match builder.spawn_with_setup(move || Ok::<_, ()>(granted), |made| made) {
+            Ok(handle) => {
+                GRANTED.set(None);
+                gate.open();
+                assert_eq!(handle.join().expect("its end"), granted);
+                GRANTED.set(Some(1));
+                Ok(())
+            }
+            Err(SetupError::Refused(error)) => Err(error),
+            Err(_) => panic!("a setup that failed"),
+        }
+    });
+    report("special", count);
+
+    // A gate without memory refuses its threads.
+    let (gate, _) = with_memory_for(0, StartGate::new);
+    let thread = Builder::new().start_gate(&gate).spawn(|| ());
+    check(&thread.expect_err("no memory for the gate"), 0);
+    gate.open();
+
     let mut kept = Vec::new();
     // Errors without memory of their own all say the same, and none aborts.
     for index in 0..20 {
@@ -197,6 +227,8 @@ fn every_allocation_of_a_spawn_can_be_refused() {
     let number = |key| output.get(key).and_then(|n| n.parse::<usize>().ok());
     // The packet, the error's reserve, the runtime, the record.
     assert_eq!(number("first"), Some(4), "{output}");
+    // The packet, what creator and thread share, the record.
+    assert_eq!(number("special"), Some(3), "{output}");
     // The packet, the name, the error's reserve, the record.
     assert_eq!(number("named"), Some(4), "{output}");
     // The scope's latch, the packet and the error's reserve, with a stack from the cache.
