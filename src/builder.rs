@@ -118,6 +118,12 @@ impl Builder {
     ///
     /// Refused at [`Step::Affinity`](crate::Step::Affinity) if one of them lies outside of the cpuset or does not exist. (Of
     /// a set that lies partly outside, the kernel takes the other part and says nothing. Here this is refused, with EINVAL.)
+    ///
+    /// ```
+    /// let thread = nptl::Builder::new().cpu_affinity([0]).spawn(|| std::thread::available_parallelism())?;
+    /// assert_eq!(thread.join().unwrap().unwrap().get(), 1);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn cpu_affinity(self, cpus: impl IntoIterator<Item = usize>) -> Builder {
         self.specially(|special| match Cpus::new(cpus) {
             Ok(cpus) => special.affinity = Some(cpus),
@@ -126,6 +132,16 @@ impl Builder {
     }
 
     /// The scheduling policy: sched_setattr(2). Refused at [`Step::Scheduler`](crate::Step::Scheduler).
+    ///
+    /// ```
+    /// use nptl::{Builder, Scheduler, Step};
+    /// let vcpu = Builder::new().scheduler(Scheduler::Fifo { priority: 10 });
+    /// match vcpu.spawn(|| ()) {
+    ///     Ok(thread) => thread.join().unwrap(),
+    ///     Err(error) => assert_eq!(error.step(), Step::Scheduler), // no privilege here
+    /// }
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn scheduler(self, scheduler: Scheduler) -> Builder {
         self.specially(|special| {
             special.scheduler = Some(scheduler);
@@ -135,6 +151,12 @@ impl Builder {
 
     /// The signals that are blocked in the thread, by their numbers, and no others; by default those that are blocked in
     /// its creator. 32 and 33 belong to glibc and are never blocked.
+    ///
+    /// ```
+    /// let vcpu = nptl::Builder::new().blocked_signals([libc::SIGTERM, libc::SIGRTMIN() + 1]);
+    /// vcpu.spawn(|| ())?.join().unwrap();
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn blocked_signals(self, signals: impl IntoIterator<Item = libc::c_int>) -> Builder {
         self.specially(|special| {
             let mut blocked = 0;
@@ -156,6 +178,14 @@ impl Builder {
     /// v2: the thread is made in it (`CLONE_INTO_CGROUP`, Linux 5.7, and not by clone(2) where a filter denies clone3).
     /// The process stays where it is, so both must be in one threaded domain. v1: the thread writes itself into `tasks`.
     /// Refused at [`Step::Cgroup`](crate::Step::Cgroup).
+    ///
+    /// ```
+    /// use nptl::{Builder, Step};
+    /// let directory = std::fs::File::open("/proc")?;
+    /// let refused = Builder::new().cgroup(directory).spawn(|| ()).unwrap_err();
+    /// assert_eq!((refused.step(), refused.errno().raw()), (Step::Cgroup, libc::ENOTDIR));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
     pub fn cgroup(self, directory: impl Into<OwnedFd>) -> Builder {
         let cgroup = Arc::new(Cgroup::new(directory.into()));
         self.specially(|special| special.cgroup = Some(cgroup))
@@ -163,11 +193,33 @@ impl Builder {
 
     /// Which threads may run beside it on a core: prctl(2), `PR_SCHED_CORE`, Linux 5.14. Refused at
     /// [`Step::CoreScheduling`](crate::Step::CoreScheduling).
+    ///
+    /// ```
+    /// use nptl::{Builder, CoreScheduling, Step};
+    /// // The first vCPU has a cookie of its own, the others share it.
+    /// match Builder::new().core_scheduling(CoreScheduling::New).spawn(std::thread::park) {
+    ///     Ok(first) => {
+    ///         let shared = CoreScheduling::SameAs(first.tid());
+    ///         Builder::new().core_scheduling(shared).spawn(|| ())?.join().unwrap();
+    ///     }
+    ///     Err(error) => assert_eq!(error.step(), Step::CoreScheduling), // not on this machine
+    /// }
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn core_scheduling(self, cookie: CoreScheduling) -> Builder {
         self.specially(|special| special.core = Some(cookie))
     }
 
     /// The thread waits at `gate` before its closure, when its settings are in force and its setup has succeeded.
+    ///
+    /// ```
+    /// let gate = nptl::StartGate::new();
+    /// let vcpu = nptl::Builder::new().start_gate(&gate).spawn(|| "runs")?;
+    /// assert!(!vcpu.is_finished());
+    /// gate.open();
+    /// assert_eq!(vcpu.join().unwrap(), "runs");
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn start_gate(self, gate: &StartGate) -> Builder {
         self.specially(|special| special.gate = Some(gate.entrance().cloned()))
     }
@@ -175,6 +227,13 @@ impl Builder {
     /// Makes the handle that std gives the thread available as [`JoinHandle::thread`], so that it can be unparked. It is made
     /// in the new thread, with memory and a thread-local destructor, so spawn waits for it: do not ask for it in the
     /// constructor of a shared object, which holds the lock of the loader.
+    ///
+    /// ```
+    /// let vcpu = nptl::Builder::new().publish_std_thread(true).spawn(std::thread::park)?;
+    /// vcpu.thread().unwrap().unpark();
+    /// vcpu.join().unwrap();
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn publish_std_thread(self, yes: bool) -> Builder {
         self.specially(|special| special.publish = yes)
     }

@@ -247,6 +247,13 @@ macro_rules! shared_methods {
 
         /// The handle that std gives the thread, for [`unpark`](std::thread::Thread::unpark), if the thread was created with
         /// [`publish_std_thread`](crate::Builder::publish_std_thread).
+        ///
+        /// ```
+        /// let vcpu = nptl::Builder::new().publish_std_thread(true).spawn(std::thread::park)?;
+        /// vcpu.thread().unwrap().unpark();
+        /// vcpu.join().unwrap();
+        /// # Ok::<(), std::io::Error>(())
+        /// ```
         pub fn thread(&self) -> Option<&std::thread::Thread> {
             self.0.running.stages.as_ref()?.thread()
         }
@@ -255,6 +262,14 @@ macro_rules! shared_methods {
         ///
         /// # Errors
         /// ESRCH if the thread has ended.
+        ///
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let vcpu = nptl::spawn(move || wait.recv())?;
+        /// assert!(!vcpu.cpu_affinity()?.is_empty());
+        /// drop(end);
+        /// # Ok::<(), std::io::Error>(())
+        /// ```
         pub fn cpu_affinity(&self) -> std::io::Result<Vec<usize>> {
             let cpus = self.0.running.with_tid(sched::affinity)?;
             Ok(sched::list(&cpus).collect())
@@ -265,6 +280,16 @@ macro_rules! shared_methods {
         /// # Errors
         /// ESRCH if the thread has ended. EINVAL if a CPU lies outside of the cpuset; of a set that lies partly outside, the
         /// kernel has then taken the other part. Else those of the call.
+        ///
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let vcpu = nptl::spawn(move || wait.recv())?;
+        /// let last = *vcpu.cpu_affinity()?.last().unwrap();
+        /// vcpu.set_cpu_affinity([last])?;
+        /// assert_eq!(vcpu.cpu_affinity()?, [last]);
+        /// drop(end);
+        /// # Ok::<(), std::io::Error>(())
+        /// ```
         pub fn set_cpu_affinity(
             &self,
             cpus: impl IntoIterator<Item = usize>,
@@ -278,6 +303,14 @@ macro_rules! shared_methods {
         ///
         /// # Errors
         /// ESRCH if the thread has ended, `Unsupported` for a policy that [`Scheduler`](crate::Scheduler) does not name.
+        ///
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let vcpu = nptl::spawn(move || wait.recv())?;
+        /// println!("{:?}", vcpu.scheduler()?);
+        /// drop(end);
+        /// # Ok::<(), std::io::Error>(())
+        /// ```
         pub fn scheduler(&self) -> std::io::Result<Scheduler> {
             let attributes = self.0.running.with_tid(sched::scheduler)?;
             Scheduler::of(&attributes).ok_or(std::io::ErrorKind::Unsupported.into())
@@ -288,6 +321,15 @@ macro_rules! shared_methods {
         /// # Errors
         /// ESRCH if the thread has ended, EPERM without the privilege, EBUSY where a deadline is not admitted, EINVAL for
         /// values that are invalid.
+        ///
+        /// ```
+        /// let (end, wait) = std::sync::mpsc::channel::<()>();
+        /// let vcpu = nptl::spawn(move || wait.recv())?;
+        /// vcpu.set_scheduler(nptl::Scheduler::Idle)?;
+        /// assert_eq!(vcpu.scheduler()?, nptl::Scheduler::Idle);
+        /// drop(end);
+        /// # Ok::<(), std::io::Error>(())
+        /// ```
         pub fn set_scheduler(&self, scheduler: Scheduler) -> std::io::Result<()> {
             let attributes = scheduler.attributes();
             Ok(self

@@ -64,7 +64,8 @@ pub enum Scheduler {
         /// From 1 to 99, the highest.
         priority: u32,
     },
-    /// SCHED_DEADLINE: `runtime` of every `period`, in `deadline` from its beginning.
+    /// SCHED_DEADLINE: `runtime` of every `period`, in `deadline` from its beginning. A thread under it can create no
+    /// thread ([`Cause::DeadlineScheduling`](crate::Cause::DeadlineScheduling)).
     Deadline {
         /// At least 1024 ns.
         runtime: Duration,
