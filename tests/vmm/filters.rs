@@ -26,16 +26,6 @@ fn of_the_test() -> Vec<Allow> {
     vec![allow(libc::SYS_write), allow(libc::SYS_exit_group)]
 }
 
-fn first_spawn() {
-    // Two, so that both ends are ready: malloc keeps things for a thread.
-    for _ in 0..2 {
-        nptl::spawn(|| drop(std::hint::black_box(vec![1_u8; 100])))
-            .unwrap()
-            .join()
-            .unwrap();
-    }
-}
-
 fn filter_of(name: &str) -> fn() -> Vec<Allow> {
     match name {
         "firecracker" => firecracker_vcpu_filter,
@@ -54,7 +44,7 @@ fn a_vcpu_thread_lives_and_ends_behind_each_filter() {
             .into_iter()
             .for_each(|case| in_child(TEST, case));
     };
-    first_spawn();
+    nptl::prepare().unwrap();
     let filter = filter_of(&name);
     // A small cache, so that stacks are unmapped as well.
     let small = StackCacheConfig::default().resident_budget(100 << 10);
@@ -135,7 +125,7 @@ fn an_overflow_is_reported_behind_each_filter() {
     fn deeper(depth: u64) -> u64 {
         std::hint::black_box([depth; 100])[50] + deeper(depth + 1)
     }
-    first_spawn();
+    nptl::prepare().unwrap();
     let setup = move || {
         allow_only(filter_of(&name)());
         Ok::<_, Infallible>(())
@@ -155,7 +145,7 @@ fn a_creator_behind_each_filter_spawns_and_joins() {
             .into_iter()
             .for_each(|case| in_child(TEST, case));
     };
-    first_spawn();
+    nptl::prepare().unwrap();
     let own = name == "contract";
     let creator = Builder::new().stack_size(1 << 20).spawn_with_setup(
         move || {
@@ -220,7 +210,7 @@ fn an_analysis_behind_each_filter_lives() {
             .into_iter()
             .for_each(|case| in_child(TEST, case));
     };
-    first_spawn();
+    nptl::prepare().unwrap();
     let own = name == "contract";
     let body = move || {
         let mut filter = match own {
