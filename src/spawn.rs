@@ -40,6 +40,12 @@ pub(crate) struct Request {
     pub special: Option<Box<Special>>,
 }
 
+impl Request {
+    fn name(&self) -> Option<&Shared<String>> {
+        self.name.as_ref().ok().and_then(Option::as_ref)
+    }
+}
+
 /// Creates the thread that does `work`.
 pub(crate) fn spawn(request: &Request, work: Work<'_>) -> Result<Running, SpawnError> {
     // The error's memory, while there is some.
@@ -124,18 +130,14 @@ pub(crate) fn refused_memory(request: &Request, bytes: usize) -> SpawnError {
     // A refusal is recorded all the same.
     let _ = fork::guard();
     let reserve = Reserve::new();
-    let refusal = match check(request) {
-        Ok(_) => no_memory(bytes),
-        Err(refusal) => refusal,
-    };
+    let refusal = check(request).err().unwrap_or_else(|| no_memory(bytes));
     report(refusal, reserve, request, 1)
 }
 
 fn report(mut refusal: Refusal, reserve: Reserve, request: &Request, attempts: u32) -> SpawnError {
     refusal.stack_size = request.wanted.size;
     refusal.attempts = attempts;
-    let name = request.name.as_ref().ok().and_then(Option::as_ref);
-    failures::record(&refusal, name.map(|name| name.as_str()));
+    failures::record(&refusal, request.name().map(|name| name.as_str()));
     reserve.refuse(refusal)
 }
 
@@ -164,14 +166,8 @@ fn invalid((what, value): (&'static str, u64)) -> Refusal {
     Refusal::new(error, Verdict::proven(InvalidAttribute { what, value }))
 }
 
-/// What the thread is told, for each attempt anew.
-struct Message<'a> {
-    work: Work<'a>,
-    name: Option<&'a Shared<String>>,
-}
-
-/// Step 1: the wishes themselves, and the name if there is one.
-fn check(request: &Request) -> Result<Option<&Shared<String>>, Refusal> {
+/// Step 1: the wishes themselves.
+fn check(request: &Request) -> Result<(), Refusal> {
     if let Some(wrong) = request.invalid {
         return Err(invalid(wrong));
     }
@@ -181,7 +177,7 @@ fn check(request: &Request) -> Result<Option<&Shared<String>>, Refusal> {
         return Err(unsettled(error, special));
     }
     match &request.name {
-        Ok(name) => Ok(name.as_ref()),
+        Ok(_) => Ok(()),
         Err(bytes) => Err(no_memory(*bytes)),
     }
 }
@@ -194,8 +190,7 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
     fork::guard().map_err(explained)?;
 
     // 1. Attributes.
-    let name = check(request)?;
-    let message = Message { work, name };
+    check(request)?;
 
     // 2. Runtime: a calibrated glibc.
     if forked_bare() {
@@ -217,9 +212,9 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
     let lacks = |error: &StepError| {
         error.step == Step::Clone && request.retry.repeats() && StackCache::could_mend(error)
     };
-    let enter = || enter(request, runtime, &idle, &message);
+    let enter = || enter(request, runtime, &idle, work);
     let (error, reclaimed) = match with_room(runtime, attempts, lacks, enter) {
-        Ok(tid) => return settle(request, name, idle, tid),
+        Ok(tid) => return settle(request, idle, tid),
         Err(refused) => refused,
     };
     if error.step == Step::Runtime {
@@ -239,7 +234,7 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
         false => Err(diagnose::diagnose_once(&error)),
     };
     match entered {
-        Ok(tid) => settle(request, name, idle, tid),
+        Ok(tid) => settle(request, idle, tid),
         Err(verdict) => {
             *attempts += verdict.repeated;
             Err(give_up(idle, reclaimed, Refusal::new(error, verdict)))
@@ -252,7 +247,7 @@ fn enter(
     request: &Request,
     runtime: &'static Runtime,
     idle: &Idle,
-    message: &Message<'_>,
+    work: Work<'_>,
 ) -> Result<libc::pid_t, StepError> {
     // 6. TLS: on glibc's list first, so that a dlopen from here on initialises this thread, too.
     let signals = Signals::block_all_but_setxid();
@@ -270,13 +265,13 @@ fn enter(
 
     // 7. Clone.
     let special = request.special.as_deref();
-    let (body, latch) = message.work.share();
+    let (body, latch) = work.share();
     let start = Start {
         body: Some(body),
         latch,
         memory: None,
         runtime,
-        name: message.name.cloned(),
+        name: request.name().cloned(),
         mask: signals.of_thread(special.and_then(|special| special.blocked)),
         rseq: runtime.has_rseq(),
         settings: Settings {
@@ -294,12 +289,7 @@ fn enter(
 
 /// 8. and 9. Settings and setup, if there are any: the thread reports what was refused, and ends.
 #[inline(always)]
-fn settle(
-    request: &Request,
-    name: Option<&Shared<String>>,
-    idle: Idle,
-    tid: libc::pid_t,
-) -> Result<Running, Refusal> {
+fn settle(request: &Request, idle: Idle, tid: libc::pid_t) -> Result<Running, Refusal> {
     let mut stages = None;
     if let Some(special) = &request.special {
         stages = special.stages.clone();
@@ -309,7 +299,13 @@ fn settle(
         }
     }
     let (stack, cache) = idle.into_running();
-    Ok(Running::new(stack, cache, tid, name.cloned(), stages))
+    Ok(Running::new(
+        stack,
+        cache,
+        tid,
+        request.name().cloned(),
+        stages,
+    ))
 }
 
 /// A stack, if need be after giving back what the caches hold: cached stacks are mappings and

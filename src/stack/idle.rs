@@ -375,16 +375,12 @@ impl Idle {
             return StackFate::Cached;
         }
         let ledger = self.cache.ledger();
-        let unmapped = if self.from_cache {
-            let before = std::ptr::from_ref(self.stack);
-            let round = cache::unmap_victims(ledger.give(self.stack), Some(self.runtime), before);
-            round.found
-        } else {
-            let this = std::ptr::from_ref(self.stack);
-            let round = cache::unmap_victims(ledger.retire(self.stack), Some(self.runtime), this);
-            round.found
+        let victims = match self.from_cache {
+            true => ledger.give(self.stack),
+            false => ledger.retire(self.stack),
         };
-        StackFate::of(unmapped)
+        let round = cache::unmap_victims(victims, Some(self.runtime), self.stack);
+        StackFate::of(round.found)
     }
 }
 
