@@ -3,8 +3,8 @@
 //! The order matters at both ends:
 //!
 //! ```text
-//!  all but SIGSETXID blocked       set_robust_list, rseq, locale, ctype, resolver, errno
-//!                                  name, signal stack
+//!  all but SIGSETXID blocked       set_robust_list, rseq, locale, ctype, resolver
+//!                                  name, signal stack, errno
 //!  the closure's mask              settings and setup, reported to the creator, and the gate: where there are any
 //!                                  the closure; its result and itself are dropped or handed over
 //!                                  thread-local destructors, pthread keys, thread-locals again
@@ -117,7 +117,7 @@ unsafe fn live(stack: &'static Stack) -> &'static Runtime {
     }
     CURRENT.set(Some(stack));
     apply(&start.settings, stack);
-    // A refused setting has left its errno; the closure starts with 0 (G10).
+    // The last thread here, or a refused setting, has left its errno; the closure starts with 0 (G10).
     Errno::clear();
     sys::set_signal_mask(start.mask);
 

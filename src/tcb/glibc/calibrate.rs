@@ -19,7 +19,8 @@
 //! without locks, unlocked stdio) and installs the set-id handler.
 
 use super::list::ThreadList;
-use super::symbols::{self, KEY_BLOCKS, KeyValues, Rseq, Symbols};
+use super::pthread;
+use super::symbols::{self, KEY_BLOCKS, KeyValues, Rseq, Symbols, check};
 use crate::errno::Errno;
 use crate::step::Step;
 use crate::sys;
@@ -27,6 +28,9 @@ use crate::tcb::error::RuntimeError;
 use libc::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+/// In `flags` (ATTR_FLAG_SCHED_SET, _POLICY_SET): policy and priority are known, and the kernel is not asked.
+pub(super) const SCHEDULING_KNOWN: u32 = 0x20 | 0x40;
 
 /// `sizeof (struct robust_list_head)`: the list, the futex offset, the pending operation.
 pub(super) const ROBUST_HEAD_SIZE: usize = 24;
@@ -50,7 +54,7 @@ pub(super) struct Exiting {
     pub lock: usize,
 }
 
-/// Offsets in the descriptor, except `resp` and `segment`, which are relative to the thread pointer.
+/// Offsets in the descriptor, beside those that symbols give.
 #[derive(Debug)]
 pub(super) struct Offsets {
     pub robust_head: usize,
@@ -63,16 +67,13 @@ pub(super) struct Offsets {
     pub reported_guardsize: usize,
     /// A block of malloc's, for mutexes with priority protection; 0 until the thread locks one.
     pub tpp: usize,
-    pub user_stack: usize,
-    pub user_stack_value: u8,
+    /// And what it holds in a thread on a stack that glibc has not made.
+    pub user_stack: (usize, u8),
     pub flags: usize,
-    pub flags_changed: u32,
     pub result: usize,
     pub join: usize,
     pub join_mark: JoinMark,
     pub resolver: usize,
-    pub resp: isize,
-    pub segment: Range<isize>,
     pub exiting: Option<Exiting>,
     /// 2.41+: the state of vDSO getrandom, which must not be in two threads (G5).
     pub getrandom: Option<usize>,
@@ -87,12 +88,9 @@ const TID: &str = "_thread_db_pthread_tid";
 const CANCELHANDLING: &str = "_thread_db_pthread_cancelhandling";
 const JOIN: &str = "joinid or joinstate before result";
 
-fn check(holds: bool, what: &'static str) -> Result<(), RuntimeError> {
-    match holds {
-        true => Ok(()),
-        false => Err(RuntimeError::Unsupported(what)),
-    }
-}
+// THREAD_STATE_JOINABLE and _DETACHED (nptl/descr.h from 2.43 on)
+const JOINABLE: u32 = 2;
+const DETACHED: u32 = 3;
 
 /// A descriptor that is mapped, in a thread that is the calling one or has ended.
 #[derive(Clone, Copy)]
@@ -171,16 +169,58 @@ unsafe extern "C" fn run(argument: *mut c_void) -> *mut c_void {
 /// Called by a thread of glibc's that nobody joins or detaches, and that has nothing to lose. Its creator may
 /// hold any of the loader's locks, so that nothing in here may take one.
 unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
-    let (symbols, this) = (subject.symbols, subject.descriptor);
-    let tp = sys::thread_pointer();
+    let this = subject.descriptor;
     // Past the end of a descriptor of another size there need not be anything.
-    check(tp == this.start, "_thread_db_sizeof_pthread")?;
+    let known = sys::thread_pointer() == this.start;
+    check(known, "_thread_db_sizeof_pthread")?;
+    settle()?;
+    subject.is_known_to_glibc()?;
+    let robust_head = subject.robust_list()?;
+    let (first_key_block, specific_used) = subject.keys()?;
+    let flags = subject.flags(first_key_block)?;
+    let user_stack = subject.user_stack()?;
+    let (result, join, join_mark) = subject.join()?;
+    let stackblock = subject.stackblock()?;
+    // SAFETY: the calling thread is the subject, by the caller's promise.
+    unsafe { subject.attributes(stackblock, join, join_mark)? };
+    let (tpp, resolver) = subject.resolver(stackblock)?;
+    let [getrandom, strsignal, strerror] = subject.buffers(resolver)?;
+    // `exiting` is the second byte there, and the creator looks whether it was set at the end.
+    let exiting = strsignal.map(|buffer| Exiting {
+        flag: buffer - 7,
+        lock: buffer - 4,
+    });
+    Ok(Offsets {
+        robust_head,
+        robust_futex_offset: this.word(robust_head + 8),
+        first_key_block,
+        stackblock,
+        stackblock_size: stackblock + 8,
+        guardsize: stackblock + GUARDSIZE,
+        reported_guardsize: stackblock + REPORTED_GUARDSIZE,
+        tpp,
+        user_stack,
+        flags,
+        result,
+        join,
+        join_mark,
+        resolver,
+        exiting: exiting.filter(|exiting| this.half(exiting.flag - 1) == 0),
+        getrandom,
+        strsignal,
+        strerror,
+        specific_used,
+    })
+}
+
+/// Lets allocator and messages do what they do once in a thread.
+fn settle() -> Result<(), RuntimeError> {
+    // Another malloc (jemalloc, for one) sets a pthread key at a thread's first allocation. And what needs memory
+    // below is to have some.
+    const ENOUGH: usize = 256;
     // SAFETY: a block that nobody else knows is freed again. The locale is a constant, so that it takes no lock, and
     // keeps messages from being translated: that could load catalogues and converters.
     unsafe {
-        // Another malloc (jemalloc, for one) sets a pthread key at a thread's first allocation. And what needs memory
-        // below is to have some.
-        const ENOUGH: usize = 256;
         let block = std::hint::black_box(libc::malloc(ENOUGH));
         if block.is_null() {
             return Err(RuntimeError::no_memory(ENOUGH));
@@ -189,196 +229,216 @@ unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
         let untranslated = libc::newlocale(libc::LC_ALL_MASK, c"C".as_ptr(), std::ptr::null_mut());
         libc::uselocale(untranslated);
     }
+    Ok(())
+}
 
-    let listed = subject.list.contains(tp + symbols.list);
-    check(listed, "a new pthread is not on glibc's thread list")?;
-    // Its creator and itself.
-    let counted = symbols.nthreads().load(Ordering::Relaxed) >= 2;
-    check(counted, "__nptl_nthreads does not count a new pthread")?;
-    let dtv = this.word(symbols.dtv);
-    check(symbols.finds_segment_in(dtv, tp), "_thread_db_pthread_dtvp")?;
-    // SAFETY: this thread's own, and the descriptor is as large as said.
-    check(unsafe { symbols.knows_rseq(tp) }, "__rseq_offset")?;
-    // With the unused half behind it: the upper half of a pointer can be a thread's number by chance.
-    check(this.word(symbols.tid) == subject.tid as usize, TID)?;
+// From `stackblock` on.
+const GUARDSIZE: usize = 16;
+const REPORTED_GUARDSIZE: usize = 24;
+const TPP: usize = 32;
+const RESOLVER: usize = 40;
 
-    let robust_head = symbols.tid + 16;
-    let empty = tp + robust_head;
-    let known = this.word(robust_head) == empty && this.word(robust_head - 8) == empty;
-    check(known, "the robust list behind tid")?;
+/// The checks, in the order of the fields. The calling thread is the subject, whose descriptor is as large as said.
+impl Subject<'_> {
+    fn is_known_to_glibc(&self) -> Result<(), RuntimeError> {
+        let (symbols, this) = (self.symbols, self.descriptor);
+        let listed = self.list.contains(this.start + symbols.list);
+        check(listed, "a new pthread is not on glibc's thread list")?;
+        // Its creator and itself.
+        let counted = symbols.nthreads().load(Ordering::Relaxed) >= 2;
+        check(counted, "__nptl_nthreads does not count a new pthread")?;
+        let found = symbols.finds_segment_in(this.word(symbols.dtv), this.start);
+        check(found, "_thread_db_pthread_dtvp")?;
+        // SAFETY: the thread pointer is the calling thread's, and the sizes have been compared with where it lies.
+        let known = unsafe { symbols.knows_rseq(sys::thread_pointer()) };
+        check(known, "__rseq_offset")?;
+        // With the unused half behind it: the upper half of a pointer can be a thread's number by chance.
+        check(this.word(symbols.tid) == self.tid as usize, TID)
+    }
 
-    let first_key_block = this.word(symbols.specific).wrapping_sub(tp);
-    let key_block_end = first_key_block.wrapping_add(size_of::<KeyValues>());
-    check(
-        key_block_end == symbols.specific,
-        "the first block of pthread keys",
-    )?;
-    let specific_used = symbols.specific + KEY_BLOCKS * size_of::<usize>();
-    let known = symbols.report_events == specific_used + 1;
-    check(known, "report_events behind the table of pthread keys")?;
-    let mut key = 0;
-    // Where no key is left, both stay predicted.
-    // SAFETY: a key of this function's own, deleted before its destructor could be called.
-    unsafe {
-        if libc::pthread_key_create(&raw mut key, Some(never_called)) == 0 {
-            let known = symbols.knows_key(key, never_called);
-            let set = libc::pthread_setspecific(key, std::ptr::from_ref(subject).cast()) == 0;
-            let noted = this.read::<u8>(specific_used) == 1;
-            libc::pthread_setspecific(key, std::ptr::null());
-            libc::pthread_key_delete(key);
-            check(known, "__pthread_keys")?;
-            check(noted || !set, "specific_used before report_events")?;
+    fn robust_list(&self) -> Result<usize, RuntimeError> {
+        let this = self.descriptor;
+        let head = self.symbols.tid + 16;
+        let empty = this.start + head;
+        let known = this.word(head) == empty && this.word(head - 8) == empty;
+        check(known, "the robust list behind tid")?;
+        Ok(head)
+    }
+
+    /// The first block of values, and the byte that says whether there are any.
+    fn keys(&self) -> Result<(usize, usize), RuntimeError> {
+        let (symbols, this) = (self.symbols, self.descriptor);
+        let first_block = this.word(symbols.specific).wrapping_sub(this.start);
+        let known = first_block.wrapping_add(size_of::<KeyValues>()) == symbols.specific;
+        check(known, "the first block of pthread keys")?;
+        let used = symbols.specific + KEY_BLOCKS * size_of::<usize>();
+        let known = symbols.report_events == used + 1;
+        check(known, "report_events behind the table of pthread keys")?;
+        let mut key = 0;
+        // Where no key is left, both stay predicted.
+        // SAFETY: a key of this function's own, deleted before its destructor could be called.
+        unsafe {
+            if libc::pthread_key_create(&raw mut key, Some(never_called)) == 0 {
+                let known = symbols.knows_key(key, never_called);
+                let set = libc::pthread_setspecific(key, std::ptr::from_ref(self).cast()) == 0;
+                let noted = this.read::<u8>(used) == 1;
+                libc::pthread_setspecific(key, std::ptr::null());
+                libc::pthread_key_delete(key);
+                check(known, "__pthread_keys")?;
+                check(noted || !set, "specific_used before report_events")?;
+            }
+        }
+        Ok((first_block, used))
+    }
+
+    fn flags(&self, first_key_block: usize) -> Result<usize, RuntimeError> {
+        let (symbols, this) = (self.symbols, self.descriptor);
+        let flags = match first_key_block.wrapping_sub(symbols.cancelhandling) {
+            8 => symbols.cancelhandling + 4,
+            // Two fields of a byte each come before it.
+            16 => symbols.cancelhandling + 8,
+            _ => return Err(RuntimeError::Unsupported(CANCELHANDLING)),
+        };
+        // ATTR_FLAG_STACKADDR and _DO_RSEQ (nptl/internaltypes.h).
+        const ON_OWN_STACK: u32 = 8;
+        const REGISTERS_RSEQ: u32 = 0x80;
+        let set = this.half(flags) & !(SCHEDULING_KNOWN | REGISTERS_RSEQ);
+        let known = set == ON_OWN_STACK;
+        check(known, "flags before the first block of pthread keys")?;
+        // pthread_getschedparam asks the kernel and notes in `flags` that it has the answer: a stale note would answer
+        // for the next thread on this block.
+        // SAFETY: two valid places.
+        let asked = unsafe {
+            let (mut policy, mut param) = (0, std::mem::zeroed::<libc::sched_param>());
+            libc::pthread_getschedparam(libc::pthread_self(), &raw mut policy, &raw mut param) == 0
+        };
+        let noted = this.half(flags) & SCHEDULING_KNOWN == SCHEDULING_KNOWN;
+        check(noted || !asked, "flags that pthread_getschedparam sets")?;
+        Ok(flags)
+    }
+
+    fn user_stack(&self) -> Result<(usize, u8), RuntimeError> {
+        // ALLOCATE_GUARD_USER (nptl/descr.h from 2.42 on)
+        const USER: u8 = 2;
+        let this = self.descriptor;
+        let next = self.symbols.report_events + 1;
+        match (this.read::<u8>(next), next.next_multiple_of(4)) {
+            (1, _) => Ok((next, 1)),
+            (0, mode) if this.half(mode) == u32::from(USER) => Ok((mode, USER)),
+            _ => Err(RuntimeError::Unsupported("user_stack behind report_events")),
         }
     }
 
-    let flags = match first_key_block.wrapping_sub(symbols.cancelhandling) {
-        8 => symbols.cancelhandling + 4,
-        // Two fields of a byte each come before it.
-        16 => symbols.cancelhandling + 8,
-        _ => return Err(RuntimeError::Unsupported(CANCELHANDLING)),
-    };
-    // ATTR_FLAG_STACKADDR, _SCHED_SET and _POLICY_SET, and _DO_RSEQ (nptl/internaltypes.h).
-    const ON_OWN_STACK: u32 = 8;
-    const SCHEDULING_KNOWN: u32 = 0x20 | 0x40;
-    const REGISTERS_RSEQ: u32 = 0x80;
-    let set = this.half(flags) & !(SCHEDULING_KNOWN | REGISTERS_RSEQ);
-    check(
-        set == ON_OWN_STACK,
-        "flags before the first block of pthread keys",
-    )?;
-    // pthread_getschedparam asks the kernel and notes in `flags` that it has the answer: a stale note would answer
-    // for the next thread on this block.
-    // SAFETY: two valid places.
-    let asked = unsafe {
-        let (mut policy, mut param) = (0, std::mem::zeroed::<libc::sched_param>());
-        libc::pthread_getschedparam(libc::pthread_self(), &raw mut policy, &raw mut param) == 0
-    };
-    let noted = this.half(flags) & SCHEDULING_KNOWN == SCHEDULING_KNOWN;
-    check(noted || !asked, "flags that pthread_getschedparam sets")?;
-
-    // ALLOCATE_GUARD_USER (nptl/descr.h from 2.42 on)
-    const USER: u8 = 2;
-    let next = symbols.report_events + 1;
-    let (user_stack, user_stack_value) = match (this.read::<u8>(next), next.next_multiple_of(4)) {
-        (1, _) => (next, 1),
-        (0, mode) if this.half(mode) == u32::from(USER) => (mode, USER),
-        _ => return Err(RuntimeError::Unsupported("user_stack behind report_events")),
-    };
-
-    let known = symbols.schedpolicy == symbols.sched_priority + 4;
-    check(known, "schedpolicy behind the priority")?;
-    let known = symbols.nextevent == symbols.eventbuf.0 + symbols.eventbuf.1;
-    check(known, "nextevent behind eventbuf")?;
-    let result = symbols.sched_priority.wrapping_sub(8);
-    let join = result.wrapping_sub(8);
-    // THREAD_STATE_JOINABLE and _DETACHED (nptl/descr.h from 2.43 on)
-    const JOINABLE: u32 = 2;
-    const DETACHED: u32 = 3;
-    let join_mark = match this.word(join) {
-        0 => JoinMark::Itself,
-        word if word as u32 == JOINABLE => JoinMark::State(DETACHED),
-        _ => return Err(RuntimeError::Unsupported(JOIN)),
-    };
-
-    let (base, length) = subject.stack;
-    let mut pairs = (0..this.size)
-        .step_by(8)
-        .filter(|&at| this.word(at) == base && this.word(at + 8) == length);
-    let (Some(stackblock), None) = (pairs.next(), pairs.next()) else {
-        return Err(RuntimeError::Unsupported("stackblock"));
-    };
-    let (guardsize, reported_guardsize) = (stackblock + 16, stackblock + 24);
-    // pthread_getattr_np tells of these and of the mark, if it does not fail for want of memory or because of a filter.
-    const GUARD: usize = 4096;
-    const REPORTED: usize = 11 * 4096;
-    let (mut size, mut guard, mut state) = (0, 0, 0);
-    // SAFETY: fields of this thread's own, which are as before when its creator joins it; nobody else knows of it.
-    // The attributes are looked at only where they were filled.
-    let told = unsafe {
-        let set = |guard: usize, reported: usize, is_detached: bool| {
-            this.write(guardsize, guard);
-            this.write(reported_guardsize, reported);
-            match (join_mark, is_detached) {
-                (JoinMark::Itself, true) => this.write(join, tp),
-                (JoinMark::Itself, false) => this.write(join, 0_usize),
-                (JoinMark::State(detached), true) => this.write(join, detached),
-                (JoinMark::State(_), false) => this.write(join, JOINABLE),
-            }
+    /// `result`, and `joinid` or `joinstate` before it.
+    fn join(&self) -> Result<(usize, usize, JoinMark), RuntimeError> {
+        let symbols = self.symbols;
+        let known = symbols.schedpolicy == symbols.sched_priority + 4;
+        check(known, "schedpolicy behind the priority")?;
+        let known = symbols.nextevent == symbols.eventbuf.0 + symbols.eventbuf.1;
+        check(known, "nextevent behind eventbuf")?;
+        let result = symbols.sched_priority.wrapping_sub(8);
+        let join = result.wrapping_sub(8);
+        let mark = match self.descriptor.word(join) {
+            0 => JoinMark::Itself,
+            word if word as u32 == JOINABLE => JoinMark::State(DETACHED),
+            _ => return Err(RuntimeError::Unsupported(JOIN)),
         };
-        let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
-        set(GUARD, REPORTED, true);
-        let told = libc::pthread_getattr_np(libc::pthread_self(), &raw mut attributes) == 0;
-        set(0, 0, false);
-        if told {
-            libc::pthread_attr_getstacksize(&raw const attributes, &raw mut size);
-            libc::pthread_attr_getguardsize(&raw const attributes, &raw mut guard);
-            symbols::pthread_attr_getdetachstate(&raw const attributes, &raw mut state);
-            libc::pthread_attr_destroy(&raw mut attributes);
+        Ok((result, join, mark))
+    }
+
+    fn stackblock(&self) -> Result<usize, RuntimeError> {
+        let (this, (base, length)) = (self.descriptor, self.stack);
+        let mut pairs = (0..this.size)
+            .step_by(8)
+            .filter(|&at| this.word(at) == base && this.word(at + 8) == length);
+        match (pairs.next(), pairs.next()) {
+            (Some(only), None) => Ok(only),
+            _ => Err(RuntimeError::Unsupported("stackblock")),
         }
-        told
-    };
-    let known = (size, guard) == (length - GUARD, REPORTED);
-    check(known || !told, "guardsize beside stackblock_size")?;
-    check(state == libc::PTHREAD_CREATE_DETACHED || !told, JOIN)?;
+    }
 
-    let (tpp, resolver) = (stackblock + 32, stackblock + 40);
-    let end = resolver + symbols.resolver_size;
-    // SAFETY: the calling thread's.
-    let state = unsafe { symbols::__res_state() } as usize;
-    let known = this.word(tpp) == 0 && state == tp + resolver && end <= this.size;
-    check(known, "the resolver's state behind stackblock")?;
-    // SAFETY: inside libc's segment, as looking it up has made sure.
-    let resp = unsafe { ((tp as isize + symbols.resp) as *const usize).read_unaligned() };
-    check(resp == state, "__resp is not the resolver's state")?;
+    /// pthread_getattr_np tells of both guard sizes and of the mark, if it does not fail for want of memory or because
+    /// of a filter.
+    ///
+    /// # Safety
+    /// The calling thread is the subject, and nobody else looks at its descriptor meanwhile.
+    unsafe fn attributes(
+        &self,
+        stackblock: usize,
+        join: usize,
+        mark: JoinMark,
+    ) -> Result<(), RuntimeError> {
+        const GUARD: usize = 4096;
+        const REPORTED: usize = 11 * 4096;
+        let this = self.descriptor;
+        let (mut size, mut guard, mut state) = (0, 0, 0);
+        // SAFETY: fields of this thread's own, which are as before when its creator joins it; nobody else knows of it.
+        // The attributes are looked at only where they were filled.
+        let told = unsafe {
+            let set = |guard: usize, reported: usize, is_detached: bool| {
+                this.write(stackblock + GUARDSIZE, guard);
+                this.write(stackblock + REPORTED_GUARDSIZE, reported);
+                match (mark, is_detached) {
+                    (JoinMark::Itself, true) => this.write(join, this.start),
+                    (JoinMark::Itself, false) => this.write(join, 0_usize),
+                    (JoinMark::State(detached), true) => this.write(join, detached),
+                    (JoinMark::State(_), false) => this.write(join, JOINABLE),
+                }
+            };
+            let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
+            set(GUARD, REPORTED, true);
+            let told = libc::pthread_getattr_np(libc::pthread_self(), &raw mut attributes) == 0;
+            set(0, 0, false);
+            if told {
+                libc::pthread_attr_getstacksize(&raw const attributes, &raw mut size);
+                libc::pthread_attr_getguardsize(&raw const attributes, &raw mut guard);
+                symbols::pthread_attr_getdetachstate(&raw const attributes, &raw mut state);
+                libc::pthread_attr_destroy(&raw mut attributes);
+            }
+            told
+        };
+        let known = (size, guard) == (self.stack.1 - GUARD, REPORTED);
+        check(known || !told, "guardsize beside stackblock_size")?;
+        check(state == libc::PTHREAD_CREATE_DETACHED || !told, JOIN)
+    }
 
-    // Behind it, what a function leaves tells its word.
-    let mut tail = Tail {
-        this,
-        start: end,
-        rseq: symbols.rseq.map_or(0..0, Rseq::range),
-        words: std::array::from_fn(|index| this.word(end + 8 * index)),
-    };
-    // SAFETY: a valid place for a byte.
-    unsafe { libc::getrandom((&raw mut key).cast(), 1, 0) };
-    let getrandom = tail.changed("the state of getrandom")?;
-    // SAFETY: no preconditions.
-    unsafe { libc::strsignal(libc::SIGRTMIN() + 1) };
-    let strsignal = tail.changed("the buffer of strsignal")?;
-    // SAFETY: no preconditions.
-    unsafe { libc::strerror(99_999) };
-    let strerror = tail.changed("the buffer of strerror")?;
-    // `exiting` is the second byte there, and the creator looks whether it was set at the end.
-    let exiting = strsignal.map(|buffer| Exiting {
-        flag: buffer - 7,
-        lock: buffer - 4,
-    });
-    let exiting = exiting.filter(|exiting| this.half(exiting.flag - 1) == 0);
+    /// `tpp`, and the resolver's state behind it.
+    fn resolver(&self, stackblock: usize) -> Result<(usize, usize), RuntimeError> {
+        let this = self.descriptor;
+        let (tpp, resolver) = (stackblock + TPP, stackblock + RESOLVER);
+        let end = resolver + symbols::RESOLVER_SIZE;
+        // SAFETY: the calling thread's.
+        let state = unsafe { symbols::__res_state() } as usize;
+        let known = this.word(tpp) == 0 && state == this.start + resolver && end <= this.size;
+        check(known, "the resolver's state behind stackblock")?;
+        let resp = (sys::thread_pointer() as isize + self.symbols.resp) as *const usize;
+        // SAFETY: inside libc's segment of the calling thread, as looking it up has made sure.
+        let resp = unsafe { resp.read_unaligned() };
+        check(resp == state, "__resp is not the resolver's state")?;
+        Ok((tpp, resolver))
+    }
 
-    Ok(Offsets {
-        robust_head,
-        robust_futex_offset: this.word(robust_head + 8),
-        first_key_block,
-        stackblock,
-        stackblock_size: stackblock + 8,
-        guardsize,
-        reported_guardsize,
-        tpp,
-        user_stack,
-        user_stack_value,
-        flags,
-        flags_changed: SCHEDULING_KNOWN,
-        result,
-        join,
-        join_mark,
-        resolver,
-        resp: symbols.resp,
-        segment: symbols.segment.clone(),
-        exiting,
-        getrandom,
-        strsignal,
-        strerror,
-        specific_used,
-    })
+    /// What a function leaves behind the resolver's state tells its word: those of getrandom, strsignal and strerror.
+    fn buffers(&self, resolver: usize) -> Result<[Option<usize>; 3], RuntimeError> {
+        let (this, start) = (self.descriptor, resolver + symbols::RESOLVER_SIZE);
+        let mut tail = Tail {
+            this,
+            start,
+            rseq: self.symbols.rseq.map_or(0..0, Rseq::range),
+            words: std::array::from_fn(|index| this.word(start + 8 * index)),
+        };
+        let mut random = 0_u8;
+        // SAFETY: a valid place for a byte.
+        unsafe { libc::getrandom((&raw mut random).cast(), 1, 0) };
+        let getrandom = tail.changed("the state of getrandom")?;
+        // SAFETY: no preconditions.
+        unsafe { libc::strsignal(libc::SIGRTMIN() + 1) };
+        let strsignal = tail.changed("the buffer of strsignal")?;
+        // SAFETY: no preconditions.
+        unsafe { libc::strerror(99_999) };
+        let strerror = tail.changed("the buffer of strerror")?;
+        Ok([getrandom, strsignal, strerror])
+    }
 }
 
 /// The words at the end of the descriptor that nobody but its thread writes.
@@ -412,72 +472,34 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
     let list = unsafe { ThreadList::new(symbols.user_list) };
     let known = list.lock_is_plausible();
     check(known, "the lock beside glibc's thread lists")?;
-    let refused = |step, errno, bytes| RuntimeError::Refused { step, errno, bytes };
 
-    const ROOM: usize = 128 * 1024;
-    let length = (symbols.tls_size + symbols.tls_align + ROOM).next_multiple_of(4096);
+    let length = symbols.smallest_stack();
     let mapped = memmap2::MmapOptions::new().len(length).stack().map_anon();
-    let stack =
-        mapped.map_err(|error| refused(Step::MapStack, Errno::of_mapping(&error), length))?;
+    let stack = mapped.map_err(|error| RuntimeError::Refused {
+        step: Step::MapStack,
+        errno: Errno::of_mapping(&error),
+        bytes: length,
+    })?;
     let base = stack.as_ptr() as usize;
-    let this = Descriptor {
-        start: symbols.thread_pointer_in(base + length),
-        size: symbols.descriptor_size,
-    };
     let mut subject = Subject {
         symbols,
         list: &list,
-        descriptor: this,
+        descriptor: Descriptor {
+            start: symbols.thread_pointer_in(base + length),
+            size: symbols.descriptor_size,
+        },
         stack: (base, length),
         tid: 0,
         found: Err(RuntimeError::Unsupported("a thread that runs")),
         done: AtomicU32::new(0),
     };
-    let place = &raw mut subject;
-    let (mut thread, mut result) = (0, std::ptr::null_mut());
-    // SAFETY: stack and argument outlive the thread, which is joined, or its stack is never unmapped. The libc crate
-    // wants a safe function type; ours is called once, by the new thread, with the argument that it is written for.
-    let joined = unsafe {
-        let routine: extern "C" fn(*mut c_void) -> *mut c_void =
-            std::mem::transmute(run as unsafe extern "C" fn(_) -> _);
-        let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
-        libc::pthread_attr_init(&raw mut attributes);
-        let set = libc::pthread_attr_setstack(&raw mut attributes, base as *mut c_void, length);
-        check(set == 0, "pthread_attr_setstack")?;
-        // pthread_join is a cancellation point, and what it would unwind through holds the stack.
-        let cancellation = sys::NoCancellation::new();
-        Errno::clear();
-        let attributes = &raw mut attributes;
-        let created = libc::pthread_create(&raw mut thread, attributes, routine, place.cast());
-        // glibc folds the errno of a refusal, and leaves it in `errno`.
-        let errno = match Errno::last() {
-            errno if created == libc::EAGAIN && errno != 0 => errno,
-            _ => Errno::new(created),
-        };
-        let joined = if created == 0 {
-            while (*place).done.load(Ordering::Acquire) == 0 {
-                sys::futex_wait(&(*place).done, 0, None);
-            }
-            Ok(libc::pthread_join(thread, &raw mut result) == 0)
-        } else {
-            // Written when the thread's storage is complete, just before clone.
-            let routine = routine as *const () as usize;
-            let cloned = (0..this.size).step_by(8).any(|at| this.word(at) == routine);
-            let step = match cloned {
-                true => Step::Clone,
-                false => Step::AllocateTls,
-            };
-            Err(refused(step, errno, 0))
-        };
-        drop(cancellation);
-        libc::pthread_attr_destroy(attributes);
-        joined
-    };
-    // Nobody knows when it ends, and until then it runs there.
-    if !joined? {
+    // SAFETY: stack and subject outlive the thread, which is joined, or its stack is never unmapped.
+    let ended = unsafe { run_to_the_end(&raw mut subject) }?;
+    let Some((thread, result)) = ended else {
+        // Nobody knows when it ends, and until then it runs there.
         std::mem::forget(stack);
         return Err(RuntimeError::Unsupported(JOIN));
-    }
+    };
     // A joined thread counts until the kernel has taken it back, and the first clone can meet a limit.
     for _ in 0..10_000 {
         if sys::tgkill(sys::process_id(), subject.tid as i32, 0).is_err() {
@@ -485,8 +507,8 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
         }
         std::thread::yield_now();
     }
-
     let mut offsets = subject.found?;
+    let this = subject.descriptor;
     let known = thread as usize == this.start;
     check(known, "pthread_t is not the thread pointer")?;
     check(this.half(symbols.tid) != subject.tid, TID)?;
@@ -501,4 +523,37 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
         .exiting
         .filter(|exiting| this.read::<u8>(exiting.flag) == 1 && this.half(exiting.lock) == 0);
     Ok((offsets, list))
+}
+
+/// Starts the thread and joins it: its `pthread_t` and its result, or `None` if it cannot be joined.
+///
+/// # Safety
+/// The subject and its stack are valid until the thread has ended, and nobody else uses the stack.
+unsafe fn run_to_the_end(
+    subject: *mut Subject<'_>,
+) -> Result<Option<(libc::pthread_t, *mut c_void)>, RuntimeError> {
+    // pthread_join is a cancellation point, and what it would unwind through holds the stack.
+    let _cancellation = sys::NoCancellation::new();
+    let mut result = std::ptr::null_mut();
+    // SAFETY: the caller keeps subject and stack; the thread is made for its argument, and until `done` is set only it
+    // uses the rest of the subject.
+    unsafe {
+        let (base, length) = (*subject).stack;
+        let mut set = 0;
+        let created = pthread::create(run, subject.cast(), |attributes| {
+            set = libc::pthread_attr_setstack(attributes, base as *mut c_void, length);
+            set
+        });
+        check(set == 0, "pthread_attr_setstack")?;
+        let thread = created.map_err(|errno| RuntimeError::Refused {
+            step: Step::Clone,
+            errno,
+            bytes: 0,
+        })?;
+        while (*subject).done.load(Ordering::Acquire) == 0 {
+            sys::futex_wait(&(*subject).done, 0, None);
+        }
+        let joined = libc::pthread_join(thread, &raw mut result) == 0;
+        Ok(joined.then_some((thread, result)))
+    }
 }

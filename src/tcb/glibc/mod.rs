@@ -12,6 +12,7 @@ mod block;
 mod calibrate;
 mod list;
 mod prepare;
+mod pthread;
 mod release;
 mod runtime;
 mod symbols;

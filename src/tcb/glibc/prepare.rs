@@ -1,7 +1,7 @@
 //! What the owner of an idle block does with it: preparing it, listing it, handing its heap cache on, retiring it.
 
 use super::block::{Block, BlockState, Parked};
-use super::calibrate::JoinMark;
+use super::calibrate::{JoinMark, SCHEDULING_KNOWN};
 use super::runtime::Runtime;
 use super::symbols::{KEY_BLOCKS, KeyValues};
 use crate::sys;
@@ -180,7 +180,7 @@ impl Runtime {
             ((tp + offsets.result) as *mut usize).write(0);
             // Without the flag for them, policy and priority are asked of the kernel.
             let flags = (tp + offsets.flags) as *mut u32;
-            flags.write(flags.read() & !offsets.flags_changed);
+            flags.write(flags.read() & !SCHEDULING_KNOWN);
             ((tp + symbols.cancelhandling) as *mut u32).write(0);
             if let Some(exiting) = offsets.exiting {
                 ((tp + exiting.flag) as *mut u8).write(0);
@@ -215,7 +215,8 @@ impl Runtime {
         }
         // SAFETY: a byte and the tid word of the descriptor, which the caller owns and no thread uses yet.
         unsafe {
-            ((tp + offsets.user_stack) as *mut u8).write(offsets.user_stack_value);
+            let (at, value) = offsets.user_stack;
+            ((tp + at) as *mut u8).write(value);
             ((tp + symbols.tid) as *mut u32).write(0);
         }
     }
@@ -231,7 +232,7 @@ impl Runtime {
     /// # Safety
     /// `tp` is the thread pointer of a block that the caller owns, and nothing is lost with what is in it.
     unsafe fn put_segment(&self, tp: usize, parked: &Parked) {
-        let segment = &self.offsets.segment;
+        let segment = &self.symbols.segment;
         // SAFETY: the segment's place and size were found by calibration, and static TLS offsets never change.
         unsafe {
             std::ptr::copy_nonoverlapping(
@@ -274,7 +275,7 @@ impl Runtime {
     /// The block is idle and the caller's, and its last thread has ended normally.
     unsafe fn save_segment(&self, block: &Block) {
         let tp = block.thread_pointer();
-        let segment = &self.offsets.segment;
+        let segment = &self.symbols.segment;
         let size = (segment.end - segment.start) as usize;
         // SAFETY: the segment lies in the block, and calibration checked its size; the owner of the block is the only
         // one to reach what is parked.

@@ -145,7 +145,7 @@ impl Runtime {
     }
 
     /// A thread's first moments: robust list, rseq (if its creator has it: G15), locale, ctype,
-    /// resolver, errno: everything in the block that only its own thread looks at.
+    /// resolver: everything in the block that only its own thread looks at, but errno.
     ///
     /// # Safety
     /// Called once by a new thread on its own block, before any other code of libc.
@@ -153,8 +153,7 @@ impl Runtime {
         let tp = sys::thread_pointer();
         let robust = tp + self.offsets.robust_head;
         // SAFETY: all addresses lie in this thread's own descriptor, which was prepared with
-        // exactly these offsets; the libc functions are called on a complete TLS block. G10
-        // gives the order: locale before ctype, then the resolver's pointer, then errno.
+        // exactly these offsets; the libc functions are called on a complete TLS block.
         unsafe {
             // An empty list points at itself, `robust_prev` before it as well. The last thread here can
             // have died with a mutex in it.
@@ -165,16 +164,26 @@ impl Runtime {
                 [robust, calibrate::ROBUST_HEAD_SIZE, 0, 0, 0, 0],
             );
             self.register_rseq(tp, with_rseq);
-            libc::uselocale(symbols::LC_GLOBAL_LOCALE);
-            (self.symbols.ctype_init)();
-            ((tp as isize + self.offsets.resp) as *mut usize).write(tp + self.offsets.resolver);
+            self.point_at_own(tp);
             *symbols::__h_errno_location() = 0;
             // Cancellation unwinds through Rust frames and aborts the process; a request stays
             // pending instead, unless code in the thread asks for it.
             sys::pthread_setcancelstate(sys::PTHREAD_CANCEL_DISABLE, std::ptr::null_mut());
             // Until 2.35 the type is a field of its own, which no offset is known of.
             symbols::pthread_setcanceltype(symbols::PTHREAD_CANCEL_DEFERRED, std::ptr::null_mut());
-            *libc::__errno_location() = 0;
+        }
+    }
+
+    /// Points locale, ctype tables and resolver of libc's segment at what is this thread's, in the order of G10.
+    ///
+    /// # Safety
+    /// `tp` is the calling thread's own thread pointer, and its block is complete.
+    pub(super) unsafe fn point_at_own(&self, tp: usize) {
+        // SAFETY: a word of this thread's own segment, and functions that write there.
+        unsafe {
+            libc::uselocale(symbols::LC_GLOBAL_LOCALE);
+            (self.symbols.ctype_init)();
+            ((tp as isize + self.symbols.resp) as *mut usize).write(tp + self.offsets.resolver);
         }
     }
 
@@ -271,7 +280,7 @@ impl Runtime {
             if nscount.read() != 0 {
                 (self.symbols.res_nclose)(resolver as *mut libc::c_void);
                 // The next thread on this block must not find an "initialised" resolver.
-                std::ptr::write_bytes(resolver as *mut u8, 0, self.symbols.resolver_size);
+                std::ptr::write_bytes(resolver as *mut u8, 0, symbols::RESOLVER_SIZE);
             }
         }
     }

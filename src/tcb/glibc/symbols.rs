@@ -71,6 +71,8 @@ impl Rseq {
 pub(super) const RSEQ_CPU_ID: usize = 4;
 /// `RSEQ_CPU_ID_UNINITIALIZED`: zero would claim "CPU 0, registered".
 pub(super) const RSEQ_UNINITIALIZED: i32 = -1;
+/// `sizeof (struct __res_state)`, public in resolv.h
+pub(super) const RESOLVER_SIZE: usize = 568;
 /// `nscount` in the public `struct __res_state` (resolv.h).
 pub(super) const RES_STATE_NSCOUNT: usize = 16;
 /// `LC_GLOBAL_LOCALE` (locale.h)
@@ -109,8 +111,6 @@ pub(super) struct Symbols {
     pub tls_align: usize,
     /// `sizeof (struct pthread)`
     pub descriptor_size: usize,
-    /// `sizeof (struct __res_state)`, public in resolv.h
-    pub resolver_size: usize,
     pub rseq: Option<Rseq>,
     /// TLS variable of libc's, relative to the thread pointer.
     pub resp: isize,
@@ -156,10 +156,15 @@ static LOOK_UP: extern "C" fn() = {
     look_up
 };
 
-/// A field as libthread_db's descriptors give it: bits, number of elements, byte offset.
-struct Field {
-    bits: u32,
-    offset: usize,
+pub(super) fn check(holds: bool, what: &'static str) -> Result<(), RuntimeError> {
+    match holds {
+        true => Ok(()),
+        false => Err(RuntimeError::Unsupported(what)),
+    }
+}
+
+fn unsupported(name: &'static CStr) -> RuntimeError {
+    RuntimeError::Unsupported(name.to_str().unwrap_or("a symbol of glibc's"))
 }
 
 fn address(name: &'static CStr) -> Result<usize, RuntimeError> {
@@ -169,36 +174,22 @@ fn address(name: &'static CStr) -> Result<usize, RuntimeError> {
         // Not an error that the program is to find.
         // SAFETY: no preconditions.
         unsafe { libc::dlerror() };
-        return Err(RuntimeError::Unsupported(
-            name.to_str().unwrap_or("a symbol is missing"),
-        ));
+        return Err(unsupported(name));
     }
     Ok(found as usize)
 }
 
-fn u32_at(name: &'static CStr) -> Result<u32, RuntimeError> {
-    // SAFETY: these symbols are constants of type uint32_t (nptl_db's contract).
-    Ok(unsafe { (address(name)? as *const u32).read() })
-}
+/// Bits of a list's head, two pointers.
+const LIST_BITS: u32 = 2 * usize::BITS;
 
-fn field(name: &'static CStr) -> Result<Field, RuntimeError> {
-    // SAFETY: these symbols are constants of type uint32_t[3] (nptl_db's contract).
-    let [bits, _, offset] = unsafe { (address(name)? as *const [u32; 3]).read() };
-    Ok(Field {
-        bits,
-        offset: offset as usize,
-    })
-}
-
-/// A field that must have `bits` bits.
+/// Offset of a field that must have `bits` bits, from libthread_db's descriptor of it: bits, number of elements, offset.
 fn field_of(name: &'static CStr, bits: u32) -> Result<usize, RuntimeError> {
-    let field = field(name)?;
-    if field.bits != bits {
-        return Err(RuntimeError::Unsupported(
-            name.to_str().unwrap_or("a field has an unknown size"),
-        ));
+    // SAFETY: these symbols are constants of type uint32_t[3] (nptl_db's contract).
+    let [has, _, offset] = unsafe { (address(name)? as *const [u32; 3]).read() };
+    match has == bits {
+        true => Ok(offset as usize),
+        false => Err(unsupported(name)),
     }
-    Ok(field.offset)
 }
 
 /// Whether words can be read there: all of it is mapped, as mincore(2) tells (or that cannot be asked). Before a
@@ -217,6 +208,47 @@ pub(super) fn is_mapped(address: usize, length: usize) -> bool {
     answer == 0 || Errno::last() != Errno::ENOMEM
 }
 
+/// Size and alignment of static TLS, of which the descriptor is a part.
+fn static_tls(descriptor_size: usize) -> Result<(usize, usize), RuntimeError> {
+    let (mut size, mut align) = (0_usize, 0_usize);
+    let info = address(c"_dl_get_tls_static_info")?;
+    // SAFETY: signature stable from 2.34 on.
+    unsafe {
+        let info: unsafe extern "C" fn(*mut usize, *mut usize) = std::mem::transmute(info);
+        info(&raw mut size, &raw mut align);
+    }
+    // What pthread_create wants of a stack, less what it wants besides static TLS.
+    let minimum = address(c"__pthread_get_minstack")?;
+    // SAFETY: signature stable since 2.15; the attributes are not looked at.
+    let minimum = unsafe {
+        let minimum: unsafe extern "C" fn(*const libc::pthread_attr_t) -> usize =
+            std::mem::transmute(minimum);
+        minimum(std::ptr::null())
+    };
+    let besides = page_size() + libc::PTHREAD_STACK_MIN;
+    let known = align.is_power_of_two()
+        && size >= descriptor_size
+        && size.checked_next_multiple_of(align) == minimum.checked_sub(besides);
+    check(known, "static TLS size is implausible")?;
+    Ok((size, align))
+}
+
+/// The head of the list of live threads on stacks of the user.
+fn user_list() -> Result<usize, RuntimeError> {
+    // SAFETY: a pointer variable of libc, set when ld.so started.
+    let rtld_global = unsafe { (address(c"__nptl_rtld_global")? as *const usize).read() };
+    check(rtld_global != 0, "__nptl_rtld_global is null")?;
+    let other = address(c"_rtld_global").is_ok_and(|variable| variable != rtld_global);
+    check(!other, "__nptl_rtld_global is not ld.so's")?;
+    let list = |name| Ok(rtld_global + field_of(name, LIST_BITS)?);
+    let used = list(c"_thread_db_rtld_global__dl_stack_used")?;
+    let user = list(c"_thread_db_rtld_global__dl_stack_user")?;
+    // Before either is followed: what lies beside the second is taken for the lists' lock.
+    let known = used + 2 * size_of::<usize>() == user;
+    check(known, "glibc's thread lists do not lie side by side")?;
+    Ok(user)
+}
+
 impl Symbols {
     /// What was found at load time, or else what there is now.
     pub(super) fn get() -> Result<Symbols, RuntimeError> {
@@ -226,71 +258,24 @@ impl Symbols {
     fn look_up() -> Result<Symbols, RuntimeError> {
         // A musl or another libc has no such symbol, and everything below would be a guess there.
         address(c"gnu_get_libc_version")?;
-        let (mut tls_size, mut tls_align) = (0_usize, 0_usize);
-        let static_info = address(c"_dl_get_tls_static_info")?;
-        // SAFETY: signature stable from 2.34 on.
-        unsafe {
-            let static_info: unsafe extern "C" fn(*mut usize, *mut usize) =
-                std::mem::transmute(static_info);
-            static_info(&raw mut tls_size, &raw mut tls_align);
-        }
-        let descriptor_size = u32_at(c"_thread_db_sizeof_pthread")? as usize;
-        // What pthread_create wants of a stack, less what it wants besides static TLS.
-        let minimum = address(c"__pthread_get_minstack")?;
-        // SAFETY: signature stable since 2.15; the attributes are not looked at.
-        let minimum = unsafe {
-            let minimum: unsafe extern "C" fn(*const libc::pthread_attr_t) -> usize =
-                std::mem::transmute(minimum);
-            minimum(std::ptr::null())
-        };
-        let besides = page_size() + libc::PTHREAD_STACK_MIN;
-        let is_known = tls_align.is_power_of_two()
-            && tls_size >= descriptor_size
-            && tls_size.checked_next_multiple_of(tls_align) == minimum.checked_sub(besides);
-        if !is_known {
-            return Err(RuntimeError::Unsupported("static TLS size is implausible"));
-        }
-        // SAFETY: a pointer variable of libc, set when ld.so started.
-        let rtld_global = unsafe { (address(c"__nptl_rtld_global")? as *const usize).read() };
-        if rtld_global == 0 {
-            return Err(RuntimeError::Unsupported("__nptl_rtld_global is null"));
-        }
-        if address(c"_rtld_global").is_ok_and(|variable| variable != rtld_global) {
-            return Err(RuntimeError::Unsupported(
-                "__nptl_rtld_global is not ld.so's",
-            ));
-        }
-        let list_bits = 2 * usize::BITS;
-        let global = |name| Ok(rtld_global + field_of(name, list_bits)?);
-        let (used_list, user_list) = (
-            global(c"_thread_db_rtld_global__dl_stack_used")?,
-            global(c"_thread_db_rtld_global__dl_stack_user")?,
-        );
-        // Before either is followed: what lies beside the second is taken for the lists' lock.
-        if used_list + 2 * size_of::<usize>() != user_list {
-            return Err(RuntimeError::Unsupported(
-                "glibc's thread lists do not lie side by side",
-            ));
-        }
+        let descriptor_size = address(c"_thread_db_sizeof_pthread")? as *const u32;
+        // SAFETY: a constant of type uint32_t (nptl_db's contract).
+        let descriptor_size = unsafe { descriptor_size.read() } as usize;
+        let (tls_size, tls_align) = static_tls(descriptor_size)?;
         // A field of `struct pthread`, all of it inside.
         let field_of = |name: &'static CStr, bits: u32| {
             let offset = field_of(name, bits)?;
             match offset + bits as usize / 8 <= descriptor_size {
                 true => Ok(offset),
-                false => Err(RuntimeError::Unsupported(
-                    name.to_str().unwrap_or("a field outside the descriptor"),
-                )),
+                false => Err(unsupported(name)),
             }
         };
         const EVENT_BUFFER: u32 = 3 * usize::BITS;
         let (segment, module, object) = loaded(tls_size - descriptor_size)?;
         let resp = address(c"__resp")?.wrapping_sub(sys::thread_pointer()) as isize;
-        if !segment.contains(&resp) {
-            return Err(RuntimeError::Unsupported(
-                "__resp outside libc's TLS segment",
-            ));
-        }
-        let symbols = Symbols {
+        let known = segment.contains(&resp);
+        check(known, "__resp outside libc's TLS segment")?;
+        Ok(Symbols {
             // SAFETY: the thread pointer in, null or the same out, from 2.34 to 2.43.
             allocate_tls: unsafe {
                 std::mem::transmute::<usize, AllocateTls>(address(c"_dl_allocate_tls")?)
@@ -314,16 +299,15 @@ impl Symbols {
             tls_size,
             tls_align,
             descriptor_size,
-            resolver_size: 568,
             rseq: rseq()?,
             resp,
             segment,
             module,
             object,
-            user_list,
+            user_list: user_list()?,
             tid: field_of(c"_thread_db_pthread_tid", 32)?,
             dtv: field_of(c"_thread_db_pthread_dtvp", usize::BITS)?,
-            list: field_of(c"_thread_db_pthread_list", list_bits)?,
+            list: field_of(c"_thread_db_pthread_list", LIST_BITS)?,
             specific: field_of(
                 c"_thread_db_pthread_specific",
                 KEY_BLOCKS as u32 * usize::BITS,
@@ -337,8 +321,7 @@ impl Symbols {
                 field_of(c"_thread_db_pthread_eventbuf", EVENT_BUFFER)?,
                 EVENT_BUFFER as usize / 8,
             ),
-        };
-        Ok(symbols)
+        })
     }
 
     /// Keeps the shared object that this crate is part of loaded, if it is one (G21): a thread can still
@@ -363,6 +346,12 @@ impl Symbols {
         is_mapped(first, (self.module + 2) * DTV_ENTRY)
             // SAFETY: mapped and aligned.
             && unsafe { (entry as *const usize).read() } == tp.wrapping_add_signed(self.segment.start)
+    }
+
+    /// Bytes of stack for a thread of glibc's that does little.
+    pub(super) fn smallest_stack(&self) -> usize {
+        const ROOM: usize = 128 * 1024;
+        (self.tls_size + self.tls_align + ROOM).next_multiple_of(page_size())
     }
 
     /// The thread pointer of a block that ends at `end`: where glibc puts it, too.
@@ -486,18 +475,16 @@ fn loaded(below: usize) -> Result<(Range<isize>, usize, *const c_char), RuntimeE
     // SAFETY: the callback matches, and `search` outlives the call.
     unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut search).cast()) };
     let found = search.segment;
-    let Some((tls, module)) = found.filter(|(tls, _)| tls.len() <= SEGMENT_MAX) else {
-        return Err(RuntimeError::Unsupported(
-            "libc's own TLS segment was not found",
-        ));
-    };
+    let (tls, module) =
+        found
+            .filter(|(tls, _)| tls.len() <= SEGMENT_MAX)
+            .ok_or(RuntimeError::Unsupported(
+                "libc's own TLS segment was not found",
+            ))?;
     let tp = sys::thread_pointer();
     let start = tls.start.wrapping_sub(tp) as isize;
     let segment = start..start + tls.len() as isize;
-    if start < -(below as isize) || segment.end > 0 {
-        return Err(RuntimeError::Unsupported(
-            "libc's TLS segment outside static TLS",
-        ));
-    }
+    let known = start >= -(below as isize) && segment.end <= 0;
+    check(known, "libc's TLS segment outside static TLS")?;
     Ok((segment, module, search.object))
 }
