@@ -5,7 +5,7 @@ use std::{fmt, io};
 /// An error number of the kernel or of the C library, as errno(3) lists them. A system-call filter can answer with a
 /// number that has no name; it is kept as well.
 ///
-/// Compares with the constants of the `libc` crate, and becomes an [`io::Error`].
+/// Compares with the constants of the `libc` crate, and becomes an [`io::Error`]. Displayed with its meaning.
 ///
 /// ```
 /// let refused = nptl::Builder::new().stack_size(usize::MAX).spawn(|| ()).unwrap_err();
@@ -14,7 +14,8 @@ use std::{fmt, io};
 /// let error = std::io::Error::from(refused.errno());
 /// assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
 /// ```
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, thiserror::Error)]
+#[error("{self:?}: {}", self.meaning())]
 pub struct Errno(i32);
 
 /// Those that this crate compares with.
@@ -104,15 +105,6 @@ impl fmt::Debug for Errno {
         }
     }
 }
-
-/// Name and meaning: `EAGAIN: Try again`.
-impl fmt::Display for Errno {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self:?}: {}", self.meaning())
-    }
-}
-
-impl std::error::Error for Errno {}
 
 impl PartialEq<i32> for Errno {
     fn eq(&self, raw: &i32) -> bool {
