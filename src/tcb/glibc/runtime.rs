@@ -241,8 +241,7 @@ impl Runtime {
         }
     }
 
-    /// Runs thread-local destructors and those of pthread keys, then releases what a dead thread
-    /// may leave in libc's own TLS: nothing of it may reach the next thread on this block.
+    /// Runs thread-local destructors and those of pthread keys.
     ///
     /// # Safety
     /// Called by an ending thread of this crate, with application signals still open.
@@ -258,7 +257,6 @@ impl Runtime {
                 }
                 (self.symbols.call_tls_dtors)();
             }
-            self.release_libc_state();
         }
     }
 
@@ -285,10 +283,9 @@ impl Runtime {
         }
     }
 
-    /// Leaves the block as a new thread is to find it, and what came after
-    /// [`Runtime::run_destructors`]: a signal handler of the application, or the
-    /// allocator's last free, can still have registered a thread-local or set a key, and the next
-    /// thread on this block would find either (G8 and G18).
+    /// Leaves the block as a new thread is to find it: without what hangs off libc's own state, and without what came
+    /// after [`Runtime::run_destructors`]. A signal handler of the application, or the allocator's last free (in here,
+    /// too), can still have registered a thread-local or set a key (G8 and G18).
     ///
     /// # Safety
     /// Called by an ending thread of this crate with all application signals blocked.
@@ -296,8 +293,9 @@ impl Runtime {
         // SAFETY: exported for a thread's end, which this is; what was registered since is of this thread's own.
         unsafe {
             (self.symbols.call_tls_dtors)();
-            self.clear_keys(false);
             self.release_libc_state();
+            (self.symbols.call_tls_dtors)();
+            self.clear_keys(false);
         }
     }
 
