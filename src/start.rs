@@ -162,7 +162,7 @@ unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
     sys::set_signal_mask(sys::APPLICATION);
     // SAFETY: the ending thread itself, after its destructors.
     unsafe { runtime.clear_leftovers() };
-    stack.close_to_signals();
+    stack.mark_ended();
     // SAFETY: the ending thread on its own stack and block, in the order that the top of this file
     // gives. From `leave_list` on nothing but inline assembly runs (G11).
     unsafe {
@@ -170,7 +170,6 @@ unsafe fn leave(stack: &'static Stack, runtime: &'static Runtime) -> ! {
         if stack.end() {
             StackCache::give_running(stack);
         }
-        stack.mark_ended();
         runtime.leave_list(&stack.block);
     }
     // The owner of the stack reads these stores after it has seen the tid word cleared. That the kernel's store is

@@ -275,7 +275,6 @@ impl Idle {
         // Here, because in a child that a handler has forked since `obtain` no earlier mark of a thread is left standing.
         stack.life.store(Life::Attached as u8, Ordering::Relaxed);
         stack.discarded.store(false, Ordering::Relaxed);
-        stack.exiting.store(false, Ordering::Relaxed);
         // There is no handle of the last thread here; but a thread can have died with the lock.
         stack.signal_lock.store(0, Ordering::Relaxed);
         // SAFETY: no thread runs on this stack, so the slot is the creator's.

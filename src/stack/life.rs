@@ -100,7 +100,7 @@ impl Stack {
         // Behind the mask: no handler can fork between this and the lock.
         notice_fork();
         sys::lll_lock(&self.signal_lock);
-        let result = if self.exiting.load(Ordering::Relaxed) || self.is_released() {
+        let result = if self.block.has_ended() || self.is_released() {
             Err(Errno::ESRCH)
         } else {
             f()
@@ -110,10 +110,11 @@ impl Stack {
         result
     }
 
-    /// The thread's side of [`Stack::signal`]: from here on no sender uses the tid.
-    pub(crate) fn close_to_signals(&self) {
+    /// The thread ends normally: from here on no sender uses the tid ([`Stack::signal`]), and its heap cache, which it
+    /// does not use any more, goes on to the next thread here (G9).
+    pub(crate) fn mark_ended(&self) {
         sys::lll_lock(&self.signal_lock);
-        self.exiting.store(true, Ordering::Relaxed);
+        self.block.set_state(BlockState::Ended);
         sys::lll_unlock(&self.signal_lock);
     }
 
@@ -195,11 +196,6 @@ impl Stack {
         }
         self.change_life(Life::Ending, Life::Given);
         true
-    }
-
-    /// The thread ended normally: its heap cache goes on to the next one here (G9).
-    pub(crate) fn mark_ended(&self) {
-        self.block.set_state(BlockState::Ended);
     }
 
     /// In a forked child: a thread of the parent can have held the lock, and none here does.

@@ -70,8 +70,6 @@ pub(crate) struct Stack {
     /// held, the tid cannot be given to another thread. Not a parking_lot lock, because an ending
     /// thread has no thread-locals left to park on.
     pub(super) signal_lock: AtomicU32,
-    /// Under `signal_lock`: signals can no longer be sent.
-    pub(super) exiting: AtomicBool,
     /// The thread's name, borrowed from its owner for the time of the thread's life.
     pub(super) name: AtomicPtr<u8>,
     pub(super) name_length: AtomicUsize,
@@ -146,7 +144,6 @@ impl Stack {
             tid: AtomicPtr::new(std::ptr::null_mut()),
             block: Block::new(),
             signal_lock: AtomicU32::new(0),
-            exiting: AtomicBool::new(false),
             name: AtomicPtr::new(std::ptr::null_mut()),
             name_length: AtomicUsize::new(0),
             start: UnsafeCell::new(None),

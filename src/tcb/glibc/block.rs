@@ -85,7 +85,7 @@ impl Block {
         }
     }
 
-    /// Whether no thread runs here, and the last one ended normally.
+    /// Whether no thread runs here whose tid may be used, and the last one ended normally.
     pub(crate) fn has_ended(&self) -> bool {
         self.state() != BlockState::InUse
     }
