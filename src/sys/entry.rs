@@ -7,7 +7,7 @@ pub(crate) trait Entry {
     /// Called by the entry routine with every signal but SIGSETXID blocked, as a thread's first frame.
     ///
     /// # Safety
-    /// `start` is what [`Request::start`](super::clone::Request::start) says of this entry.
+    /// `start` is what [`CloneRequest::start`](super::clone::CloneRequest::start) says of this entry.
     unsafe extern "C" fn main(start: *mut c_void) -> !;
 }
 

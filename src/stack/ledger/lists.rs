@@ -255,7 +255,7 @@ pub(super) enum Victim<E: 'static> {
 /// A stack whose bound is this part of the budget or less may be counted with it while others are unmapped.
 const SMALL_PART: usize = 64;
 
-/// The stacks of one cache. See the top of this file.
+/// The stacks of one cache: see `ledger`.
 pub(crate) struct Ledger<E: 'static> {
     pub(super) lists: Lock<Lists<E>>,
 }

@@ -5,19 +5,7 @@
 //! nothing and knows nothing of mappings, so that it can be checked alone (`tests/model/loom_ledger.rs`,
 //! `tests/model/ledger.rs`).
 //!
-//! ```text
-//!            adopt              give, word not yet cleared
-//!  (mapped) ───────► live ──────────────────────────────► pending
-//!                    ▲  │ give, word cleared                 │ word cleared, seen by a later call
-//!              take  │  ▼                                    │
-//!                   cached ◄─────────────────────────────────┤
-//!                    ▲  │ over budget, trim, clear           │ no class, or too large for the budget
-//!     munmap failed  │  ▼                                    ▼
-//!                  unmapping ◄──────────────────────────── doomed
-//!                       │ munmap done
-//!                       ▼
-//!                     (gone)
-//! ```
+//! ARCHITECTURE.md draws the states of a stack and what changes them.
 //!
 //! **A2** (no reuse before the kernel has cleared the tid word) is kept here and nowhere else:
 //! every way into `cached`, `doomed` and `unmapping` passes [`Entry::released`], except in a forked
