@@ -276,7 +276,7 @@ impl StackCache {
         if !self.is_usable() {
             return;
         }
-        self.sweep();
+        self.sweep(None);
         while self
             .unmap(self.0.ledger.trim(resident_bytes))
             .is_worth_another()
@@ -294,30 +294,26 @@ impl StackCache {
     }
 
     fn unmap_all(&self) {
-        self.sweep();
+        self.sweep(None);
         while self.unmap(self.0.ledger.clear()).is_worth_another() {}
     }
 
-    /// Takes back the stacks of detached threads that died without their last frame: by a bare
+    /// Takes back the stacks of detached threads, of one scope or of any, that died without their last frame: by a bare
     /// exit(2), or killed by a seccomp filter. Nothing else ever looks at them.
-    fn sweep(&self) {
-        self.sweep_if(|_| true);
-    }
-
-    fn sweep_if(&self, wanted: impl Fn(&Stack) -> bool) {
-        let claim = |stack: &Stack| wanted(stack) && stack.claim_unowned();
+    fn sweep(&self, scope: Option<&Shared<Latch>>) {
+        let claim = |stack: &Stack| stack.claim_unowned(scope);
         self.unmap(self.0.ledger.sweep(claim, Stack::reap_unowned));
     }
 
     /// The same in every cache, for the threads of one scope: what others left is not for its thread to
     /// drop, which can hold any lock.
-    pub(crate) fn reap_dead_of(latch: &Shared<Latch>) {
+    pub(crate) fn reap_dead_of(scope: &Shared<Latch>) {
         notice_fork();
-        for cache in instances()
-            .filter(|_| !forked_bare())
-            .filter_map(Instance::handle)
-        {
-            cache.sweep_if(|stack| stack.is_unowned_of(latch));
+        if forked_bare() {
+            return;
+        }
+        for cache in instances().filter_map(Instance::handle) {
+            cache.sweep(Some(scope));
         }
     }
 

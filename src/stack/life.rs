@@ -132,25 +132,21 @@ impl Stack {
         self.change_life(Life::Ending, Life::Given);
     }
 
-    /// Claims the stack of a detached thread that died without giving it back. Returns `true` once. Only a mark seen
-    /// *before* the tid word says so: a word that was clear before a clone, beside the mark that a handle dropped after
-    /// it has left, is a running thread.
-    pub(crate) fn claim_unowned(&self) -> bool {
-        self.life.load(Ordering::Acquire) == Life::Detached as u8
+    /// Claims the stack of a detached thread (of this scope, if one is named) that died without giving it back. Returns
+    /// `true` once. Only a mark seen *before* the tid word says so: a word that was clear before a clone, beside the
+    /// mark that a handle dropped after it has left, is a running thread.
+    pub(crate) fn claim_unowned(&self, scope: Option<&Shared<Latch>>) -> bool {
+        let was_in = |scope: &Shared<Latch>| {
+            // SAFETY: the thread is gone, and has no handle; the one that claims the stack does so under the ledger's
+            // lock, as this is called.
+            let message = unsafe { (*self.start.get()).as_ref() };
+            let entered = message.and_then(|start| start.latch.as_ref());
+            entered.is_some_and(|entered| entered.is_of(scope))
+        };
+        self.is_in(Life::Detached)
             && self.is_released()
+            && scope.is_none_or(was_in)
             && self.change_life(Life::Detached, Life::Ending)
-    }
-
-    /// Whether it can be claimed, and its thread was of this scope. Called with the ledger's lock held, as
-    /// [`Stack::claim_unowned`].
-    pub(crate) fn is_unowned_of(&self, latch: &Shared<Latch>) -> bool {
-        if self.life.load(Ordering::Acquire) != Life::Detached as u8 || !self.is_released() {
-            return false;
-        }
-        // SAFETY: the thread is gone, and has no handle; the one that claims the stack does so under the lock.
-        let message = unsafe { (*self.start.get()).as_ref() };
-        let entered = message.and_then(|start| start.latch.as_ref());
-        entered.is_some_and(|entered| entered.is_of(latch))
     }
 
     /// In a forked child: whether a handle exists that gives the stack back. Ends the life of a thread that is not in

@@ -5,6 +5,7 @@
 //! that it asked for, and on the stack on which it would have run without this one.
 
 use super::record::{RECORDS, Stack};
+use crate::mem::text::Text;
 use crate::sys::{self, Faults, Next};
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -189,59 +190,29 @@ fn use_default_action(signal: libc::c_int, sent: bool) {
 
 /// Says what std says, and aborts.
 fn report(stack: &Stack) -> ! {
-    let mut line = Line::default();
+    let mut line = Text::EMPTY;
     // SAFETY: the faulting thread itself.
     let name = unsafe { stack.name() }.unwrap_or("<unnamed>");
     // SAFETY: gettid has no preconditions.
     let tid = unsafe { libc::gettid() };
     // A name too long for the buffer is cut; the rest of the message then goes in the next line.
     let _ = write!(line, "\nthread '{name}' ({tid}) has overflowed its stack");
-    line.print();
+    print(&mut line);
     let _ = writeln!(
         line,
         "\nnptl: stack_size={} guard_size={}\nfatal runtime error: stack overflow, aborting",
         stack.size(),
         stack.guard_size()
     );
-    line.print();
+    print(&mut line);
     // SAFETY: abort never returns.
     unsafe { libc::abort() }
 }
 
-/// Formats without memory, for a signal handler.
-struct Line {
-    bytes: [u8; 512],
-    length: usize,
-}
-
-impl Default for Line {
-    fn default() -> Line {
-        Line {
-            bytes: [0; 512],
-            length: 0,
-        }
-    }
-}
-
-impl Line {
-    fn print(&mut self) {
-        let text = self.bytes.get(..self.length).unwrap_or_default();
-        // SAFETY: a valid buffer; a failed write to stderr has nobody to be told.
-        unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
-        self.length = 0;
-    }
-}
-
-impl Write for Line {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        let Some(free) = self.bytes.get_mut(self.length..) else {
-            return Ok(());
-        };
-        let length = text.len().min(free.len());
-        if let (Some(to), Some(from)) = (free.get_mut(..length), text.as_bytes().get(..length)) {
-            to.copy_from_slice(from);
-            self.length += length;
-        }
-        Ok(())
-    }
+/// Writes to stderr and empties the line. A failed write has nobody to be told.
+fn print(line: &mut Text<512>) {
+    let text = line.as_bytes();
+    // SAFETY: a valid buffer of that length.
+    unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
+    line.clear();
 }
