@@ -48,11 +48,7 @@ impl Request {
 
 /// Creates the thread that does `work`.
 pub(crate) fn spawn(request: &Request, work: Work<'_>) -> Result<Running, SpawnError> {
-    // The error's memory, while there is some.
-    let reserve = Reserve::new();
-    if reserve.is_missing() {
-        return Err(refused_memory(request, size_of::<Refusal>()));
-    }
+    let reserve = reserve(request)?;
 
     let mut attempts = 0;
     let mut started = None;
@@ -88,10 +84,7 @@ pub(crate) fn prepare(request: &Request) -> Result<(), SpawnError> {
     if forked_bare() {
         return Err(SpawnError::FORKED_BARE);
     }
-    let reserve = Reserve::new();
-    if reserve.is_missing() {
-        return Err(refused_memory(request, size_of::<Refusal>()));
-    }
+    let reserve = reserve(request)?;
     let mut attempts = 1;
     let prepared = (|| {
         fork::guard().map_err(explained)?;
@@ -132,6 +125,15 @@ pub(crate) fn refused_memory(request: &Request, bytes: usize) -> SpawnError {
     let reserve = Reserve::new();
     let refusal = check(request).err().unwrap_or_else(|| no_memory(bytes));
     report(refusal, reserve, request, 1)
+}
+
+/// Memory for the error, while there is some.
+fn reserve(request: &Request) -> Result<Reserve, SpawnError> {
+    let reserve = Reserve::new();
+    match reserve.is_missing() {
+        true => Err(refused_memory(request, size_of::<Refusal>())),
+        false => Ok(reserve),
+    }
 }
 
 fn report(mut refusal: Refusal, reserve: Reserve, request: &Request, attempts: u32) -> SpawnError {

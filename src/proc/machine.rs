@@ -91,14 +91,9 @@ pub(crate) fn mmap_min_addr() -> Option<u64> {
 
 /// The security modules in force; `None` where securityfs is not mounted, as in most containers.
 pub(crate) fn security_modules() -> Option<InlinePath> {
-    let file = file::open(c"/sys/kernel/security/lsm").ok()?;
-    let mut modules = None;
-    file::lines_of(&file, |line| {
-        modules = Some(InlinePath::new(line));
-        ControlFlow::Break(())
+    file::first(c"/sys/kernel/security/lsm", |line| {
+        Some(InlinePath::new(line))
     })
-    .ok()?;
-    modules
 }
 
 /// /proc/meminfo, in bytes.

@@ -1,12 +1,6 @@
-//! What the kernel's limits leave to cached stacks: nothing but memory counts, except where address space or
-//! mappings are short themselves.
-//!
-//! - **RLIMIT_AS is finite:** all caches together keep at most an eighth of it. Their address space is of no
-//!   use to malloc or to anybody else who maps.
-//! - **Guards are mappings of their own** (`mprotect`, before Linux 6.13 or in locked memory): all caches
-//!   together keep at most so many stacks that these take a quarter of `vm.max_map_count`.
-//!
-//! Each cache gets an equal part, so that no common counter is needed on the way of every thread.
+//! What the kernel's limits leave to cached stacks, as `StackCacheConfig` tells its users: address space that they hold
+//! is of no use to malloc or to anybody else who maps. Each cache gets an equal part, so that no common counter is
+//! needed on the way of every thread.
 //!
 //! RLIMIT_AS changes at any time (`prlimit(1)` does it from outside), so it is asked for again wherever a stack is
 //! mapped, which costs far more, and at every [`EVERY`]th reuse of a stack. A thread that ends or joins

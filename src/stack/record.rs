@@ -67,8 +67,7 @@ pub(crate) struct Stack {
     pub(super) tid: AtomicPtr<AtomicU32>,
     pub(crate) block: Block,
     /// Taken by whoever uses the tid from outside, and by the thread before it ends: while it is
-    /// held, the tid cannot be given to another thread. Not a parking_lot lock, because an ending
-    /// thread has no thread-locals left to park on.
+    /// held, the tid cannot be given to another thread.
     pub(super) signal_lock: AtomicU32,
     /// The thread's name, borrowed from its owner for the time of the thread's life.
     pub(super) name: AtomicPtr<u8>,
@@ -218,25 +217,22 @@ impl Stack {
         layout: &Layout,
         class: Option<Class>,
     ) {
-        let stack = self;
         let length = layout.total();
-        stack.base.store(base, Ordering::Relaxed);
-        stack.guard.store(layout.guard, Ordering::Relaxed);
-        stack.size.store(layout.stack, Ordering::Relaxed);
-        stack
-            .signal_stack
+        self.base.store(base, Ordering::Relaxed);
+        self.guard.store(layout.guard, Ordering::Relaxed);
+        self.size.store(layout.stack, Ordering::Relaxed);
+        self.signal_stack
             .store(layout.signal_stack, Ordering::Relaxed);
-        stack.block_size.store(layout.block, Ordering::Relaxed);
+        self.block_size.store(layout.block, Ordering::Relaxed);
         let class = class.map_or(NO_CLASS, |class| class.index() as u16);
-        stack.class.store(class, Ordering::Relaxed);
-        stack.locked.store(false, Ordering::Relaxed);
-        stack.discarded.store(true, Ordering::Relaxed);
+        self.class.store(class, Ordering::Relaxed);
+        self.locked.store(false, Ordering::Relaxed);
+        self.discarded.store(true, Ordering::Relaxed);
         let tp = runtime.thread_pointer_in(base + length);
-        stack.block.set_fresh(tp);
+        self.block.set_fresh(tp);
         // SAFETY: the block is mapped; the pointer is replaced before the record describes another.
         let tid = unsafe { runtime.tid_word(tp) };
-        stack
-            .tid
+        self.tid
             .store(std::ptr::from_ref(tid).cast_mut(), Ordering::Relaxed);
     }
 

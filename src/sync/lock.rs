@@ -1,14 +1,6 @@
 //! The lock of the stack ledger: one futex word, three states, nothing else.
 //!
-//! Not parking_lot's mutex, for three reasons:
-//! - A thread that parks there for the first time allocates (thread data, hash table) and registers
-//!   a thread-local destructor. A thread that gives its stack back has already run its destructors,
-//!   and on the way from a refused step to the error nothing may be allocated (A4).
-//! - Its queues are process-wide. A child forked while any thread parked on any parking_lot mutex
-//!   can find a bucket locked for ever.
-//! - A word can be reset in a forked child, and read by gdb in a core file.
-//!
-//! std's mutex has no way to be reset either.
+//! Why neither parking_lot's nor std's: A10.
 
 use std::cell::UnsafeCell;
 use std::ops::{Deref, DerefMut};

@@ -1,16 +1,9 @@
 //! Size classes: which cached stack serves which request.
 //!
-//! A cached stack serves every request of its class, so no search is needed. The price is address
-//! space:
-//!
-//! - **Stack.** Sizes are counted in usable pages, without guard, TLS block and signal stack, so
-//!   that the common sizes (16 KiB, 64 KiB, 256 KiB, 1 MiB, 2 MiB, 8 MiB) are classes of their own
-//!   and waste nothing. 1 to 8 pages are exact; above, each power of two is divided into four
-//!   steps. Waste: less than 25% of the requested size.
-//! - **Guard.** None and one page (the default) are exact. 2 to 16 pages get 16: at most 14 pages
-//!   of waste. More than the request asked for is still what it asked for.
-//! - A larger stack (over 2^18 pages, 1 GiB with 4 KiB pages) or guard has no class: it is mapped
-//!   as requested and unmapped when its thread has ended.
+//! A cached stack serves every request of its class, so no search is needed. The price is address space, less than a
+//! quarter of the requested stack and at most 14 pages of guard, as `StackCache` tells its users. Sizes are counted in
+//! usable pages, without guard, TLS block and signal stack, so that the common ones (16 KiB, 64 KiB, 256 KiB, 1 MiB,
+//! 2 MiB, 8 MiB) are classes of their own and waste nothing.
 //!
 //! The waste is never touched: it has no pages behind it and counts only towards RLIMIT_AS (and
 //! RLIMIT_DATA, and the commit limit in overcommit mode 2).
