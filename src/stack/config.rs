@@ -1,4 +1,4 @@
-//! What a caller tells a [`StackCache`](super::cache::StackCache), and what it says of itself.
+//! What a caller tells a [`StackCache`](crate::StackCache), and what it says of itself.
 
 use super::ledger::Stats;
 use crate::sys::page_size;
@@ -10,7 +10,7 @@ const DEFAULT_BUDGET: usize = 64 << 20;
 /// What an empty closure, a formatted message or a small vector needs, with room to spare.
 const DEFAULT_KEEP: usize = 32 << 10;
 
-/// What a [`StackCache`] may keep.
+/// What a [`StackCache`](crate::StackCache) may keep.
 ///
 /// # Where address space or mappings are short
 /// Only memory counts, with two exceptions. Where RLIMIT_AS is finite (getrlimit(2)), all caches together
@@ -112,7 +112,7 @@ impl StackCacheConfig {
     }
 }
 
-/// The accounts of a [`StackCache`] at one instant: `live_stacks + cached_stacks = mapped_stacks`.
+/// The accounts of a [`StackCache`](crate::StackCache) at one instant: `live_stacks + cached_stacks = mapped_stacks`.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StackCacheStats {
