@@ -175,6 +175,11 @@ impl<E: Entry> Lists<E> {
         self.classes.get(class.index())?.head.or_else(doomed)
     }
 
+    /// Whether a stack must go, for the budget or because it is doomed. Most often none must.
+    pub(super) fn has_victims(&self) -> bool {
+        self.doomed.head.is_some() || !self.budget.holds(self.stats.cached)
+    }
+
     /// The next stack to unmap, which is on its way then, or to measure. The budget comes first: a doomed stack that
     /// cannot be unmapped must not keep the cache over it.
     pub(super) fn next(&mut self, limit: Bound) -> Option<Victim<E>> {

@@ -118,8 +118,10 @@ impl<E: Entry> Ledger<E> {
 
     fn evict_some<'a>(&'a self, mut lists: Guard<'a, Lists<E>>) -> Victims<'a, E> {
         let mut victims = Victims::none(self);
-        victims.left = EVICT;
-        let _ = victims.advance(&mut lists);
+        if lists.has_victims() {
+            victims.left = EVICT;
+            let _ = victims.advance(&mut lists);
+        }
         victims
     }
 
