@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering}
 /// forked child and a debugger can always look at it.
 pub(crate) struct Instance {
     ledger: Ledger<Stack>,
-    // The configuration, changed with `ADDING` held.
+    // The configuration, changed with `TOLD` held.
     keep_resident: AtomicUsize,
     zeroed: AtomicBool,
     resident_budget: AtomicUsize,
@@ -53,17 +53,17 @@ impl Instance {
         }
     }
 
-    /// Called with `ADDING` held, so that the budget is always that of the newest configuration and caps.
-    fn configure(&self, config: StackCacheConfig) {
+    /// Called with `TOLD` held, so that the budget is always that of the newest configuration and caps.
+    fn configure(&self, config: StackCacheConfig, told: Caps) {
         self.keep_resident.store(config.kept(), Ordering::Relaxed);
         self.zeroed.store(config.zeroed, Ordering::Relaxed);
         self.resident_budget
             .store(config.resident_budget, Ordering::Relaxed);
         self.enabled.store(config.enabled, Ordering::Relaxed);
-        self.cap(told());
+        self.cap(told);
     }
 
-    /// Called with `ADDING` held. What is over the new budget stays until the next call that unmaps.
+    /// Called with `TOLD` held. What is over the new budget stays until the next call that unmaps.
     fn cap(&self, caps: Caps) {
         let budget = if self.enabled.load(Ordering::Relaxed) {
             Budget {
@@ -104,34 +104,19 @@ static IN_USE: AtomicUsize = AtomicUsize::new(1);
 /// See [`StackCache::reclaimed`].
 static RECLAIMED: AtomicUsize = AtomicUsize::new(0);
 
-/// The caps that the ledgers have been told: [`Caps::bytes`] and [`Caps::stacks`]. Written with `ADDING`
-/// held.
-static TOLD: [AtomicUsize; 2] = [AtomicUsize::new(usize::MAX), AtomicUsize::new(usize::MAX)];
-
-fn told() -> Caps {
-    let [bytes, stacks] = &TOLD;
-    Caps {
-        bytes: bytes.load(Ordering::Relaxed),
-        stacks: stacks.load(Ordering::Relaxed),
-    }
-}
+/// The caps that the ledgers have been told. Held while an instance is added or configured, too.
+static TOLD: Lock<Caps> = Lock::new(Caps::NONE);
 
 /// Sees to it that the caches keep to the limits of this moment: see `caps`. By a thread that spawns.
 pub(super) fn heed_limits(runtime: &Runtime) {
     let caps = Caps::ask(IN_USE.load(Ordering::Relaxed));
-    if caps != told() {
-        tell(caps, runtime);
+    let mut told = TOLD.lock();
+    if *told == caps {
+        return;
     }
-}
-
-#[cold]
-fn tell(caps: Caps, runtime: &Runtime) {
-    let adding = ADDING.lock();
-    let [bytes, stacks] = &TOLD;
-    bytes.store(caps.bytes, Ordering::Relaxed);
-    stacks.store(caps.stacks, Ordering::Relaxed);
+    *told = caps;
     instances().for_each(|instance| instance.cap(caps));
-    drop(adding);
+    drop(told);
     for instance in instances() {
         let victims = instance.ledger.keep_budget();
         unmap_victims(victims, Some(runtime), std::ptr::null());
@@ -140,9 +125,6 @@ fn tell(caps: Caps, runtime: &Runtime) {
 
 /// All instances but the global one, newest first.
 static INSTANCES: AtomicPtr<Instance> = AtomicPtr::new(std::ptr::null_mut());
-
-/// Held while an instance is added or configured.
-static ADDING: Lock<()> = Lock::new(());
 
 fn instances() -> impl Iterator<Item = &'static Instance> {
     // SAFETY: null, or a leaked instance whose `next` never changes once it can be found.
@@ -219,9 +201,9 @@ impl StackCache {
             }
         }
         let instance: &'static Instance = Box::leak(Box::new(Instance::new()));
-        let _adding = ADDING.lock();
+        let told = TOLD.lock();
         IN_USE.fetch_add(1, Ordering::Relaxed);
-        instance.configure(config);
+        instance.configure(config, *told);
         instance
             .next
             .store(INSTANCES.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -241,9 +223,9 @@ impl StackCache {
         if !self.is_usable() {
             return;
         }
-        let adding = ADDING.lock();
-        self.0.configure(config);
-        drop(adding);
+        let told = TOLD.lock();
+        self.0.configure(config, *told);
+        drop(told);
         self.unmap(self.0.ledger.keep_budget());
     }
 
@@ -601,7 +583,7 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
     // SAFETY: a forked child, where no other thread uses the crate: whoever holds either is of the parent.
     unsafe {
         record::SPARE.reset();
-        ADDING.reset();
+        TOLD.reset();
     }
     if bare {
         return;

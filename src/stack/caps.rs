@@ -30,6 +30,11 @@ pub(super) struct Caps {
 }
 
 impl Caps {
+    pub(super) const NONE: Caps = Caps {
+        bytes: usize::MAX,
+        stacks: usize::MAX,
+    };
+
     /// What holds now for each of so many caches. One system call.
     pub(super) fn ask(caches: usize) -> Caps {
         let unlimited = u64::MAX;
@@ -74,12 +79,8 @@ mod tests {
 
     #[test]
     fn nothing_is_capped_without_a_limit() {
-        let none = Caps {
-            bytes: usize::MAX,
-            stacks: usize::MAX,
-        };
-        assert_eq!(Caps::of(u64::MAX, 0, 1), none);
-        assert_eq!(Caps::of(u64::MAX, 0, 1000), none);
+        assert_eq!(Caps::of(u64::MAX, 0, 1), Caps::NONE);
+        assert_eq!(Caps::of(u64::MAX, 0, 1000), Caps::NONE);
     }
 
     #[test]
