@@ -175,7 +175,7 @@ pub(crate) fn at_fork(
     }
 }
 
-/// The last errno-free question: which process is this? getpid(2), never cached.
+/// getpid(2), never cached.
 pub(crate) fn process_id() -> libc::pid_t {
     nix::unistd::getpid().as_raw()
 }

@@ -95,15 +95,6 @@ impl Block {
         self.listed.load(Ordering::Acquire) || self.counted.load(Ordering::Acquire)
     }
 
-    /// Clears the mark of a counted thread; what it was.
-    pub(super) fn uncount(&self) -> bool {
-        self.counted.swap(false, Ordering::AcqRel)
-    }
-
-    pub(super) fn listed(&self) -> &AtomicBool {
-        &self.listed
-    }
-
     /// Whether there is something to take.
     ///
     /// # Safety

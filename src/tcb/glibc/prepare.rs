@@ -38,7 +38,7 @@ impl Runtime {
         unsafe {
             self.reap(block);
             let otherwise = self.prepare(block, stack);
-            self.count_up();
+            self.symbols.nthreads().fetch_add(1, Ordering::AcqRel);
             block.counted.store(true, Ordering::Relaxed);
             self.list.add(block.thread_pointer() + self.symbols.list);
             block.listed.store(true, Ordering::Release);

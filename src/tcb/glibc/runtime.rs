@@ -350,17 +350,14 @@ impl Runtime {
     /// Takes the thread out of glibc's count of live threads. True: it was the last one, and the
     /// process is due to end with `exit(0)` (G17: signals open, still on the list).
     pub(crate) fn count_down(&self, block: &Block) -> bool {
-        block.uncount() && self.symbols.nthreads().fetch_sub(1, Ordering::AcqRel) == 1
+        block.counted.swap(false, Ordering::AcqRel)
+            && self.symbols.nthreads().fetch_sub(1, Ordering::AcqRel) == 1
     }
 
     /// How many threads glibc counts, this crate's and the main thread among them.
     pub(crate) fn count(&self) -> u64 {
         let threads = self.symbols.nthreads().load(Ordering::Relaxed);
         u64::try_from(threads).unwrap_or(0)
-    }
-
-    pub(super) fn count_up(&self) {
-        self.symbols.nthreads().fetch_add(1, Ordering::AcqRel);
     }
 
     /// Tells glibc that this thread is about to end, as nptl's own threads do.
@@ -407,6 +404,6 @@ impl Runtime {
     pub(crate) unsafe fn leave_list(&self, block: &Block) {
         let element = block.thread_pointer() + self.symbols.list;
         // SAFETY: by the caller's promise the descriptor is listed.
-        unsafe { self.list.try_remove(element, block.listed()) };
+        unsafe { self.list.try_remove(element, &block.listed) };
     }
 }
