@@ -525,6 +525,25 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
     Ok((offsets, list))
 }
 
+impl Subject<'_> {
+    /// What pthread_create was refused, which gives one errno for thread-local storage and for clone.
+    fn refused(&self, errno: Errno) -> RuntimeError {
+        let this = self.descriptor;
+        // Written when the thread's storage is complete, just before clone.
+        let routine = run as *const () as usize;
+        let cloned = (0..this.size).step_by(8).any(|at| this.word(at) == routine);
+        let step = match cloned {
+            true => Step::Clone,
+            false => Step::AllocateTls,
+        };
+        RuntimeError::Refused {
+            step,
+            errno,
+            bytes: 0,
+        }
+    }
+}
+
 /// Starts the thread and joins it: its `pthread_t` and its result, or `None` if it cannot be joined.
 ///
 /// # Safety
@@ -545,11 +564,7 @@ unsafe fn run_to_the_end(
             set
         });
         check(set == 0, "pthread_attr_setstack")?;
-        let thread = created.map_err(|errno| RuntimeError::Refused {
-            step: Step::Clone,
-            errno,
-            bytes: 0,
-        })?;
+        let thread = created.map_err(|errno| (*subject).refused(errno))?;
         while (*subject).done.load(Ordering::Acquire) == 0 {
             sys::futex_wait(&(*subject).done, 0, None);
         }
