@@ -240,7 +240,16 @@ impl Facts {
             true => first,
             false => Place::Unclear,
         };
-        let is_open = matches!(place, Place::Somewhere | Place::Unclear);
+        let commit = |numbers: &Numbers| match (place, numbers.commit.mode) {
+            // MAP_NORESERVE was refused as well, which only mode 2 does.
+            (Place::DataOrCommit, Some(0)) => Standing::Excluded,
+            _ => commit_stands(&numbers.commit),
+        };
+        let data = self.both(|numbers| stands(&numbers.data));
+        let commit = self.both(commit);
+        // Two answers that no limit explains: another thread has mapped or unmapped between them.
+        let moved = place == Place::DataOrCommit && data.max(commit) <= Standing::Remote;
+        let is_open = moved || matches!(place, Place::Somewhere | Place::Unclear);
         // A limit that is asked about somewhere else has not been met, or has let it pass.
         let at = |places: &[Place], standing| match is_open || places.contains(&place) {
             true => standing,
@@ -258,11 +267,6 @@ impl Facts {
             ),
             false => Standing::Excluded,
         };
-        let commit = |numbers: &Numbers| match (place, numbers.commit.mode) {
-            // MAP_NORESERVE was refused as well, which only mode 2 does.
-            (Place::DataOrCommit, Some(0)) => Standing::Excluded,
-            _ => commit_stands(&numbers.commit),
-        };
         let size = self.both(|numbers| stands(&numbers.size));
         // Without the arithmetic it was memory for the structure, and the limits on writable mappings were not reached.
         let unasked = place == Place::Size && size < Standing::Signed;
@@ -270,8 +274,6 @@ impl Facts {
             true => standing,
             false => at(places, standing),
         };
-        let data = self.both(|numbers| stands(&numbers.data));
-        let commit = self.both(commit);
         let [tracer, filter] = self.outside;
         let of_size = |standing| match self.errno {
             Errno::EAGAIN => Standing::Excluded,
