@@ -61,12 +61,13 @@ impl Errno {
         }
     }
 
-    /// The errno in the answer of a raw system call.
+    /// The outcome of a raw system call.
     #[inline(always)]
-    pub(crate) fn in_answer(answer: isize) -> Option<Errno> {
-        (-4095..0)
-            .contains(&answer)
-            .then(|| Errno::new(-answer as i32))
+    pub(crate) fn checked(answer: isize) -> Result<usize, Errno> {
+        match answer {
+            -4095..0 => Err(Errno(-answer as i32)),
+            _ => Ok(answer.cast_unsigned()),
+        }
     }
 
     /// Of a refused mapping.

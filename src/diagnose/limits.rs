@@ -7,7 +7,7 @@ use crate::proc::limits::{Limit, Limited};
 use crate::proc::parse::UNLIMITED;
 use crate::proc::status::{CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Calls, Status};
 use crate::proc::{machine, task};
-use crate::sys::clone_probe as probe;
+use crate::sys::sched::{self, SCHED_DEADLINE};
 
 /// Limits of the process and the machine at one moment, or what two moments have in common.
 #[derive(Clone, Copy, Debug)]
@@ -126,8 +126,8 @@ fn nproc_stands(user: &UserProcesses, capabilities_known: bool) -> Standing {
 fn scheduling(calls: Calls) -> Option<(u32, Option<u64>)> {
     match calls {
         Calls::Any => {
-            let (policy, flags) = probe::scheduling().ok()?;
-            Some((policy, Some(flags)))
+            let attributes = sched::scheduler(0).ok()?;
+            Some((attributes.sched_policy, Some(attributes.sched_flags)))
         }
         Calls::FilesOnly => Some((task::scheduling_policy()?, None)),
     }
@@ -135,7 +135,6 @@ fn scheduling(calls: Calls) -> Option<(u32, Option<u64>)> {
 
 /// Without reset-on-fork the policy may not be handed on.
 fn deadline_stands(scheduling: Option<(u32, Option<u64>)>) -> Standing {
-    const SCHED_DEADLINE: u32 = 6;
     const RESET_ON_FORK: u64 = 1;
     match scheduling {
         None => Standing::Open,

@@ -106,7 +106,7 @@ pub(crate) fn tgkill(pid: libc::pid_t, tid: libc::pid_t, signal: libc::c_int) ->
             [pid as usize, tid as usize, signal as usize, 0, 0, 0],
         )
     };
-    Errno::in_answer(answer).map_or(Ok(()), Err)
+    Errno::checked(answer).map(drop)
 }
 
 /// The processor time that a thread of this process has used: clock_gettime(2).
@@ -128,11 +128,9 @@ pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> Result<std::os::fd::OwnedFd
             [tid as usize, PIDFD_THREAD, 0, 0, 0, 0],
         )
     };
-    match Errno::in_answer(answer) {
-        Some(errno) => Err(errno),
-        // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
-        None => Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(answer as i32) }),
-    }
+    // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+    let own = |descriptor| unsafe { std::os::fd::OwnedFd::from_raw_fd(descriptor as i32) };
+    Errno::checked(answer).map(own)
 }
 
 unsafe extern "C" {
@@ -192,5 +190,5 @@ pub(crate) unsafe fn madvise(
 ) -> Result<(), Errno> {
     // SAFETY: the caller owns the range.
     let answer = unsafe { syscall(libc::SYS_madvise, [start, length, advice as usize, 0, 0, 0]) };
-    Errno::in_answer(answer).map_or(Ok(()), Err)
+    Errno::checked(answer).map(drop)
 }

@@ -74,12 +74,12 @@ pub(crate) unsafe fn thread<E: Entry>(request: &CloneRequest) -> Result<pid_t, (
                 request.start,
             )
         };
-        match Errno::in_answer(answer) {
-            None => return Ok(answer as pid_t),
-            Some(errno) if request.cgroup.is_some() => return Err((errno, CloneCall::Clone3)),
-            Some(Errno::ENOSYS) => NO_CLONE3.store(true, Ordering::Relaxed),
-            Some(Errno::EPERM) => {}
-            Some(errno) => return Err((errno, CloneCall::Clone3)),
+        match Errno::checked(answer) {
+            Ok(tid) => return Ok(tid as pid_t),
+            Err(errno) if request.cgroup.is_some() => return Err((errno, CloneCall::Clone3)),
+            Err(Errno::ENOSYS) => NO_CLONE3.store(true, Ordering::Relaxed),
+            Err(Errno::EPERM) => {}
+            Err(errno) => return Err((errno, CloneCall::Clone3)),
         }
     }
     // SAFETY: no thread was made above, so that stack, block and start still are what the caller vouches for.
@@ -93,8 +93,7 @@ pub(crate) unsafe fn thread<E: Entry>(request: &CloneRequest) -> Result<pid_t, (
             request.start,
         )
     };
-    match Errno::in_answer(answer) {
-        None => Ok(answer as pid_t),
-        Some(errno) => Err((errno, CloneCall::Clone)),
-    }
+    Errno::checked(answer)
+        .map(|tid| tid as pid_t)
+        .map_err(|errno| (errno, CloneCall::Clone))
 }

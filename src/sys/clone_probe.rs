@@ -76,7 +76,7 @@ unsafe fn refused(number: libc::c_long, arguments: [usize; 5]) -> Result<(), Err
             options(nostack),
         );
     }
-    Errno::in_answer(result).map_or(Ok(()), Err)
+    Errno::checked(result).map(drop)
 }
 
 fn clone3(flags: u64, bad_number: bool) -> Result<(), Errno> {
@@ -148,17 +148,6 @@ fn legacy(flags: u64, thread_pointer: usize) -> Result<(), Errno> {
             [flags as usize, top, words, words, thread_pointer],
         )
     }
-}
-
-/// The calling thread's scheduling policy and flags, as sched_getattr(2) gives them.
-pub(crate) fn scheduling() -> Result<(u32, u64), Errno> {
-    // SAFETY: `sched_attr` is plain numbers.
-    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
-    let size = size_of::<libc::sched_attr>() as libc::c_uint;
-    // SAFETY: the kernel writes at most `size` bytes.
-    let result = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
-    Errno::result(result)?;
-    Ok((attributes.sched_policy, attributes.sched_flags))
 }
 
 /// Whether anything in this pid namespace holds a number: a task, a process group or a session; ESRCH if not. Makes

@@ -19,16 +19,12 @@ pub(crate) fn list(cpus: &[u64]) -> impl Iterator<Item = usize> {
     (0..cpus.len() * 64).filter(has)
 }
 
-fn checked(answer: isize) -> Result<usize, Errno> {
-    Errno::in_answer(answer).map_or(Ok(answer.cast_unsigned()), Err)
-}
-
 /// sched_setaffinity(2).
 pub(crate) fn set_affinity(tid: libc::pid_t, cpus: &[u64]) -> Result<(), Errno> {
     let (start, length) = (cpus.as_ptr() as usize, size_of_val(cpus));
     let arguments = [tid as usize, length, start, 0, 0, 0];
     // SAFETY: the kernel reads the set, which outlives the call.
-    checked(unsafe { syscall(libc::SYS_sched_setaffinity, arguments) }).map(|_| ())
+    Errno::checked(unsafe { syscall(libc::SYS_sched_setaffinity, arguments) }).map(drop)
 }
 
 /// sched_getaffinity(2). The set is zero where the kernel writes nothing.
@@ -37,7 +33,7 @@ pub(crate) fn affinity(tid: libc::pid_t) -> Result<[u64; WORDS], Errno> {
     let (start, length) = (cpus.as_mut_ptr() as usize, size_of_val(&cpus));
     let arguments = [tid as usize, length, start, 0, 0, 0];
     // SAFETY: the kernel writes at most `length` bytes into the set.
-    checked(unsafe { syscall(libc::SYS_sched_getaffinity, arguments) }).map(|_| cpus)
+    Errno::checked(unsafe { syscall(libc::SYS_sched_getaffinity, arguments) }).map(|_| cpus)
 }
 
 /// sched_setattr(2).
@@ -45,7 +41,7 @@ pub(crate) fn set_scheduler(tid: libc::pid_t, attributes: &libc::sched_attr) -> 
     let start = std::ptr::from_ref(attributes) as usize;
     let arguments = [tid as usize, start, 0, 0, 0, 0];
     // SAFETY: the kernel reads as many bytes as the structure says, which is its size.
-    checked(unsafe { syscall(libc::SYS_sched_setattr, arguments) }).map(|_| ())
+    Errno::checked(unsafe { syscall(libc::SYS_sched_setattr, arguments) }).map(drop)
 }
 
 /// sched_getattr(2).
@@ -54,7 +50,7 @@ pub(crate) fn scheduler(tid: libc::pid_t) -> Result<libc::sched_attr, Errno> {
     let (start, size) = (&raw mut attributes as usize, size_of::<libc::sched_attr>());
     let arguments = [tid as usize, start, size, 0, 0, 0];
     // SAFETY: the kernel writes at most `size` bytes into the structure.
-    checked(unsafe { syscall(libc::SYS_sched_getattr, arguments) }).map(|_| attributes)
+    Errno::checked(unsafe { syscall(libc::SYS_sched_getattr, arguments) }).map(|_| attributes)
 }
 
 /// An empty structure of this size.
@@ -81,7 +77,7 @@ fn core_scheduling(operation: libc::c_int, tid: libc::pid_t) -> Result<(), Errno
     let (option, operation) = (libc::PR_SCHED_CORE as usize, operation as usize);
     let arguments = [option, operation, tid as usize, THREAD, 0, 0];
     // SAFETY: of these operations none takes a pointer.
-    checked(unsafe { syscall(libc::SYS_prctl, arguments) }).map(|_| ())
+    Errno::checked(unsafe { syscall(libc::SYS_prctl, arguments) }).map(drop)
 }
 
 /// Moves the calling thread into the cgroup whose open `tasks` file this is: a write of "0".
@@ -90,5 +86,5 @@ pub(crate) fn enter_cgroup(tasks: RawFd) -> Result<(), Errno> {
     let start = text.as_ptr() as usize;
     let arguments = [tasks as usize, start, text.len(), 0, 0, 0];
     // SAFETY: the kernel reads the byte.
-    checked(unsafe { syscall(libc::SYS_write, arguments) }).map(|_| ())
+    Errno::checked(unsafe { syscall(libc::SYS_write, arguments) }).map(drop)
 }
