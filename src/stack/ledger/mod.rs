@@ -116,6 +116,7 @@ impl<E: Entry> Ledger<E> {
         self.evict_some(lists)
     }
 
+    #[inline(always)]
     fn evict_some<'a>(&'a self, mut lists: Guard<'a, Lists<E>>) -> Victims<'a, E> {
         let mut victims = Victims::none(self);
         if lists.has_victims() {

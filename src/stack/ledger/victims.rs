@@ -111,7 +111,7 @@ impl<'a, E: Entry> Victims<'a, E> {
     }
 
     /// Finds the next stack to unmap. What it returns is to be measured first.
-    #[inline]
+    #[cold]
     pub(super) fn advance(&mut self, lists: &mut Lists<E>) -> Option<&'static E> {
         let look = self.look.min(TURN);
         self.look -= look;
