@@ -8,6 +8,7 @@
     reason = "nothing may be boxed between refusal and error (A4); the public error is two words"
 )]
 
+use crate::debug;
 use crate::diagnose::{self, InvalidAttribute, UnsupportedRuntime, Verdict};
 use crate::errno::Errno;
 use crate::error::{FORKED_BARE, Refusal, Reserve, SpawnError};
@@ -139,6 +140,7 @@ fn reserve(request: &Request) -> Result<Reserve, SpawnError> {
 fn report(mut refusal: Refusal, reserve: Reserve, request: &Request, attempts: u32) -> SpawnError {
     refusal.stack_size = request.wanted.size;
     refusal.attempts = attempts;
+    debug::keep();
     failures::record(&refusal, request.name().map(|name| name.as_str()));
     reserve.refuse(refusal)
 }
