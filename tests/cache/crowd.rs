@@ -91,7 +91,8 @@ fn crowd(threads: usize) {
     let mappings = before
         .maps
         .len()
-        .strict_add_signed(change.mappings as isize);
+        .checked_add_signed(change.mappings as isize)
+        .unwrap();
     let each = change.resident_bytes as u64 / threads as u64;
     report(
         "figures",

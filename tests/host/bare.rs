@@ -30,7 +30,12 @@ fn answers_at_once(living: [JoinHandle<()>; 4], ended: [JoinHandle<u8>; 2]) {
     let [joined, tried, timed, dropped] = living;
     assert!(joined.join().is_err());
     assert!(tried.try_join().unwrap().is_err());
-    assert!(timed.join_timeout(Duration::from_mins(1)).unwrap().is_err());
+    assert!(
+        timed
+            .join_timeout(Duration::from_secs(60))
+            .unwrap()
+            .is_err()
+    );
     drop(dropped);
     let [joined, detached] = ended;
     assert_eq!(joined.join().unwrap(), 8);
