@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// std's default.
 const DEFAULT_STACK_SIZE: usize = 2 << 20;
 
-/// Attributes of a thread to be created; as `std::thread::Builder`, and more.
+/// Attributes of a thread to be created: those of `std::thread::Builder`, and more.
 ///
 /// ```
 /// let handle = nptl::Builder::new()
@@ -511,7 +511,14 @@ impl<'scope> Scope<'scope, '_> {
     /// Spawns a thread with the default attributes: see [`Builder::spawn_scoped`].
     ///
     /// # Errors
-    /// As [`crate::spawn`]; std panics here.
+    /// Like [`crate::spawn`], and unlike std, which panics here.
+    ///
+    /// ```
+    /// let words = ["one", "two"];
+    /// let length = nptl::scope(|s| s.spawn(|| words.len()).map(|handle| handle.join().unwrap()))?;
+    /// assert_eq!(length, 2);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn spawn<F, T>(&'scope self, f: F) -> Result<ScopedJoinHandle<'scope, T>, SpawnError>
     where
         F: FnOnce() -> T + Send + 'scope,

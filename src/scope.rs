@@ -51,7 +51,7 @@ impl std::fmt::Debug for Scope<'_, '_> {
 /// std, but for up to 5 seconds if its handle is gone.
 ///
 /// # Panics
-/// As `std::thread::scope`: with `f`'s own panic, or if a thread panicked and was not joined.
+/// Like `std::thread::scope`: with `f`'s own panic, or if a thread panicked and was not joined.
 ///
 /// ```
 /// let words = ["one", "two"];
