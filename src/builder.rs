@@ -55,6 +55,12 @@ impl Builder {
     /// Names the thread. The handle has all of it; the kernel's `comm` gets as many whole
     /// characters as fit 15 bytes, and a filter that denies prctl(2) only costs that. A name with a
     /// NUL byte is refused at [`Step::Attributes`](crate::Step::Attributes).
+    ///
+    /// ```
+    /// let vcpu = nptl::Builder::new().name("vcpu0").spawn(|| ())?;
+    /// assert_eq!(vcpu.name(), Some("vcpu0"));
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn name(self, name: impl Into<String>) -> Builder {
         Builder {
             name: Some(name.into()),
@@ -66,6 +72,12 @@ impl Builder {
     /// to `PTHREAD_STACK_MIN` (16 KiB), to whole pages and to the cache's size class (less than a
     /// quarter more, of address space only); a size that cannot exist is refused at
     /// [`Step::Attributes`](crate::Step::Attributes) with EINVAL.
+    ///
+    /// ```
+    /// let vcpu = nptl::Builder::new().stack_size(256 << 10).spawn(|| ())?;
+    /// assert!(vcpu.stack().size >= 256 << 10);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn stack_size(self, bytes: usize) -> Builder {
         Builder {
             stack_size: Some(bytes),
@@ -75,6 +87,12 @@ impl Builder {
 
     /// Bytes below the stack that fault when touched, rounded up to whole pages (more than one
     /// page: at least 16); 0 means none, and then an overflow hits whatever lies there.
+    ///
+    /// ```
+    /// let vcpu = nptl::Builder::new().guard_size(64 << 10).spawn(|| ())?;
+    /// assert_eq!(vcpu.stack().guard_size, 64 << 10);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn guard_size(self, bytes: usize) -> Builder {
         Builder {
             guard_size: Some(bytes),
@@ -83,6 +101,14 @@ impl Builder {
     }
 
     /// Where the stack comes from and goes to; [`StackCache::global`] otherwise.
+    ///
+    /// ```
+    /// use nptl::{Builder, StackCache, StackCacheConfig};
+    /// let cache = StackCache::new(StackCacheConfig::default());
+    /// Builder::new().stack_cache(&cache).spawn(|| ())?.join().unwrap();
+    /// assert_eq!(cache.stats().cached_stacks, 1);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn stack_cache(self, cache: &StackCache) -> Builder {
         Builder {
             cache: Some(cache.clone()),
@@ -91,6 +117,13 @@ impl Builder {
     }
 
     /// Which refusals are tried again, and for how long: [`RetryPolicy`].
+    ///
+    /// ```
+    /// use nptl::{Builder, RetryPolicy};
+    /// let builder = Builder::new().retry(RetryPolicy::never());
+    /// let refused = builder.stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// assert_eq!(refused.attempts(), 1);
+    /// ```
     pub fn retry(self, policy: RetryPolicy) -> Builder {
         Builder {
             retry: policy,
@@ -101,12 +134,26 @@ impl Builder {
     /// The stack is resident and locked (mlock(2)) before the closure runs. Refused at
     /// [`Step::PrepareStack`](crate::Step::PrepareStack), with ENOMEM or EPERM where
     /// RLIMIT_MEMLOCK does not allow it.
+    ///
+    /// ```
+    /// use nptl::{Builder, Step};
+    /// match Builder::new().lock_stack(true).spawn(|| ()) {
+    ///     Ok(vcpu) => vcpu.join().unwrap(),
+    ///     Err(refused) => assert_eq!(refused.step(), Step::PrepareStack),
+    /// }
+    /// ```
     pub fn lock_stack(self, yes: bool) -> Builder {
         Builder { lock: yes, ..self }
     }
 
     /// The uppermost `bytes` of the stack (at most all of it) are resident before the closure runs:
     /// `MADV_POPULATE_WRITE`, or a touch of each page before Linux 5.14.
+    ///
+    /// ```
+    /// let vcpu = nptl::Builder::new().prefault_stack(64 << 10).spawn(std::thread::park)?;
+    /// assert!(vcpu.stack_high_water_mark().unwrap() >= 64 << 10);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn prefault_stack(self, bytes: usize) -> Builder {
         Builder {
             prefault: bytes,

@@ -184,17 +184,32 @@ impl SpawnError {
     }
 
     /// The step that was refused.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// assert_eq!(refused.step(), nptl::Step::MapStack);
+    /// ```
     pub fn step(&self) -> Step {
         self.refusal().error.step
     }
 
     /// The errno as the kernel or glibc gave it at that step.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// assert_eq!(refused.errno(), libc::ENOMEM);
+    /// ```
     pub fn errno(&self) -> Errno {
         self.refusal().error.errno
     }
 
     /// What `pthread_create` would have returned: it folds ENOMEM into EAGAIN
     /// (pthread_create(3); `__pthread_create_2_1` and `allocate_stack` in nptl).
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// assert_eq!(refused.pthread_errno(), libc::EAGAIN);
+    /// ```
     pub fn pthread_errno(&self) -> Errno {
         match self.refusal().error.errno {
             Errno::ENOMEM => Errno::EAGAIN,
@@ -203,36 +218,73 @@ impl SpawnError {
     }
 
     /// Where the stack came from and where it went.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// assert_eq!(refused.stack().origin, nptl::StackOrigin::None);
+    /// ```
     pub fn stack(&self) -> StackOutcome {
         self.refusal().stack
     }
 
     /// How often the refused step was tried, repetitions by the analysis included.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// assert!(refused.attempts() >= 1);
+    /// ```
     pub fn attempts(&self) -> u32 {
         self.refusal().attempts
     }
 
     /// Which check of the kernel, or of this crate, refused, with the values that show it.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// println!("{:?}: {}", refused.cause().kind(), refused.cause());
+    /// ```
     pub fn cause(&self) -> &Cause {
         &self.refusal().verdict.cause
     }
 
     /// How sure the cause is.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// println!("{}", refused.certainty());
+    /// ```
     pub fn certainty(&self) -> Certainty {
         self.refusal().verdict.certainty
     }
 
     /// What else it could be, where the cause is inferred.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// for cause in refused.alternatives() {
+    ///     println!("or {cause:?}");
+    /// }
+    /// ```
     pub fn alternatives(&self) -> Causes {
         self.refusal().verdict.alternatives
     }
 
     /// Whether the obstacle can be gone by itself within milliseconds.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// assert!(!refused.is_transient());
+    /// ```
     pub fn is_transient(&self) -> bool {
         self.refusal().verdict.transient
     }
 
     /// Time spent on finding the cause out.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(1 << 60).spawn(|| ()).unwrap_err();
+    /// println!("{:?}", refused.time_spent());
+    /// ```
     pub fn time_spent(&self) -> Duration {
         self.refusal().verdict.spent
     }
@@ -317,16 +369,36 @@ impl<W> Refused<W> {
     }
 
     /// Why no thread was created.
+    ///
+    /// ```
+    /// let spawned = nptl::Builder::new().stack_size(1 << 60).spawn_with(vec![7], |vcpu| vcpu.len());
+    /// let refused = spawned.err().expect("a stack of 2^60 bytes");
+    /// println!("{}", refused.error());
+    /// ```
     pub fn error(&self) -> &SpawnError {
         &self.error
     }
 
     /// What was to be given to the thread.
+    ///
+    /// ```
+    /// let spawned = nptl::Builder::new().stack_size(1 << 60).spawn_with(vec![7], |vcpu| vcpu.len());
+    /// let refused = spawned.err().expect("a stack of 2^60 bytes");
+    /// let vcpu = refused.into_inner();
+    /// assert_eq!(vcpu, [7]);
+    /// ```
     pub fn into_inner(self) -> W {
         self.work
     }
 
     /// Both.
+    ///
+    /// ```
+    /// let spawned = nptl::Builder::new().stack_size(1 << 60).spawn_with(vec![7], |vcpu| vcpu.len());
+    /// let refused = spawned.err().expect("a stack of 2^60 bytes");
+    /// let (error, vcpu) = refused.into_parts();
+    /// assert_eq!(vcpu, [7]);
+    /// ```
     pub fn into_parts(self) -> (SpawnError, W) {
         (self.error, self.work)
     }
