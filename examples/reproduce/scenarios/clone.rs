@@ -790,7 +790,7 @@ fn be_preferred() {
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
 }
 
-/// Asks by `one` twice at a time, until it was refused often enough, or has had as many chances.
+/// Asks by `one` twice at a time, until it was asked and refused often enough, or has had as many chances.
 fn join_often(
     ask: &mut Asker<'_>,
     slow: &SlowReaping,
@@ -798,12 +798,12 @@ fn join_often(
 ) -> Result<(), String> {
     let wanted = ask.rounds.clamp(5, 20);
     let before = ask.refusals();
-    for _ in 0..2 * wanted {
+    for round in 1..=2 * wanted {
         slow.during(|| {
             one(ask);
             one(ask);
         })?;
-        if ask.refusals() - before >= wanted {
+        if 2 * round >= ask.rounds && ask.refusals() - before >= wanted {
             break;
         }
     }
