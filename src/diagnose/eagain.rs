@@ -13,7 +13,7 @@ use super::probe::{self, Reached};
 use super::rule::{Standing, rule};
 use super::verdict::Verdict;
 use crate::mem::text::InlinePath;
-use crate::proc::cgroup::{Hierarchy, PIDS};
+use crate::proc::cgroup::{Hierarchy, PIDS, Snapshot};
 use crate::proc::status::Status;
 use crate::stack::cache;
 use crate::step::StepError;
@@ -94,7 +94,9 @@ pub(super) fn diagnose(
             }
             .into(),
             CauseKind::PidNumbers => numbers.into(),
-            CauseKind::PidsCgroup => pids_cgroup(&facts.cgroup, cgroup.flatten().as_ref()).into(),
+            CauseKind::PidsCgroup => {
+                pids_cgroup(&facts.cgroup, cgroup.as_ref().and_then(Option::as_ref)).into()
+            }
             kind => outside::cause(kind, error, status, seen),
         }
     });
@@ -118,6 +120,7 @@ struct Round {
 
 impl Round {
     /// `None`: the call was refused with another errno.
+    #[inline(never)]
     fn take(
         error: &StepError,
         status: &Status,
@@ -135,19 +138,27 @@ impl Round {
             &mut probe_kernel,
         );
         let look = || first.may_be_numbers().then(|| Look::take(calls));
+        if cgroup.is_none() && first.may_be_cgroup() {
+            *cgroup = Some(Hierarchy::of_thread(b"pids"));
+        }
         let hierarchy = match first.may_be_cgroup() {
-            true => cgroup
-                .get_or_insert_with(|| Hierarchy::of_thread(b"pids"))
-                .as_ref(),
+            true => cgroup.as_ref().and_then(Option::as_ref),
             false => None,
         };
-        let snapshot = || hierarchy.map(|cgroup| cgroup.snapshot(&PIDS));
-        let (numbers, before) = (look(), snapshot());
+        let [mut before, mut after] = [const { Snapshot::EMPTY }; 2];
+        let read = |snapshot: &mut Snapshot| {
+            if let Some(hierarchy) = hierarchy {
+                hierarchy.snapshot_into(&PIDS, snapshot);
+            }
+        };
+        let numbers = look();
+        read(&mut before);
         let repeats = repetition.is_possible();
         if repeats && !repetition.refused(seen)? {
             return Ok(None);
         }
-        let (numbers_after, after) = (look(), snapshot());
+        let numbers_after = look();
+        read(&mut after);
         let second = probe::ask(
             &mut seen.oracle,
             error.call,
@@ -158,10 +169,10 @@ impl Round {
         Ok(Some(Round {
             reached: [first, second],
             numbers: numbers::compare(numbers, numbers_after, seen),
-            cgroup: match (before, after) {
-                (Some(before), Some(after)) if repeats => judge(Some(&before), &after),
-                (_, Some(after)) => judge(None, &after),
-                _ => Judgement::Open,
+            cgroup: match hierarchy {
+                Some(_) if repeats => judge(Some(&before), &after),
+                Some(_) => judge(None, &after),
+                None => Judgement::Open,
             },
         }))
     }

@@ -14,6 +14,8 @@ use crate::proc::task::{self, OWN_PID_NAMESPACE};
 use crate::step::StepError;
 use crate::sys::clone_probe::probe as probe_kernel;
 
+/// Not inlined: its snapshots of cgroups would lie on the stack of every other analysis as well.
+#[inline(never)]
 pub(super) fn diagnose(
     error: &StepError,
     status: &Status,

@@ -199,7 +199,7 @@ mod tests {
             current: Some(current),
             failures: Some(failures),
             local: true,
-            ..Level::default()
+            ..Level::NONE
         };
         Snapshot::of(&of.map(level), false)
     }

@@ -203,7 +203,7 @@ impl World {
             current: Some(if full { 10 } else { 3 }),
             failures: Some(if counts { refusals } else { 0 }),
             local,
-            ..Level::default()
+            ..Level::NONE
         };
         let own = level(self.fill == Fill::Own, !local || self.fill == Fill::Own);
         let parent = level(

@@ -11,7 +11,7 @@ use super::parse::UNLIMITED;
 use crate::mem::text::{InlinePath, Text};
 
 /// More levels than this are not walked; what lies above counts as hidden.
-const DEEPEST: usize = 24;
+const DEEPEST: usize = 18;
 
 /// Long enough for a mount point and what Kubernetes and systemd nest below it; longer ones are not read.
 type Path = Text<768>;
@@ -65,7 +65,7 @@ pub(crate) const MEMORY_V2: Files = Files {
 };
 
 /// One cgroup at one moment.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Level {
     /// Length of its path.
     pub(crate) length: usize,
@@ -77,6 +77,14 @@ pub(crate) struct Level {
 }
 
 impl Level {
+    pub(crate) const NONE: Level = Level {
+        length: 0,
+        maximum: None,
+        current: None,
+        failures: None,
+        local: false,
+    };
+
     pub(crate) fn is_full(&self) -> bool {
         matches!((self.current, self.maximum), (Some(current), Some(maximum)) if current >= maximum)
     }
@@ -97,6 +105,13 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
+    pub(crate) const EMPTY: Snapshot = Snapshot {
+        levels: [Level::NONE; DEEPEST],
+        count: 0,
+        hidden: false,
+        unread: false,
+    };
+
     /// The cgroup that the kernel charges first. In v2 a cgroup need not have the controller, and is then a part
     /// of the nearest one above that has; a part of a domain (threaded mode) hardly ever has it.
     pub(crate) fn charged_first(&self) -> usize {
@@ -108,10 +123,9 @@ impl Snapshot {
     #[cfg(test)]
     pub(crate) fn of(levels: &[Level], hidden: bool) -> Snapshot {
         let mut snapshot = Snapshot {
-            levels: [Level::default(); DEEPEST],
             count: levels.len(),
             hidden,
-            unread: false,
+            ..Snapshot::EMPTY
         };
         for (to, from) in snapshot.levels.iter_mut().zip(levels) {
             *to = *from;
@@ -182,12 +196,18 @@ impl Hierarchy {
     }
 
     fn read(&self, files: &Files, full: bool) -> Snapshot {
-        let mut snapshot = Snapshot {
-            levels: [Level::default(); DEEPEST],
-            count: 0,
-            hidden: false,
-            unread: false,
-        };
+        let mut snapshot = Snapshot::EMPTY;
+        self.fill(files, full, &mut snapshot);
+        snapshot
+    }
+
+    /// Like [`Hierarchy::snapshot`], into `snapshot`: a returned one lies on the stack twice.
+    pub(crate) fn snapshot_into(&self, files: &Files, snapshot: &mut Snapshot) {
+        self.fill(files, false, snapshot);
+    }
+
+    #[inline(never)]
+    fn fill(&self, files: &Files, full: bool, snapshot: &mut Snapshot) {
         let files = &Files {
             local: files.local.filter(|_| !self.forking),
             ..*files
@@ -215,7 +235,6 @@ impl Hierarchy {
         }
         path.shorten(self.mount);
         snapshot.hidden = above || self.has_ancestors(&mut path, files, &mut snapshot.unread);
-        snapshot
     }
 
     /// Whether the top of the mount is not the root of the hierarchy. Only a root lacks certain files: in v1
@@ -342,7 +361,7 @@ fn read_level(
 ) -> Level {
     let mut level = Level {
         length,
-        ..Level::default()
+        ..Level::NONE
     };
     let maximum = with_file(path, files.maximum, |path| Some(file::read_number(path)));
     match maximum {
