@@ -106,6 +106,9 @@ fn the_processor_time_of_a_thread_is_its_own_and_ends_with_it() {
 
 #[test]
 fn only_the_high_water_mark_asks_the_kernel_where_a_stack_is_used() {
+    if under_valgrind() {
+        skip!("valgrind refuses filters");
+    }
     const USED: usize = 200 << 10;
     let (end, wait) = channel::<()>();
     let (tell, told) = channel();
@@ -134,6 +137,9 @@ fn only_the_high_water_mark_asks_the_kernel_where_a_stack_is_used() {
 
 #[test]
 fn an_errno_that_has_no_name_is_reported_as_the_filter_gave_it() {
+    if under_valgrind() {
+        skip!("valgrind refuses filters");
+    }
     const NAMELESS: i32 = 1234;
     nptl::spawn(|| ()).unwrap().join().unwrap();
     let error: SpawnError = std::thread::spawn(|| {
