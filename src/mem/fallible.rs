@@ -1,10 +1,10 @@
 //! Heap memory that may be refused: a process at RLIMIT_AS or RLIMIT_DATA is told so by an error, where
 //! std's `Box` and `Arc` would abort it.
 
-use parking_lot::Mutex;
 use std::alloc::Layout;
 use std::mem::MaybeUninit;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// Uninitialised memory for a `T`, or `None`. Nothing is allocated for a `T` without a size.
 pub(super) fn allocate<T>() -> Option<NonNull<T>> {
@@ -26,26 +26,35 @@ pub(crate) fn try_box<T>(value: T) -> Result<Box<T>, T> {
 }
 
 /// Memory for one `T`, which is kept between two uses.
-///
-/// Nobody waits for the lock: where it is taken, by another thread, by the code that a signal handler has interrupted,
-/// or by a thread that a forked child does not have, the heap serves instead.
-pub(crate) struct Spare<T>(Mutex<Option<Box<MaybeUninit<T>>>>);
+pub(crate) struct Spare<T>(AtomicPtr<MaybeUninit<T>>);
 
 impl<T> Spare<T> {
     pub(crate) const fn new() -> Spare<T> {
-        Spare(Mutex::new(None))
+        Spare(AtomicPtr::new(ptr::null_mut()))
     }
 
     /// What was put here, or else new memory. `None` if the heap has none.
     pub(crate) fn take(&self) -> Option<Box<MaybeUninit<T>>> {
-        let kept = self.0.try_lock().and_then(|mut kept| kept.take());
-        kept.or_else(|| try_box(MaybeUninit::uninit()).ok())
+        let kept = self.0.swap(ptr::null_mut(), Ordering::Acquire);
+        if kept.is_null() {
+            return try_box(MaybeUninit::uninit()).ok();
+        }
+        // SAFETY: the pointer is that of a box which `put` has given up, and the swap gives it to this call alone.
+        Some(unsafe { Box::from_raw(kept) })
     }
 
     /// Keeps the memory, or frees it if some is kept already.
     pub(crate) fn put(&self, memory: Box<MaybeUninit<T>>) {
-        if let Some(mut kept) = self.0.try_lock() {
-            kept.get_or_insert(memory);
+        let memory = Box::into_raw(memory);
+        let put = self.0.compare_exchange(
+            ptr::null_mut(),
+            memory,
+            Ordering::Release,
+            Ordering::Relaxed,
+        );
+        if put.is_err() {
+            // SAFETY: made from a box above, and not put.
+            drop(unsafe { Box::from_raw(memory) });
         }
     }
 }
