@@ -289,7 +289,7 @@ impl SpawnError {
         self.refusal().verdict.spent
     }
 
-    /// Several lines for whoever must act: step, errno, cause, the evidence and the files it was
+    /// Several lines for the engineer who must act: step, errno, cause, the evidence and the files it was
     /// read from, and what to change.
     ///
     /// ```

@@ -181,7 +181,7 @@ fn commit(requested: u64, status: &Status) -> Overcommit {
     }
 }
 
-/// What mode 2 keeps back from this process: for root, and for whoever must end a process.
+/// What mode 2 keeps back from this process: for root, and for a user who must end a process.
 fn reserved(status: &Status) -> Option<u64> {
     let (for_root, for_each) = machine::reserves(status.calls())?;
     let has_power =

@@ -66,7 +66,7 @@ pub(crate) struct Stack {
     /// The tid word in the descriptor; null where there is no block in memory.
     pub(super) tid: AtomicPtr<AtomicU32>,
     pub(crate) block: Block,
-    /// Taken by whoever uses the tid from outside, and by the thread before it ends: while it is
+    /// Taken by a thread that uses the tid from outside, and by the thread before it ends: while it is
     /// held, the tid cannot be given to another thread.
     pub(super) signal_lock: AtomicU32,
     /// The thread's name, borrowed from its owner for the time of the thread's life.
@@ -252,7 +252,7 @@ impl Stack {
                 return true;
             }
             self.tid.store(tid, Ordering::Release);
-            // Whoever wanted it unmapped wanted its memory. And the block goes back to what a fresh mapping
+            // It was to be unmapped for its memory. And the block goes back to what a fresh mapping
             // holds, since that is what its state now says.
             let bottom = self.bottom();
             if sys::madvise(bottom, base + length - bottom, libc::MADV_DONTNEED).is_ok() {

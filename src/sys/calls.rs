@@ -38,7 +38,7 @@ const WAIT_PRIVATE: libc::c_int = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
 const WAKE_PRIVATE: libc::c_int = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
 
 /// futex(2): FUTEX_WAIT or FUTEX_WAKE, private or not, because the system-call filters of VMMs allow
-/// these operations (docs/seccomp.md). What it answers is ignored: whoever waits looks at the word again.
+/// these operations (docs/seccomp.md). What it answers is ignored: a waiter reads the word again.
 ///
 /// # Safety
 /// To wait, word and time-out are valid until this returns. A word that is gone can be woken.
@@ -128,7 +128,7 @@ pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> Result<std::os::fd::OwnedFd
             [tid as usize, PIDFD_THREAD, 0, 0, 0, 0],
         )
     };
-    // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+    // SAFETY: the kernel just made this descriptor for us, and nothing else has its number.
     let own = |descriptor| unsafe { std::os::fd::OwnedFd::from_raw_fd(descriptor as i32) };
     Errno::checked(answer).map(own)
 }

@@ -83,7 +83,7 @@ pub(crate) fn guards() -> Option<Result<(), Errno>> {
         Errno::result(unsafe { libc::mprotect(start.byte_add(offset), PAGE, PROT_NONE) })
     };
     let result = protect(0).and_then(|_| protect(2 * PAGE));
-    // SAFETY: exactly the mapping just made, which nobody else knows. It cannot fail for want of a mapping:
+    // SAFETY: exactly the mapping just made, whose address only this function has. It cannot fail for want of a mapping:
     // what merging with both neighbours saved is what the split needs.
     unsafe { libc::munmap(start, bytes) };
     Some(result)
@@ -103,7 +103,7 @@ pub(crate) fn future_is_locked() -> Option<bool> {
     }
     // SAFETY: the mapping just made, which holds nothing.
     let dropped = Errno::result(unsafe { libc::madvise(start, PAGE, libc::MADV_DONTNEED) });
-    // SAFETY: exactly the mapping just made, which nobody else knows.
+    // SAFETY: exactly the mapping just made, whose address only this function has.
     unsafe { libc::munmap(start, PAGE) };
     match dropped {
         Ok(_) => Some(false),
@@ -126,7 +126,7 @@ fn once(
     if start == libc::MAP_FAILED {
         return Err(Errno::last());
     }
-    // SAFETY: exactly the mapping just made, which nobody else knows.
+    // SAFETY: exactly the mapping just made, whose address only this function has.
     unsafe { libc::munmap(start, bytes) };
     Ok(())
 }

@@ -599,7 +599,6 @@ fn a_handler_can_fault_itself() {
     });
 }
 
-#[allow(non_camel_case_types, reason = "glibc's names")]
 unsafe extern "C" {
     fn __sigsetjmp(buffer: *mut c_void, save_mask: i32) -> i32;
     fn siglongjmp(buffer: *mut c_void, value: i32) -> !;

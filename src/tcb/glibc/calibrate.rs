@@ -166,7 +166,7 @@ unsafe extern "C" fn run(argument: *mut c_void) -> *mut c_void {
 /// Verifies what can be seen while the thread lives.
 ///
 /// # Safety
-/// Called by a thread of glibc's that nobody joins or detaches, and that has nothing to lose. Its creator may
+/// Called by a thread of glibc's that no other thread joins or detaches meanwhile, and that holds no resources. Its creator may
 /// hold any of the loader's locks, so that nothing in here may take one.
 unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
     let this = subject.descriptor;
@@ -218,7 +218,7 @@ fn settle() -> Result<(), RuntimeError> {
     // Another malloc (jemalloc, for one) sets a pthread key at a thread's first allocation. And what needs memory
     // below is to have some.
     const ENOUGH: usize = 256;
-    // SAFETY: a block that nobody else knows is freed again. The locale is a constant, so that it takes no lock, and
+    // SAFETY: a block that only this function has a pointer to is freed again. The locale is a constant, so that it takes no lock, and
     // keeps messages from being translated: that could load catalogues and converters.
     unsafe {
         let block = std::hint::black_box(libc::malloc(ENOUGH));
@@ -361,7 +361,7 @@ impl Subject<'_> {
     /// of a filter.
     ///
     /// # Safety
-    /// The calling thread is the subject, and nobody else looks at its descriptor meanwhile.
+    /// The calling thread is the subject, and no other thread reads its descriptor meanwhile.
     unsafe fn attributes(
         &self,
         stackblock: usize,
@@ -372,7 +372,7 @@ impl Subject<'_> {
         const REPORTED: usize = 11 * 4096;
         let this = self.descriptor;
         let (mut size, mut guard, mut state) = (0, 0, 0);
-        // SAFETY: fields of this thread's own, which are as before when its creator joins it; nobody else knows of it.
+        // SAFETY: fields of this thread's own, which are as before when its creator joins it; no other thread has its id.
         // The attributes are looked at only where they were filled.
         let told = unsafe {
             let set = |guard: usize, reported: usize, is_detached: bool| {
@@ -441,7 +441,7 @@ impl Subject<'_> {
     }
 }
 
-/// The words at the end of the descriptor that nobody but its thread writes.
+/// The words at the end of the descriptor that only its own thread writes.
 struct Tail {
     this: Descriptor,
     start: usize,
