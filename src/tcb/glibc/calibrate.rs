@@ -18,6 +18,7 @@
 //! The thread is needed in any case: only a real `pthread_create` ends glibc's single-thread fast paths (malloc
 //! without locks, unlocked stdio) and installs the set-id handler.
 
+use super::dtv::Refill;
 use super::list::ThreadList;
 use super::pthread;
 use super::symbols::{self, KEY_BLOCKS, KeyValues, Rseq, Symbols, check};
@@ -81,6 +82,8 @@ pub(super) struct Offsets {
     pub strerror: Option<usize>,
     /// The byte that `pthread_setspecific` sets: keys are looked at only where there are any.
     pub specific_used: usize,
+    /// Also where another thread has loaded a module between the two looks, each thread gets a new DTV.
+    pub refill: Option<Refill>,
 }
 
 // Checks that both sides make.
@@ -190,6 +193,10 @@ unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
         flag: buffer - 7,
         lock: buffer - 4,
     });
+    let dtv = this.word(subject.symbols.dtv);
+    // SAFETY: the calling thread's own, which has been found to be one.
+    let knows = |refill: &Refill| unsafe { refill.knows_length_of(dtv) };
+    let refill = subject.symbols.refill.filter(knows);
     Ok(Offsets {
         robust_head,
         robust_futex_offset: this.word(robust_head + 8),
@@ -210,6 +217,7 @@ unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
         strsignal,
         strerror,
         specific_used,
+        refill,
     })
 }
 

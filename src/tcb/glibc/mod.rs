@@ -10,6 +10,7 @@
 
 mod block;
 mod calibrate;
+mod dtv;
 mod list;
 mod prepare;
 mod pthread;

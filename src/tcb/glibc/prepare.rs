@@ -86,7 +86,7 @@ impl Runtime {
                 }
                 BlockState::Ended => {
                     self.save_segment(block);
-                    self.release_dtv(tp);
+                    self.empty_dtv(tp);
                     self.release_priorities(tp);
                     self.reset(tp);
                     return BlockState::Ended;
@@ -103,6 +103,21 @@ impl Runtime {
             sys::fill_header(tp);
             self.fill_descriptor(tp, stack);
             BlockState::Fresh
+        }
+    }
+
+    /// Leaves the DTV of the thread that was here as a new one is, or none.
+    ///
+    /// # Safety
+    /// `tp` is the thread pointer of an idle block whose thread has ended normally, and the caller its only owner.
+    unsafe fn empty_dtv(&self, tp: usize) {
+        // SAFETY: the caller owns the idle block; the word is null or what _dl_allocate_tls wrote.
+        unsafe {
+            let dtv = ((tp + self.symbols.dtv) as *const usize).read();
+            let refill = self.offsets.refill.as_ref();
+            if dtv == 0 || !refill.is_some_and(|refill| refill.empty(dtv)) {
+                self.release_dtv(tp);
+            }
         }
     }
 
@@ -335,7 +350,12 @@ impl Enlisted<'_> {
         // SAFETY: the block is enlisted, so this holder is its only owner; the segment's place and size were found by
         // calibration, and static TLS offsets never change.
         unsafe {
-            if (runtime.symbols.allocate_tls)(tp as *mut libc::c_void).is_null() {
+            let has_dtv = ((tp + runtime.symbols.dtv) as *const usize).read() != 0;
+            let granted = match &runtime.offsets.refill {
+                Some(refill) if has_dtv => refill.refill(tp),
+                _ => !(runtime.symbols.allocate_tls)(tp as *mut libc::c_void).is_null(),
+            };
+            if !granted {
                 return false;
             }
             let parked = &mut *block.parked.get();

@@ -5,6 +5,7 @@
 //! dl_iterate_phdr(3), or in a child that was forked while another thread was in one: there the loader's locks are
 //! taken, in the child for ever.
 
+use super::dtv::{ENTRY, Refill};
 use crate::sys;
 use crate::sys::page_size;
 use crate::tcb::error::RuntimeError;
@@ -101,6 +102,7 @@ type ResNclose = unsafe extern "C" fn(*mut c_void);
 pub(super) struct Symbols {
     pub allocate_tls: AllocateTls,
     pub deallocate_tls: DeallocateTls,
+    pub refill: Option<Refill>,
     pub call_tls_dtors: Nullary,
     pub ctype_init: Nullary,
     pub res_nclose: ResNclose,
@@ -167,7 +169,7 @@ fn unsupported(name: &'static CStr) -> RuntimeError {
     RuntimeError::Unsupported(name.to_str().unwrap_or("a symbol of glibc's"))
 }
 
-fn address(name: &'static CStr) -> Result<usize, RuntimeError> {
+pub(super) fn address(name: &'static CStr) -> Result<usize, RuntimeError> {
     // SAFETY: the name is NUL-terminated; RTLD_DEFAULT searches what is loaded already.
     let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
     if found.is_null() {
@@ -183,7 +185,7 @@ fn address(name: &'static CStr) -> Result<usize, RuntimeError> {
 const LIST_BITS: u32 = 2 * usize::BITS;
 
 /// Offset of a field that must have `bits` bits, from libthread_db's descriptor of it: bits, number of elements, offset.
-fn field_of(name: &'static CStr, bits: u32) -> Result<usize, RuntimeError> {
+pub(super) fn field_of(name: &'static CStr, bits: u32) -> Result<usize, RuntimeError> {
     // SAFETY: these symbols are constants of type uint32_t[3] (nptl_db's contract).
     let [has, _, offset] = unsafe { (address(name)? as *const [u32; 3]).read() };
     match has == bits {
@@ -233,13 +235,19 @@ fn static_tls(descriptor_size: usize) -> Result<(usize, usize), RuntimeError> {
     Ok((size, align))
 }
 
-/// The head of the list of live threads on stacks of the user.
-fn user_list() -> Result<usize, RuntimeError> {
+/// The loader's own variables.
+pub(super) fn rtld_global() -> Result<usize, RuntimeError> {
     // SAFETY: a pointer variable of libc, set when ld.so started.
     let rtld_global = unsafe { (address(c"__nptl_rtld_global")? as *const usize).read() };
     check(rtld_global != 0, "__nptl_rtld_global is null")?;
     let other = address(c"_rtld_global").is_ok_and(|variable| variable != rtld_global);
     check(!other, "__nptl_rtld_global is not ld.so's")?;
+    Ok(rtld_global)
+}
+
+/// The head of the list of live threads on stacks of the user.
+fn user_list() -> Result<usize, RuntimeError> {
+    let rtld_global = rtld_global()?;
     let list = |name| Ok(rtld_global + field_of(name, LIST_BITS)?);
     let used = list(c"_thread_db_rtld_global__dl_stack_used")?;
     let user = list(c"_thread_db_rtld_global__dl_stack_user")?;
@@ -280,6 +288,7 @@ impl Symbols {
             allocate_tls: unsafe {
                 std::mem::transmute::<usize, AllocateTls>(address(c"_dl_allocate_tls")?)
             },
+            refill: Refill::look_up(),
             // SAFETY: the thread pointer, and whether its block is to be freed, from 2.34 to 2.43.
             deallocate_tls: unsafe {
                 std::mem::transmute::<usize, DeallocateTls>(address(c"_dl_deallocate_tls")?)
@@ -340,10 +349,10 @@ impl Symbols {
     /// Whether the DTV has libc's segment where it lies in the thread of that thread pointer.
     pub(super) fn finds_segment_in(&self, dtv: usize, tp: usize) -> bool {
         let (first, entry) = (
-            dtv.wrapping_sub(DTV_ENTRY),
-            dtv.wrapping_add(self.module * DTV_ENTRY),
+            dtv.wrapping_sub(ENTRY),
+            dtv.wrapping_add(self.module * ENTRY),
         );
-        is_mapped(first, (self.module + 2) * DTV_ENTRY)
+        is_mapped(first, (self.module + 2) * ENTRY)
             // SAFETY: mapped and aligned.
             && unsafe { (entry as *const usize).read() } == tp.wrapping_add_signed(self.segment.start)
     }
@@ -426,9 +435,6 @@ fn rseq() -> Result<Option<Rseq>, RuntimeError> {
         size: size as usize,
     }))
 }
-
-/// Bytes of an entry of a DTV: where a module's TLS is, and what is to be freed.
-pub(super) const DTV_ENTRY: usize = 16;
 
 /// Of the objects that are loaded: libc's TLS segment relative to the thread pointer, which the calling thread has in
 /// the `below` bytes before it, libc's number among the modules with TLS, and the name of the object with this code.
