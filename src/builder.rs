@@ -48,6 +48,7 @@ type Launched<F, T> = (Running, Shared<Packet<F, T>>);
 impl Builder {
     /// Default attributes: no name, 2 MiB of stack or RUST_MIN_STACK, one guard page, the global
     /// cache.
+    #[inline]
     pub fn new() -> Builder {
         Builder::default()
     }
@@ -61,6 +62,7 @@ impl Builder {
     /// assert_eq!(vcpu.name(), Some("vcpu0"));
     /// # Ok::<(), nptl::SpawnError>(())
     /// ```
+    #[inline]
     pub fn name(self, name: impl Into<String>) -> Builder {
         Builder {
             name: Some(name.into()),
@@ -78,6 +80,7 @@ impl Builder {
     /// assert!(vcpu.stack().size >= 256 << 10);
     /// # Ok::<(), nptl::SpawnError>(())
     /// ```
+    #[inline]
     pub fn stack_size(self, bytes: usize) -> Builder {
         Builder {
             stack_size: Some(bytes),
@@ -93,6 +96,7 @@ impl Builder {
     /// assert_eq!(vcpu.stack().guard_size, 64 << 10);
     /// # Ok::<(), nptl::SpawnError>(())
     /// ```
+    #[inline]
     pub fn guard_size(self, bytes: usize) -> Builder {
         Builder {
             guard_size: Some(bytes),
@@ -109,6 +113,7 @@ impl Builder {
     /// assert_eq!(cache.stats().cached_stacks, 1);
     /// # Ok::<(), nptl::SpawnError>(())
     /// ```
+    #[inline]
     pub fn stack_cache(self, cache: &StackCache) -> Builder {
         Builder {
             cache: Some(cache.clone()),
@@ -124,6 +129,7 @@ impl Builder {
     /// let refused = builder.stack_size(1 << 60).spawn(|| ()).unwrap_err();
     /// assert_eq!(refused.attempts(), 1);
     /// ```
+    #[inline]
     pub fn retry(self, policy: RetryPolicy) -> Builder {
         Builder {
             retry: policy,
@@ -142,6 +148,7 @@ impl Builder {
     ///     Err(refused) => assert_eq!(refused.step(), Step::PrepareStack),
     /// }
     /// ```
+    #[inline]
     pub fn lock_stack(self, yes: bool) -> Builder {
         Builder { lock: yes, ..self }
     }
@@ -154,6 +161,7 @@ impl Builder {
     /// assert!(vcpu.stack_high_water_mark().unwrap() >= 64 << 10);
     /// # Ok::<(), nptl::SpawnError>(())
     /// ```
+    #[inline]
     pub fn prefault_stack(self, bytes: usize) -> Builder {
         Builder {
             prefault: bytes,
@@ -513,6 +521,7 @@ impl Builder {
         }
     }
 
+    #[inline]
     fn request(self) -> Request {
         let name = self.name;
         let wanted = Wanted {

@@ -50,16 +50,26 @@ impl Request {
 /// Creates the thread that does `work`.
 pub(crate) fn spawn(request: &Request, work: Work<'_>) -> Result<Running, SpawnError> {
     let reserve = reserve(request)?;
-
     let mut attempts = 0;
-    let mut started = None;
-    let mut cancellation = None;
+    match attempt(request, work, &mut attempts) {
+        Ok(running) => Ok(running),
+        Err(refusal) => repeat(refusal, attempts, reserve, request, work),
+    }
+}
+
+/// What follows a first refusal: more attempts, as far as the policy and the evidence say so.
+#[cold]
+#[inline(never)]
+fn repeat(
+    mut refusal: Refusal,
+    mut attempts: u32,
+    reserve: Reserve,
+    request: &Request,
+    work: Work<'_>,
+) -> Result<Running, SpawnError> {
+    let _cancellation = NoCancellation::new();
+    let started = Instant::now();
     loop {
-        let refusal = match attempt(request, work, &mut attempts) {
-            Ok(running) => return Ok(running),
-            Err(refusal) => refusal,
-        };
-        cancellation.get_or_insert_with(NoCancellation::new);
         // What malloc was refused is left to the next spawn, and so is a calibration: they allocate, which nothing does
         // after a refusal (A4).
         let step = refusal.error.step;
@@ -71,11 +81,13 @@ pub(crate) fn spawn(request: &Request, work: Work<'_>) -> Result<Running, SpawnE
                 .special
                 .as_ref()
                 .is_some_and(|special| special.refusal().is_some());
-        let started = *started.get_or_insert_with(Instant::now);
-        if request.retry.again(started, transient, hopeless) {
-            continue;
+        if !request.retry.again(started, transient, hopeless) {
+            return Err(report(refusal, reserve, request, attempts));
         }
-        return Err(report(refusal, reserve, request, attempts));
+        refusal = match attempt(request, work, &mut attempts) {
+            Ok(running) => return Ok(running),
+            Err(refusal) => refusal,
+        };
     }
 }
 
@@ -137,6 +149,8 @@ fn reserve(request: &Request) -> Result<Reserve, SpawnError> {
     }
 }
 
+#[cold]
+#[inline(never)]
 fn report(mut refusal: Refusal, reserve: Reserve, request: &Request, attempts: u32) -> SpawnError {
     refusal.stack_size = request.wanted.size;
     refusal.attempts = attempts;
@@ -146,6 +160,8 @@ fn report(mut refusal: Refusal, reserve: Reserve, request: &Request, attempts: u
 }
 
 /// Finds out why, with nothing but what is known now.
+#[cold]
+#[inline(never)]
 fn explained(error: StepError) -> Refusal {
     // Reading files is a cancellation point.
     let _cancellation = NoCancellation::new();
@@ -153,6 +169,8 @@ fn explained(error: StepError) -> Refusal {
 }
 
 /// [`explained`], for what only a thread with settings meets.
+#[cold]
+#[inline(never)]
 fn unsettled(error: StepError, special: &Special) -> Refusal {
     if error.step == Step::Allocate {
         return explained(error);
@@ -161,10 +179,14 @@ fn unsettled(error: StepError, special: &Special) -> Refusal {
     Refusal::new(error, diagnose::explain_setting(&error, &special.asked()))
 }
 
+#[cold]
+#[inline(never)]
 fn no_memory(bytes: usize) -> Refusal {
     explained(StepError::new(Step::Allocate, Errno::ENOMEM, bytes))
 }
 
+#[cold]
+#[inline(never)]
 fn invalid((what, value): (&'static str, u64)) -> Refusal {
     let error = StepError::new(Step::Attributes, Errno::EINVAL, 0);
     Refusal::new(error, Verdict::proven(InvalidAttribute { what, value }))
@@ -217,10 +239,23 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
         error.step == Step::Clone && request.retry.repeats() && StackCache::could_mend(error)
     };
     let enter = || enter(request, runtime, &idle, work);
-    let (error, reclaimed) = match with_room(runtime, attempts, lacks, enter) {
-        Ok(tid) => return settle(request, idle, tid),
-        Err(refused) => refused,
-    };
+    match with_room(runtime, attempts, lacks, enter) {
+        Ok(tid) => settle(request, idle, tid),
+        Err(refused) => examine(refused, request, runtime, idle, work, attempts),
+    }
+}
+
+/// Finds out why TLS or clone was refused; the error has the number of stacks given back.
+#[cold]
+#[inline(never)]
+fn examine(
+    (error, reclaimed): (StepError, usize),
+    request: &Request,
+    runtime: &'static Runtime,
+    idle: Idle,
+    work: Work<'_>,
+    attempts: &mut u32,
+) -> Result<Running, Refusal> {
     if error.step == Step::Runtime {
         let refusal = no_runtime(RuntimeError::Unsupported(FORKED_BARE));
         return Err(give_up(idle, reclaimed, refusal));
@@ -234,7 +269,7 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
     let _cancellation = NoCancellation::new();
     // The analysis of a refused clone repeats it, and may be granted it.
     let entered = match request.retry.repeats() {
-        true => diagnose::diagnose(&error, enter),
+        true => diagnose::diagnose(&error, || enter(request, runtime, &idle, work)),
         false => Err(diagnose::diagnose_once(&error)),
     };
     match entered {
@@ -344,11 +379,25 @@ fn with_room<T, E>(
     step: impl Fn() -> Result<T, E>,
 ) -> Result<T, (E, usize)> {
     let before = StackCache::reclaimed();
-    let error = match step() {
-        Ok(value) => return Ok(value),
-        Err(error) if !lacks(&error) => return Err((error, 0)),
-        Err(error) => error,
-    };
+    match step() {
+        Ok(value) => Ok(value),
+        Err(error) => retake(error, before, runtime, attempts, lacks, step),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn retake<T, E>(
+    error: E,
+    before: usize,
+    runtime: &'static Runtime,
+    attempts: &mut u32,
+    lacks: impl FnOnce(&E) -> bool,
+    step: impl Fn() -> Result<T, E>,
+) -> Result<T, (E, usize)> {
+    if !lacks(&error) {
+        return Err((error, 0));
+    }
     let reclaimed = StackCache::reclaim_all(runtime);
     // Or another thread, refused at the same time, has given them back instead.
     if StackCache::reclaimed() == before {
@@ -358,6 +407,8 @@ fn with_room<T, E>(
     step().map_err(|error| (error, reclaimed))
 }
 
+#[cold]
+#[inline(never)]
 fn no_runtime(error: RuntimeError) -> Refusal {
     match error {
         RuntimeError::Unsupported(what) => {
@@ -372,6 +423,8 @@ fn no_runtime(error: RuntimeError) -> Refusal {
 }
 
 /// The stack goes back where it came from, and the error says so.
+#[cold]
+#[inline(never)]
 fn give_up(idle: Idle, reclaimed: usize, refusal: Refusal) -> Refusal {
     Refusal {
         stack: idle.put_back(),
