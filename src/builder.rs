@@ -330,8 +330,8 @@ impl Builder {
         F: FnOnce() -> T + Send + 'static,
         T: Send + 'static,
     {
-        let start = |request: &Request, packet: Shared<Packet<F, T>>| {
-            spawn::spawn(request, Work::Free(&packet.into_body()))
+        let start = |request: &Request, packet: &Shared<Packet<F, T>>| {
+            spawn::spawn(request, Work::Free(&packet.body()))
         };
         let (running, packet) = self.launch(f, None, start)?;
         Ok(JoinHandle::new(running, packet.into_delivery()))
@@ -356,8 +356,8 @@ impl Builder {
         F: FnOnce(A) -> T + Send + 'static,
         T: Send + 'static,
     {
-        let start = |request: &Request, packet: Shared<Packet<With<A, F>, T>>| {
-            spawn::spawn(request, Work::Free(&packet.into_body()))
+        let start = |request: &Request, packet: &Shared<Packet<With<A, F>, T>>| {
+            spawn::spawn(request, Work::Free(&packet.body()))
         };
         let launched = self.launch(With(value, f), None, start);
         let (running, packet) = launched.map_err(|refused| {
@@ -409,7 +409,7 @@ impl Builder {
         let packet = spawn::share(SetupPacket::new(setup, body)).map_err(|_| {
             spawn::refused_memory(&request, size_of::<SetupPacket<S, A, E, F, T>>())
         })?;
-        let running = spawn::spawn(&request, Work::Free(&packet.clone().into_body()))?;
+        let running = spawn::spawn(&request, Work::Free(&packet.body()))?;
         match packet.take_failure() {
             None => Ok(JoinHandle::new(running, packet.into_delivery())),
             Some(failure) => {
@@ -444,9 +444,9 @@ impl Builder {
         F: FnOnce() -> T + Send,
         T: Send,
     {
-        let start = |request: &Request, packet: Shared<Packet<F, T>>| {
+        let start = |request: &Request, packet: &Shared<Packet<F, T>>| {
             // SAFETY: the caller vouches for what the closure borrows, for as long as the thread can use it.
-            let body = unsafe { packet.into_body().outlive() };
+            let body = unsafe { Shared::clone(&packet.body()).outlive() };
             spawn::spawn(request, Work::Free(&body))
         };
         let (running, packet) = self.launch(f, None, start)?;
@@ -489,8 +489,8 @@ impl Builder {
             let bytes = size_of::<Shared<Entrance>>();
             return Err(spawn::refused_memory(&self.request(), bytes));
         }
-        let start = |request: &Request, packet: Shared<Packet<F, T>>| {
-            spawn::spawn(request, Work::Scoped(&packet.into_body(), latch))
+        let start = |request: &Request, packet: &Shared<Packet<F, T>>| {
+            spawn::spawn(request, Work::Scoped(&packet.body(), latch))
         };
         let (running, packet) = self.launch(f, Some(latch), start)?;
         Ok(ScopedJoinHandle::new(running, packet.into_delivery()))
@@ -501,11 +501,11 @@ impl Builder {
         self,
         f: F,
         scope: Option<&Shared<Latch>>,
-        start: impl FnOnce(&Request, Shared<Packet<F, T>>) -> Result<Running, SpawnError>,
+        start: impl FnOnce(&Request, &Shared<Packet<F, T>>) -> Result<Running, SpawnError>,
     ) -> Result<Launched<F, T>, Refused<F>> {
         let request = self.request();
         let (error, f) = match spawn::share(Packet::new(f, scope.cloned())) {
-            Ok(packet) => match start(&request, packet.clone()) {
+            Ok(packet) => match start(&request, &packet) {
                 Ok(running) => return Ok((running, packet)),
                 Err(error) => (error, packet.take_work()),
             },

@@ -349,6 +349,7 @@ fn settle(request: &Request, idle: Idle, tid: libc::pid_t) -> Result<Running, Re
 
 /// A stack, if need be after giving back what the caches hold: cached stacks are mappings and
 /// address space, the very things that are short.
+#[inline(always)]
 fn obtain(
     request: &Request,
     runtime: &'static Runtime,
@@ -372,6 +373,7 @@ fn obtain(
 
 /// Takes a step, and once more after giving back what the caches hold, if it `lacks` that. The error has the
 /// number of stacks given back.
+#[inline(always)]
 fn with_room<T, E>(
     runtime: &'static Runtime,
     attempts: &mut u32,

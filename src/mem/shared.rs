@@ -4,6 +4,7 @@ use super::body::{Body, Deliver};
 use super::fallible::allocate;
 use crate::sync::forked_bare;
 use std::alloc::Layout;
+use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::ptr::{self, NonNull};
@@ -59,13 +60,13 @@ impl<T> Shared<T> {
         }
     }
 
-    /// The thread's view of the value.
-    pub(crate) fn into_body<'a>(self) -> Shared<dyn Body + 'a>
+    /// The thread's view of the value, without a count of its own.
+    pub(crate) fn body<'a>(&self) -> Borrowed<'_, dyn Body + 'a>
     where
         T: Body + 'a,
     {
-        let place: NonNull<Counted<dyn Body + 'a>> = ManuallyDrop::new(self).0;
-        Shared(place)
+        let place: NonNull<Counted<dyn Body + 'a>> = self.0;
+        Borrowed(ManuallyDrop::new(Shared(place)), PhantomData)
     }
 
     /// The handle's view of the value.
@@ -76,6 +77,17 @@ impl<T> Shared<T> {
     {
         let place: NonNull<Counted<dyn Deliver<R> + 'a>> = ManuallyDrop::new(self).0;
         Shared(place)
+    }
+}
+
+/// Another view of a reference, which stays the only one of the two that counts.
+pub(crate) struct Borrowed<'r, T: ?Sized>(ManuallyDrop<Shared<T>>, PhantomData<&'r ()>);
+
+impl<T: ?Sized> Deref for Borrowed<'_, T> {
+    type Target = Shared<T>;
+
+    fn deref(&self) -> &Shared<T> {
+        &self.0
     }
 }
 

@@ -265,6 +265,7 @@ impl Idle {
     /// needs no more of the new thread than the descriptor, which is complete before clone.
     ///
     /// On refusal the message comes back, and the error with it.
+    #[inline(always)]
     pub(crate) fn clone_thread<E: Entry>(
         &self,
         start: Start,
@@ -277,8 +278,9 @@ impl Idle {
         stack.discarded.store(false, Ordering::Relaxed);
         // There is no handle of the last thread here; but a thread can have died with the lock.
         stack.signal_lock.store(0, Ordering::Relaxed);
-        // SAFETY: no thread runs on this stack, so the slot is the creator's.
-        unsafe { *stack.start.get() = Some(start) };
+        // SAFETY: no thread runs on this stack, so the slot is the creator's; and it is empty (`renew`), so that nothing is
+        // to be dropped.
+        unsafe { stack.start.get().write(Some(start)) };
         let bottom = stack.bottom();
         let request = sys::clone::CloneRequest {
             stack: bottom,

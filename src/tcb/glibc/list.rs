@@ -94,7 +94,7 @@ impl ThreadList {
             new.next.store(first, Ordering::Relaxed);
             new.prev.store(self.head, Ordering::Relaxed);
             Self::links(first).prev.store(element, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
+            fence(Ordering::Release);
             head.next.store(element, Ordering::Release);
         }
         sys::lll_unlock(self.lock_word());
@@ -136,7 +136,7 @@ impl ThreadList {
     #[inline(always)]
     unsafe fn unlink(&self, element: usize, listed: &AtomicBool) {
         self.in_flight().store(element, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        fence(Ordering::Release);
         // SAFETY: by the caller's promise the element and its neighbours are linked and stay so.
         unsafe {
             let links = Self::links(element);
@@ -145,7 +145,7 @@ impl ThreadList {
             Self::links(next).prev.store(prev, Ordering::Relaxed);
             Self::links(prev).next.store(next, Ordering::Relaxed);
         }
-        fence(Ordering::SeqCst);
+        fence(Ordering::Release);
         self.in_flight().store(0, Ordering::Relaxed);
         listed.store(false, Ordering::Release);
     }
