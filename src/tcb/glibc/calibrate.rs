@@ -20,8 +20,9 @@
 
 use super::dtv::Refill;
 use super::list::ThreadList;
+use super::lookup::check;
 use super::pthread;
-use super::symbols::{self, KEY_BLOCKS, KeyValues, Rseq, Symbols, check};
+use super::symbols::{self, KEY_BLOCKS, KeyValues, Rseq, Symbols};
 use crate::errno::Errno;
 use crate::step::Step;
 use crate::sys;

@@ -2,7 +2,7 @@
 //!
 //! That saves two calls of malloc and two of free in every spawn. glibc does so for the stacks in its own cache.
 
-use super::symbols::{address, field_of, is_mapped, rtld_global};
+use super::lookup::{address, field_of, is_mapped, rtld_global};
 use libc::c_void;
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};

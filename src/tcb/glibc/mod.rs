@@ -12,6 +12,7 @@ mod block;
 mod calibrate;
 mod dtv;
 mod list;
+mod lookup;
 mod prepare;
 mod pthread;
 mod release;
