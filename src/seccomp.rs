@@ -164,6 +164,7 @@ mod numbers {
         sched_getscheduler = SYS_sched_getscheduler;
         sched_setaffinity = SYS_sched_setaffinity;
         sched_setattr = SYS_sched_setattr;
+        sched_yield = SYS_sched_yield;
         setgid = SYS_setgid;
         setgroups = SYS_setgroups;
         setregid = SYS_setregid;
@@ -215,6 +216,7 @@ calls! {
         mincore,
         getpid,
         tgkill,
+        sched_yield,
         openat,
         read,
         newfstatat,
@@ -299,6 +301,7 @@ calls! {
     }
     Join {
         futex[1: libc::FUTEX_WAIT],
+        clock_gettime,
         madvise[2: libc::MADV_DONTNEED],
         rt_sigprocmask[0: libc::SIG_SETMASK],
         futex[1: PRIVATE_WAIT],
@@ -345,6 +348,7 @@ calls! {
         fcntl[1: libc::F_GETFD],
         fcntl[1: libc::F_SETOWN],
         gettid,
+        clock_gettime,
         clock_nanosleep,
         clone3,
         clone,
