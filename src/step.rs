@@ -2,6 +2,7 @@
 
 use crate::errno::Errno;
 use std::fmt;
+use std::os::fd::RawFd;
 
 /// The step of thread creation that was refused, in the order in which they are taken.
 #[non_exhaustive]
@@ -87,6 +88,8 @@ pub(crate) struct StepError {
     pub(crate) bytes: usize,
     /// For [`Step::Clone`]: the call that gave the errno.
     pub(crate) call: CloneCall,
+    /// For [`Step::Clone`]: the directory of the cgroup (v2) that the thread was to be made in, open while the spawn lasts.
+    pub(crate) cgroup: Option<RawFd>,
     /// For [`Step::PrepareStack`]: mlock was refused, and not the prefault.
     pub(crate) locks: bool,
 }
@@ -98,6 +101,7 @@ impl StepError {
             errno,
             bytes,
             call: CloneCall::Clone3,
+            cgroup: None,
             locks: false,
         }
     }

@@ -11,6 +11,7 @@ use super::numbers::{self, Look, Numbers};
 use super::outside::{self, Outside};
 use super::probe::{self, Reached};
 use super::rule::{Standing, rule};
+use super::settings::hierarchy_of;
 use super::verdict::Verdict;
 use crate::mem::text::InlinePath;
 use crate::proc::cgroup::{Hierarchy, PIDS, Snapshot};
@@ -139,7 +140,11 @@ impl Round {
         );
         let look = || first.may_be_numbers().then(|| Look::take(calls));
         if cgroup.is_none() && first.may_be_cgroup() {
-            *cgroup = Some(Hierarchy::of_thread(b"pids"));
+            *cgroup = Some(match error.cgroup {
+                // Which is charged in place of the creator's.
+                Some(asked) => Some(hierarchy_of(asked, calls)),
+                None => Hierarchy::of_thread(b"pids"),
+            });
         }
         let hierarchy = match first.may_be_cgroup() {
             true => cgroup.as_ref().and_then(Option::as_ref),

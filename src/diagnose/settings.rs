@@ -1,7 +1,7 @@
 //! A setting that was refused: what was asked for, against what the machine has.
 
 use std::fmt::Write as _;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
 use super::cause::{
     Cause, Certainty, DeadlineAdmission, EndedEarly, ForeignCgroup, InvalidAttribute,
@@ -18,37 +18,30 @@ use crate::proc::{file, task};
 use crate::settings::Asked;
 use crate::step::{Step, StepError};
 use crate::sys;
-use crate::sys::sched::SCHED_DEADLINE;
+use crate::sys::sched::{self, SCHED_DEADLINE};
+
+/// The cgroup that a thread was to be in, by its open directory.
+pub(super) fn hierarchy_of(directory: RawFd, calls: Calls) -> Hierarchy {
+    let mut name = [0; 512];
+    let mut link = Text::<64>::EMPTY;
+    let _ = write!(link, "/proc/thread-self/fd/{directory}");
+    let length = match (calls, link.as_c_str()) {
+        (Calls::Any, Some(link)) => sys::read_link(link, &mut name).ok(),
+        // A filter need not allow readlink(2).
+        _ => None,
+    };
+    let name = length.and_then(|length| name.get(..length));
+    Hierarchy::of_directory(directory, name)
+}
 
 impl Asked<'_> {
-    /// A path through the descriptor, so that nothing is opened that the caller does not have.
-    fn file(&self, name: &str) -> Option<Text<64>> {
-        let mut path = Text::EMPTY;
-        let directory = self.cgroup?.as_raw_fd();
-        write!(path, "/proc/thread-self/fd/{directory}{name}").ok()?;
-        Some(path)
-    }
-
-    fn first_in<T>(&self, name: &str, parse: impl FnMut(&[u8]) -> Option<T>) -> Option<T> {
-        file::first(self.file(name)?.as_c_str()?, parse)
-    }
-
-    fn directory(&self, calls: Calls) -> InlinePath {
-        if calls == Calls::FilesOnly {
-            let path = self.file("");
-            return path.map_or(InlinePath::EMPTY, |path| InlinePath::new(path.as_bytes()));
-        }
-        let mut name = [0; 256];
-        let length = self
-            .file("")
-            .and_then(|path| sys::read_link(path.as_c_str()?, &mut name).ok());
-        let name = length.and_then(|length| name.get(..length));
-        name.map_or(InlinePath::EMPTY, InlinePath::new)
+    fn hierarchy(&self, calls: Calls) -> Option<Hierarchy> {
+        Some(hierarchy_of(self.cgroup?.as_raw_fd(), calls))
     }
 
     /// The first CPU that a list does not have, and whether it has others.
     fn missing_from(&self, list: &[u8]) -> (Option<usize>, bool) {
-        let asked = sys::sched::list(self.cpus);
+        let asked = sched::list(self.cpus);
         let (mut missing, mut partly) = (None, false);
         for cpu in asked {
             match list_has(list, cpu as u64) {
@@ -96,27 +89,21 @@ fn affinity(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
     if errno != Errno::EINVAL {
         return Verdict::UNKNOWN;
     }
-    const FILES: [&str; 2] = ["/cpuset.effective_cpus", "/cpuset.cpus.effective"];
-    // That of the cgroup asked for, if it has the controller; else the thread has kept its creator's.
     let missing = |list: &[u8]| Some(asked.missing_from(list));
-    let target = FILES.iter().find_map(|file| asked.first_in(file, missing));
-    let (directory, (missing, partly)) = match target {
-        Some(found) => (asked.directory(calls), found),
-        None => {
-            let own = Hierarchy::of_thread(b"cpuset");
-            let found = own.as_ref().and_then(|own| {
-                let mut files = FILES.iter();
-                files.find_map(|file| own.first_in(file.as_bytes(), missing))
-            });
-            match (own, found) {
-                (Some(own), Some(found)) => (own.own_directory(), found),
-                _ => {
-                    let online = file::first(c"/sys/devices/system/cpu/online", missing);
-                    (InlinePath::EMPTY, online.unwrap_or_default())
-                }
-            }
-        }
+    let cpuset = |hierarchy: Hierarchy| {
+        const FILES: [&[u8]; 2] = [b"/cpuset.effective_cpus", b"/cpuset.cpus.effective"];
+        let mut files = FILES.into_iter();
+        files.find_map(|file| hierarchy.nearest_in(file, missing))
     };
+    // That of the cgroup asked for, if it has the controller; else the thread has kept its creator's.
+    let found = asked
+        .hierarchy(calls)
+        .and_then(cpuset)
+        .or_else(|| Hierarchy::of_thread(b"cpuset").and_then(cpuset));
+    let (directory, (missing, partly)) = found.unwrap_or_else(|| {
+        let online = file::first(c"/sys/devices/system/cpu/online", missing);
+        (InlinePath::EMPTY, online.unwrap_or_default())
+    });
     let Some(missing) = missing else {
         return Verdict::UNKNOWN;
     };
@@ -181,19 +168,17 @@ fn scheduler(errno: Errno, asked: &Asked<'_>, status: &Status) -> Verdict {
     if policy == SCHED_DEADLINE {
         return inferred(admission(true));
     }
-    const RUNTIME: &str = "/cpu.rt_runtime_us";
-    let zero = |line: &[u8]| (line.trim_ascii() == b"0").then_some(());
-    let unlimited = |line: &[u8]| (!line.is_empty()).then_some(());
-    if asked.first_in(RUNTIME, zero).is_some() {
-        let directory = asked.directory(calls);
-        return Verdict::proven(RealTimeRuntime { directory });
-    }
-    let own = Hierarchy::of_thread(b"cpu").filter(|own| own.version == 1);
-    if asked.first_in(RUNTIME, unlimited).is_none()
-        && let Some(own) = own
-        && own.first_in(RUNTIME.as_bytes(), zero).is_some()
-    {
-        let directory = own.own_directory();
+    // Of v1, where every cgroup has the file if the controller is there.
+    let runtime = |hierarchy: Hierarchy| {
+        let runtime = |line: &[u8]| Some(line.trim_ascii() == b"0");
+        let is_zero = hierarchy.first_in(b"/cpu.rt_runtime_us", runtime)?;
+        Some((is_zero, hierarchy.own_directory()))
+    };
+    let found = asked
+        .hierarchy(calls)
+        .and_then(runtime)
+        .or_else(|| Hierarchy::of_thread(b"cpu").and_then(runtime));
+    if let Some((true, directory)) = found {
         return Verdict::proven(RealTimeRuntime { directory });
     }
     match privileged {
@@ -203,7 +188,8 @@ fn scheduler(errno: Errno, asked: &Asked<'_>, status: &Status) -> Verdict {
 }
 
 fn cgroup(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
-    let directory = asked.directory(calls);
+    let hierarchy = asked.hierarchy(calls);
+    let directory = hierarchy.map_or(InlinePath::EMPTY, |found| found.own_directory());
     match errno {
         Errno::EACCES | Errno::EPERM => Verdict::proven(NotPermitted {
             what: "entering the cgroup",
@@ -220,9 +206,8 @@ fn cgroup(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
         }),
         Errno::EOPNOTSUPP | Errno::EBUSY => {
             const KINDS: [&str; 4] = ["domain", "domain threaded", "domain invalid", "threaded"];
-            let kind = asked.first_in("/cgroup.type", |line| {
-                KINDS.into_iter().find(|kind| kind.as_bytes() == line)
-            });
+            let kind = |line: &[u8]| KINDS.into_iter().find(|kind| kind.as_bytes() == line);
+            let kind = hierarchy.and_then(|found| found.first_in(b"/cgroup.type", kind));
             Verdict::proven(ForeignCgroup { directory, kind })
         }
         _ => Verdict::UNKNOWN,

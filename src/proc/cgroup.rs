@@ -1,7 +1,9 @@
 //! The cgroups above a thread, as far as they are visible, and what their files say.
 
 use std::ffi::CStr;
+use std::fmt::Write as _;
 use std::ops::ControlFlow;
+use std::os::fd::RawFd;
 
 use crate::errno::Errno;
 
@@ -17,6 +19,7 @@ const DEEPEST: usize = 18;
 type Path = Text<768>;
 
 /// A thread's cgroup in the hierarchy of one controller, as far as it is visible.
+#[derive(Clone, Copy)]
 pub(crate) struct Hierarchy {
     /// Mount point and cgroup, in one path.
     path: Path,
@@ -185,6 +188,44 @@ impl Hierarchy {
         found
     }
 
+    /// The cgroup whose directory is open as `directory`, in the hierarchy that it is of. `name` is what readlink(2) says of
+    /// the descriptor. Where it is not to be had, or out of sight of this process, the path through the descriptor
+    /// shows this cgroup alone.
+    pub(crate) fn of_directory(directory: RawFd, name: Option<&[u8]>) -> Hierarchy {
+        let mut path = Path::EMPTY;
+        let _ = write!(path, "/proc/thread-self/fd/{directory}");
+        let mut found = Hierarchy {
+            path,
+            mount: path.as_bytes().len(),
+            version: 2,
+            forking: false,
+        };
+        let Some(name) = name else { return found };
+        let _ = file::lines(c"/proc/thread-self/mountinfo", |line| {
+            let mount = Mount::parse(line).and_then(|mount| {
+                let version = match mount.kind {
+                    b"cgroup" => 1,
+                    b"cgroup2" => 2,
+                    _ => return None,
+                };
+                let mut path = Path::EMPTY;
+                unescape(mount.point, &mut path);
+                let length = path.as_bytes().len();
+                path.push(below(name, path.as_bytes())?);
+                let visible = exists(&mut path, b"/cgroup.procs", &mut false);
+                (visible && !path.is_truncated()).then_some(Hierarchy {
+                    path,
+                    mount: length,
+                    version,
+                    forking: lists(mount.options, b"pids_localevents"),
+                })
+            });
+            found = mount.unwrap_or(found);
+            ControlFlow::Continue(())
+        });
+        found
+    }
+
     /// What can have refused: levels without a limit are shown without their use, except the one charged first.
     pub(crate) fn snapshot(&self, files: &Files) -> Snapshot {
         self.read(files, false)
@@ -223,15 +264,11 @@ impl Hierarchy {
             *slot = read_level(&mut path, length, files, whole, &mut snapshot.unread);
             below &= slot.maximum.is_none();
             snapshot.count += 1;
-            if length <= self.mount {
+            let Some(parent) = self.above(length) else {
                 above = false;
                 break;
-            }
-            let parent = path
-                .as_bytes()
-                .get(..length)
-                .and_then(|bytes| bytes.iter().rposition(|byte| *byte == b'/'));
-            length = parent.unwrap_or(self.mount).max(self.mount);
+            };
+            length = parent;
         }
         path.shorten(self.mount);
         snapshot.hidden = above || self.has_ancestors(&mut path, files, &mut snapshot.unread);
@@ -260,6 +297,34 @@ impl Hierarchy {
     ) -> Option<T> {
         let mut path = self.path;
         with_file(&mut path, file, |path| file::first(path, parse))
+    }
+
+    /// The same in the nearest cgroup that has the file, and its directory: in v2 a cgroup need not have a controller,
+    /// and is then a part of the one above.
+    pub(crate) fn nearest_in<T>(
+        &self,
+        file: &[u8],
+        mut parse: impl FnMut(&[u8]) -> Option<T>,
+    ) -> Option<(InlinePath, T)> {
+        let mut level = *self;
+        loop {
+            if let Some(found) = level.first_in(file, &mut parse) {
+                return Some((level.own_directory(), found));
+            }
+            level
+                .path
+                .shorten(level.above(level.path.as_bytes().len())?);
+        }
+    }
+
+    /// The length of the path of the cgroup above the one whose path has this length, if it is visible.
+    fn above(&self, length: usize) -> Option<usize> {
+        if length <= self.mount {
+            return None;
+        }
+        let path = self.path.as_bytes().get(..length)?;
+        let parent = path.iter().rposition(|byte| *byte == b'/')?;
+        Some(parent.max(self.mount))
     }
 
     pub(crate) fn directory(&self, level: &Level) -> InlinePath {

@@ -317,6 +317,7 @@ impl Idle {
             };
             StepError {
                 call,
+                cgroup: request.cgroup,
                 ..StepError::new(step, errno, 0)
             }
         })

@@ -8,6 +8,7 @@ mod filters;
 mod gate;
 mod settings;
 mod setup;
+mod unified;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

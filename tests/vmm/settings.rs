@@ -13,7 +13,7 @@ use support::{
 };
 
 /// What the kernel says of the calling thread.
-fn affinity() -> Vec<usize> {
+pub(super) fn affinity() -> Vec<usize> {
     // SAFETY: all zeroes is an empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     // SAFETY: a place for the set, of its size.
@@ -43,7 +43,7 @@ fn blocked() -> u64 {
 
 /// The refusal of a thread, of which nothing is left: no thread, no descriptor, no mapping; and the closure is back.
 #[track_caller]
-fn refused(builder: &Builder, step: Step, errno: i32) -> SpawnError {
+pub(super) fn refused(builder: &Builder, step: Step, errno: i32) -> SpawnError {
     let attempt = || {
         let (error, back) = builder
             .clone()
@@ -73,7 +73,7 @@ fn refused(builder: &Builder, step: Step, errno: i32) -> SpawnError {
     error
 }
 
-fn open(directory: &Path) -> File {
+pub(super) fn open(directory: &Path) -> File {
     File::open(directory).unwrap()
 }
 
@@ -363,7 +363,7 @@ fn cpus_outside_of_the_cpuset_are_refused_wholly_and_partly() {
 fn the_cpuset_of_the_cgroup_asked_for_counts() {
     let cgroup = or_skip!(Cgroup::cpuset());
     if cgroup.is_unified() {
-        skip!("cpuset.cpus of v2 is not set here");
+        skip!("that of v2 is tried in unified.rs");
     }
     // A cpuset without memory nodes takes no thread.
     alone_in(
@@ -634,9 +634,6 @@ fn a_cgroup_that_the_user_may_not_write_is_refused() {
         skip!("becomes another user");
     }
     let cgroup = or_skip!(Cgroup::pids());
-    if cgroup.is_unified() {
-        skip!("the files of v2 are tried in a mount of its own");
-    }
     or_skip!(support::child(TEST, "user").cgroup(&cgroup).run()).success();
 }
 
@@ -685,6 +682,10 @@ fn a_thread_is_made_in_a_threaded_cgroup_of_v2() {
             .join(own)
             .join(format!("nptl-test-{}", std::process::id()));
         std::fs::create_dir(&cgroup).unwrap();
+        let foreign = cgroup.with_extension("foreign");
+        let other = foreign.join("threaded");
+        std::fs::create_dir_all(&other).unwrap();
+        std::fs::write(other.join("cgroup.type"), "threaded").unwrap();
         let look = || std::fs::read_to_string("/proc/thread-self/cgroup").unwrap();
         let builder = Builder::new().cgroup(open(&cgroup));
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -698,6 +699,15 @@ fn a_thread_is_made_in_a_threaded_cgroup_of_v2() {
                 cause => panic!("{cause}"),
             }
             assert_eq!(error.certainty(), Certainty::Proven, "{}", error.report());
+            let elsewhere = Builder::new().cgroup(open(&other));
+            let error = refused(&elsewhere, Step::Cgroup, libc::EOPNOTSUPP);
+            match error.cause() {
+                Cause::ForeignCgroup(foreign) => {
+                    assert_eq!(foreign.kind, Some("threaded"));
+                    assert_eq!(foreign.directory.as_ref(), other);
+                }
+                cause => panic!("{cause}"),
+            }
             std::fs::write(cgroup.join("cgroup.type"), "threaded").unwrap();
             let seen = builder.clone().spawn(look).unwrap().join().unwrap();
             let line = seen.lines().find(|line| line.starts_with("0::")).unwrap();
@@ -717,6 +727,8 @@ fn a_thread_is_made_in_a_threaded_cgroup_of_v2() {
                 (Step::Clone, libc::ENOSYS)
             );
         }));
+        std::fs::remove_dir(&other).unwrap();
+        std::fs::remove_dir(&foreign).unwrap();
         // Members of a removed cgroup are gone, not counted any more.
         await_reaping();
         wait_until("the cgroup is removed", || {
