@@ -6,6 +6,7 @@
 mod example;
 mod filters;
 mod gate;
+mod kick;
 mod settings;
 mod setup;
 mod unified;
