@@ -17,7 +17,7 @@ use support::{
 };
 
 const MADV_POPULATE_WRITE: u64 = libc::MADV_POPULATE_WRITE as u64;
-const CALLS_OF_A_SPAWN: [libc::c_long; 7] = [
+pub(super) const CALLS_OF_A_SPAWN: [libc::c_long; 7] = [
     libc::SYS_mmap,
     libc::SYS_munmap,
     libc::SYS_mprotect,
@@ -96,12 +96,12 @@ impl State {
     }
 }
 
-struct Case {
-    name: &'static str,
-    step: Step,
-    errno: Errno,
-    refuse: fn(&Call) -> Option<i32>,
-    configure: fn(Builder) -> Builder,
+pub(super) struct Case {
+    pub(super) name: &'static str,
+    pub(super) step: Step,
+    pub(super) errno: Errno,
+    pub(super) refuse: fn(&Call) -> Option<i32>,
+    pub(super) configure: fn(Builder) -> Builder,
 }
 
 impl Case {
@@ -115,11 +115,11 @@ impl Case {
     }
 }
 
-fn as_is(builder: Builder) -> Builder {
+pub(super) fn as_is(builder: Builder) -> Builder {
     builder
 }
 
-const CASES: &[Case] = &[
+pub(super) const CASES: &[Case] = &[
     Case {
         name: "mmap ENOMEM",
         step: Step::MapStack,
@@ -265,7 +265,7 @@ const CASES: &[Case] = &[
 ];
 
 /// Calls `attempt` with the obstacle in the way.
-fn obstructed<T>(case: &Case, active: &AtomicBool, attempt: impl FnOnce() -> T) -> T {
+pub(super) fn obstructed<T>(case: &Case, active: &AtomicBool, attempt: impl FnOnce() -> T) -> T {
     if case.step == Step::AllocateTls {
         CALLOC_FAILS_IN.store(tid(), Ordering::Release);
     }

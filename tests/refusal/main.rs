@@ -3,6 +3,7 @@
 
 mod attributes;
 mod failure;
+mod gated;
 mod headroom;
 mod heap;
 mod no_alloc;

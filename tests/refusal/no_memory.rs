@@ -68,7 +68,7 @@ unsafe impl GlobalAlloc for Refusing {
 static ALLOCATOR: Refusing = Refusing;
 
 /// What `attempt` gives with `granted` allocations, and whether it used them up.
-fn with_memory_for<T>(granted: usize, attempt: impl FnOnce() -> T) -> (T, bool) {
+pub(super) fn with_memory_for<T>(granted: usize, attempt: impl FnOnce() -> T) -> (T, bool) {
     GRANTED.set(Some(granted));
     let result = attempt();
     let left = GRANTED.replace(None);
