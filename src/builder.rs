@@ -497,6 +497,7 @@ impl Builder {
     }
 
     /// Packs the closure and lets `start` make a thread of it.
+    #[expect(unsafe_code, reason = "no type says that a refused thread has not run")]
     fn launch<F, T>(
         self,
         f: F,
@@ -504,20 +505,19 @@ impl Builder {
         start: impl FnOnce(&Request, &Shared<Packet<F, T>>) -> Result<Running, SpawnError>,
     ) -> Result<Launched<F, T>, Refused<F>> {
         let request = self.request();
-        let (error, f) = match spawn::share(Packet::new(f, scope.cloned())) {
-            Ok(packet) => match start(&request, &packet) {
-                Ok(running) => return Ok((running, packet)),
-                Err(error) => (error, packet.take_work()),
-            },
-            Err(packet) => (
-                spawn::refused_memory(&request, size_of::<Packet<F, T>>()),
-                packet.into_work(),
-            ),
+        let packet = match spawn::share(Packet::new(f, scope.cloned())) {
+            Ok(packet) => packet,
+            Err(packet) => {
+                let error = spawn::refused_memory(&request, size_of::<Packet<F, T>>());
+                // SAFETY: no thread has seen this packet.
+                return Err(Refused::new(error, unsafe { packet.reclaim() }));
+            }
         };
-        match f {
-            Some(f) => Err(Refused::new(error, f)),
-            // No thread was made, or it has ended before it took the closure.
-            None => unreachable!("a refused spawn ran the closure"),
+        match start(&request, &packet) {
+            Ok(running) => Ok((running, packet)),
+            // SAFETY: no thread was made, or its report was a refused setting, or it has ended without a report: the body
+            // is called behind a report that is no refusal.
+            Err(error) => Err(Refused::new(error, unsafe { packet.reclaim() })),
         }
     }
 

@@ -412,6 +412,8 @@ impl Stages {
             let word = self.report.load(Ordering::Acquire);
             match word {
                 READY | FAILED => return Ok(()),
+                // A handler has forked, and this is the child: the thread runs in the parent alone, as its handle says.
+                _ if ended && self.forks != forks() => return Ok(()),
                 _ if word & REFUSED != 0 => {
                     let errno = Errno::new((word >> 16 & 0x7fff) as i32);
                     // For the next attempt.

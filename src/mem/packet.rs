@@ -14,7 +14,7 @@ use std::thread::Result as Outcome;
 /// whose thread was just storing a result.
 ///
 /// ```text
-///  WORK ──► EMPTY    by the thread, or by the creator if no thread was made
+///  WORK ──► EMPTY    by the thread; of a refused thread the creator takes the closure and leaves the word
 ///  EMPTY ──► RESULT  by the thread
 ///  RESULT ──► EMPTY  by the handle
 ///  WORK ──► CANCELLED  by the thread, whose gate was cancelled; the closure stays inside
@@ -68,13 +68,21 @@ impl<F, T> Packet<F, T> {
             .is_ok()
     }
 
-    /// The closure of a thread that was not made.
-    pub(crate) fn take_work(&self) -> Option<F> {
+    fn take_work(&self) -> Option<F> {
         if !self.claim(WORK) {
             return None;
         }
         // SAFETY: claimed.
         unsafe { (*self.work.get()).take() }
+    }
+
+    /// The closure of a refused thread.
+    ///
+    /// # Safety
+    /// Called once, where no thread was made with the packet, or the one that was has ended without calling its body.
+    pub(crate) unsafe fn reclaim(&self) -> F {
+        // SAFETY: nothing has taken the closure, and no other thread can reach it, by the caller's promise.
+        unsafe { (*self.work.get()).take().unwrap_unchecked() }
     }
 
     /// The closure will not run, and stays inside.
@@ -93,11 +101,6 @@ impl<F, T> Packet<F, T> {
             unsafe { *self.result.get() = Some(outcome) };
             self.state.store(RESULT, Ordering::Release);
         }
-    }
-
-    /// The same, where there was not even memory to share it.
-    pub(crate) fn into_work(mut self) -> Option<F> {
-        self.work.get_mut().take()
     }
 }
 

@@ -79,6 +79,13 @@ impl Deny {
         seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
     }
 
+    /// As [`install`](Deny::install), but the thread that makes the call dies of it, and no other.
+    pub fn install_kill(self) {
+        let rules = rules([(self.syscall, self.conditions)]);
+        let program = compile(rules, SeccompAction::Allow, SeccompAction::KillThread);
+        seccompiler::apply_filter(&program).expect("a filter that the kernel takes");
+    }
+
     fn program(self) -> BpfProgram {
         let rules = rules([(self.syscall, self.conditions)]);
         let errno = SeccompAction::Errno(self.errno.cast_unsigned());

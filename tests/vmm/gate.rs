@@ -5,9 +5,7 @@ use nptl::{Builder, Cancelled, JoinHandle, RetryPolicy, SpawnError, StartGate, S
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use support::{
-    Cgroup, Snapshot, alone, await_reaping, case, child, inherited_cgroup, or_skip, short_or_long,
-};
+use support::{Cgroup, Snapshot, alone, await_reaping, case, child, inherited_cgroup, or_skip};
 
 /// Threads at one gate, and what became of them.
 struct Group {
@@ -335,18 +333,14 @@ fn a_thread_at_a_gate_handles_signals_and_goes_on_waiting() {
     );
 }
 
-/// Opened and cancelled over and over, with threads on either side of the decision. Under memcheck as well (.ci/run).
+/// Opened and cancelled over and over, with threads on either side of the decision. Under memcheck as well (.ci/run), which
+/// takes half a minute.
 #[test]
 fn many_gates() {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let rounds = match maps.contains("vgpreload") {
-        true => short_or_long(300, 10_000),
-        false => 10_000,
-    };
     let dropped = Moved::counter();
     let ran = Arc::new(AtomicUsize::new(0));
     let mut expected = 0;
-    for round in 0..rounds {
+    for round in 0..10_000 {
         let gate = StartGate::new();
         let builder = Builder::new().stack_size(64 << 10).start_gate(&gate);
         let thread = |_| {

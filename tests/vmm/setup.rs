@@ -6,7 +6,7 @@ use nptl::{
 };
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use support::{self, Snapshot, alone, await_reaping, deny};
 
 fn tid() -> i32 {
@@ -202,22 +202,127 @@ fn a_setup_that_forks_does_not_hang_the_child_at_the_gate() {
     );
 }
 
-/// Filters that deny, and that kill the thread at, the very next call: the report. The creator does not hang.
+/// As everywhere behind a fork, what comes next runs in both processes; the thread is the last one of the child.
+#[test]
+fn a_setup_that_forks_goes_on_in_both_processes() {
+    alone(
+        "setup::a_setup_that_forks_goes_on_in_both_processes",
+        || {
+            // SAFETY: the child makes only system calls and returns into the crate.
+            let setup = || match unsafe { libc::fork() } {
+                -1 => Err(std::io::Error::last_os_error()),
+                child => Ok(child),
+            };
+            let body = |child: libc::pid_t| {
+                if child == 0 {
+                    // SAFETY: ends the child, whose closure this is.
+                    unsafe { libc::_exit(7) };
+                }
+                child
+            };
+            let thread = Builder::new().spawn_with_setup(setup, body).unwrap();
+            let child = thread.join().unwrap();
+            let mut status = 0;
+            // SAFETY: waits for a child of this process.
+            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+            assert_eq!(libc::WEXITSTATUS(status), 7);
+        },
+    );
+}
+
+/// Filters that deny, and that kill the thread at, what comes next: the report, the wait at the gate, the end. The creator
+/// does not hang, and finds what the thread has come to.
 #[test]
 fn a_filter_that_denies_what_comes_next_does_not_hang_the_creator() {
     alone(
         "setup::a_filter_that_denies_what_comes_next_does_not_hang_the_creator",
         || {
-            let denied = Builder::new()
-                .spawn_with_setup(
-                    || {
-                        deny(libc::SYS_futex, libc::EPERM).install();
+            for call in [libc::SYS_futex, libc::SYS_rt_sigprocmask, libc::SYS_exit] {
+                for (kills, gated) in [(false, false), (false, true), (true, false), (true, true)] {
+                    // A thread that is denied its end has no other.
+                    if !kills && call == libc::SYS_exit {
+                        continue;
+                    }
+                    let gate = StartGate::new();
+                    let builder = match gated {
+                        true => Builder::new().start_gate(&gate),
+                        false => Builder::new(),
+                    };
+                    let setup = move || {
+                        match kills {
+                            true => deny(call, libc::EPERM).install_kill(),
+                            false => deny(call, libc::EPERM).install(),
+                        }
                         Ok::<_, ()>(3)
-                    },
-                    |value| value,
-                )
-                .unwrap();
-            assert_eq!(denied.join().unwrap(), 3);
+                    };
+                    let thread = builder.spawn_with_setup(setup, |value| value).unwrap();
+                    gate.open();
+                    let outcome = thread.join();
+                    // At the report it dies before its closure, at its end behind it.
+                    match kills && call == libc::SYS_futex {
+                        true => assert!(outcome.unwrap_err().is::<&str>()),
+                        false => assert_eq!(outcome.unwrap(), 3, "{call} {kills} {gated}"),
+                    }
+                }
+            }
+            // In the setup itself.
+            let setup = || {
+                deny(libc::SYS_getppid, libc::EPERM).install_kill();
+                // SAFETY: takes no argument. The thread dies of it.
+                Ok::<_, ()>(unsafe { libc::getppid() })
+            };
+            match Builder::new().spawn_with_setup(setup, |_| ()) {
+                Err(SetupError::Refused(error)) => {
+                    assert_eq!(
+                        (error.step(), error.errno().raw()),
+                        (Step::Setup, libc::ESRCH)
+                    );
+                }
+                other => panic!("{other:?}"),
+            }
+            await_reaping();
+            nptl::spawn(|| ()).unwrap().join().unwrap();
+        },
+    );
+}
+
+/// A signal handler forks while the creator waits for the setup. In the child the thread does not exist, like every thread
+/// that stayed behind in the parent of a fork: its handle says so, and no cause is made up.
+#[test]
+fn a_fork_while_the_creator_waits_leaves_the_thread_to_the_parent() {
+    static FORKED: AtomicI32 = AtomicI32::new(-1);
+    extern "C" fn fork(_: libc::c_int) {
+        // SAFETY: the crate allows a fork in a handler; the child goes on in the interrupted spawn.
+        FORKED.store(unsafe { libc::fork() }, Ordering::SeqCst);
+    }
+    alone(
+        "setup::a_fork_while_the_creator_waits_leaves_the_thread_to_the_parent",
+        || {
+            let creator = tid();
+            // SAFETY: see the handler.
+            unsafe { libc::signal(libc::SIGUSR1, fork as *const () as usize) };
+            let setup = move || {
+                // SAFETY: only numbers.
+                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), creator, libc::SIGUSR1) };
+                wait_until("forked", || FORKED.load(Ordering::SeqCst) > 0);
+                std::thread::sleep(std::time::Duration::from_millis(30));
+                Ok::<_, ()>(3)
+            };
+            let started = Builder::new().spawn_with_setup(setup, |value| value);
+            match FORKED.load(Ordering::SeqCst) {
+                0 => {
+                    let right = started.is_ok_and(|thread| thread.join().is_err());
+                    // SAFETY: the child ends without anything else.
+                    unsafe { libc::_exit(i32::from(!right)) }
+                }
+                child => {
+                    assert_eq!(started.unwrap().join().unwrap(), 3);
+                    let mut status = 0;
+                    // SAFETY: waits for a child of this process.
+                    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                    assert_eq!(status, 0);
+                }
+            }
         },
     );
 }
