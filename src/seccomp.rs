@@ -153,7 +153,6 @@ mod numbers {
         prctl = SYS_prctl;
         prlimit64 = SYS_prlimit64;
         read = SYS_read;
-        readlink = SYS_readlink;
         rseq = SYS_rseq;
         rt_sigaction = SYS_rt_sigaction;
         rt_sigprocmask = SYS_rt_sigprocmask;
@@ -192,21 +191,23 @@ calls! {
     Prepare {
         mmap[2: READ_WRITE, 3: ANONYMOUS],
         mmap[2: READ_WRITE, 3: STACK],
-        mmap[2: libc::PROT_NONE, 3: STACK],
-        mmap[2: libc::PROT_NONE, 3: ANONYMOUS | libc::MAP_NORESERVE],
-        mmap[2: libc::PROT_NONE, 3: ANONYMOUS],
-        mprotect,
         munmap,
-        madvise,
+        madvise[2: libc::MADV_WIPEONFORK],
+        madvise[2: libc::MADV_DONTNEED],
         rt_sigprocmask[0: libc::SIG_SETMASK],
         rt_sigprocmask[0: libc::SIG_BLOCK],
         rt_sigprocmask[0: libc::SIG_UNBLOCK],
         rt_sigaction,
         clone3,
         clone[0: FLAGS],
-        futex,
-        set_robust_list,
-        rseq,
+        futex[1: libc::FUTEX_WAIT],
+        futex[1: libc::FUTEX_WAKE],
+        futex[1: PRIVATE_WAIT],
+        futex[1: PRIVATE_WAKE],
+        // glibc's pthread_join.
+        futex[1: libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME],
+        set_robust_list[1: 24],
+        rseq[2: 0],
         exit,
         sched_getparam,
         sched_getscheduler,
@@ -215,7 +216,7 @@ calls! {
         gettid,
         mincore,
         getpid,
-        tgkill,
+        tgkill[2: 0],
         sched_yield,
         openat,
         read,
@@ -258,6 +259,7 @@ calls! {
         fstatfs,
         openat,
         close,
+        fcntl[1: libc::F_GETFD],
         write,
     }
     Affinity {
@@ -341,6 +343,7 @@ calls! {
         futex[1: libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME],
         brk,
     }
+    // Behind a filter: without one there are others.
     Refusal {
         openat,
         read,
@@ -351,16 +354,11 @@ calls! {
         clock_gettime,
         clock_nanosleep,
         clone3,
-        clone,
-        fstatfs,
-        prlimit64,
-        newfstatat,
-        sched_getattr,
-        readlink,
+        clone[0: FLAGS],
         kill[1: 0],
-        mmap,
+        mmap[2: READ_WRITE, 3: STACK],
         munmap,
-        mprotect,
+        mprotect[2: libc::PROT_NONE],
         rt_sigprocmask[0: libc::SIG_SETMASK],
     }
     Heap {
