@@ -8,6 +8,7 @@ pub mod pthread;
 pub mod refusal;
 pub mod rust;
 pub mod summary;
+pub mod vcpus;
 pub mod workload;
 
 use std::error::Error;
@@ -70,6 +71,9 @@ pub const SUBJECTS: [&str; 4] = [floor::NAME, pthread::NAME, rust::STD, rust::NP
 
 /// The subjects that can run a row, in the order of [`SUBJECTS`].
 pub fn subjects(row: &Row) -> io::Result<Vec<Box<dyn Runner>>> {
+    if matches!(row.workload, Workload::Settings | Workload::Gate) {
+        return Ok(vec![Box::new(vcpus::BY_HAND), Box::new(vcpus::BUILT)]);
+    }
     let mut subjects: Vec<Box<dyn Runner>> = Vec::new();
     if floor::AVAILABLE && row.workload != Workload::HeapWarm {
         subjects.push(Box::new(floor::Floor::new()));

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::gate::Gate;
-use super::{Body, Subject, floor, pthread};
+use super::{Body, Subject, floor, pthread, rust};
 
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
@@ -28,6 +28,10 @@ pub enum Workload {
     SpawnCall,
     /// Several threads spawn and join at once.
     Contended,
+    /// One thread with a name, an affinity, a mask and a setup, and its join.
+    Settings,
+    /// Virtual CPUs that are created, set up, let go together, and joined.
+    Gate,
     /// Hot beside parked threads of the same subject.
     Live,
     /// A large burst that comes and goes: what of it does the default cache hold?
@@ -49,6 +53,8 @@ impl Workload {
             Workload::HeapWarm => "heap-warm",
             Workload::SpawnCall => "spawn-call",
             Workload::Contended => "contended",
+            Workload::Settings => "settings",
+            Workload::Gate => "gate",
             Workload::Live => "live",
             Workload::CrowdAgain => "crowd-again",
         }
@@ -99,7 +105,9 @@ impl Row {
     /// Threads started in one iteration; a figure is the time for one of them.
     pub fn threads_per_iteration(&self) -> usize {
         match self.workload {
-            Workload::Burst | Workload::Contended | Workload::CrowdAgain => self.threads,
+            Workload::Burst | Workload::Contended | Workload::Gate | Workload::CrowdAgain => {
+                self.threads
+            }
             _ => 1,
         }
     }
@@ -144,8 +152,10 @@ pub fn live_row(threads: usize) -> Row {
 
 /// All rows, in the order of the performance table, then those of the plot.
 pub fn rows() -> Vec<Row> {
-    use Workload::{Burst, Cold, Contended, CrowdAgain, HeapWarm, Hot, Lean, SpawnCall};
-    let (floor, pthread) = (floor::NAME, pthread::NAME);
+    use Workload::{
+        Burst, Cold, Contended, CrowdAgain, Gate, HeapWarm, Hot, Lean, Settings, SpawnCall,
+    };
+    let (floor, pthread, std) = (floor::NAME, pthread::NAME, rust::STD);
     let table = [
         (row(Hot, 1, 256 * KIB, 50, 400), floor, 1.05),
         (row(Burst, 64, 8 * MIB, 1, 200), pthread, 0.50),
@@ -158,6 +168,8 @@ pub fn rows() -> Vec<Row> {
         (row(Contended, 2, 256 * KIB, 60, 200), pthread, 1.00),
         (row(Contended, 4, 256 * KIB, 30, 200), pthread, 1.00),
         (row(Contended, 16, 256 * KIB, 10, 200), pthread, 1.00),
+        (row(Settings, 1, 256 * KIB, 50, 200), std, 1.00),
+        (row(Gate, 64, 256 * KIB, 1, 200), std, 1.00),
     ];
     let with_target = table.map(|(row, against, ratio)| Row {
         target: Some(Target { against, ratio }),
@@ -199,6 +211,7 @@ pub fn run<S: Subject>(subject: &S, row: &Row, iterations: u64) -> io::Result<Du
         Workload::SpawnCall => spawn_call(subject, iterations),
         Workload::Contended => contended(subject, row.threads, iterations),
         Workload::Live => live(subject, row.threads, iterations),
+        Workload::Settings | Workload::Gate => Err(io::ErrorKind::Unsupported.into()),
     }
 }
 

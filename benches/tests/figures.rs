@@ -25,8 +25,8 @@ fn row_of(workload: Workload) -> Row {
 
 #[test]
 fn the_rows_are_those_of_the_performance_table() {
-    use Workload::{Burst, Cold, Contended, HeapWarm, Hot, Lean, SpawnCall};
-    let promised: [Promised; 11] = [
+    use Workload::{Burst, Cold, Contended, Gate, HeapWarm, Hot, Lean, Settings, SpawnCall};
+    let promised: [Promised; 13] = [
         (Hot, 1, 256, "floor", 1.05),
         (Burst, 64, 8192, "pthread", 0.50),
         (Burst, 1000, 8192, "pthread", 0.45),
@@ -38,6 +38,8 @@ fn the_rows_are_those_of_the_performance_table() {
         (Contended, 2, 256, "pthread", 1.00),
         (Contended, 4, 256, "pthread", 1.00),
         (Contended, 16, 256, "pthread", 1.00),
+        (Settings, 1, 256, "std", 1.00),
+        (Gate, 64, 256, "std", 1.00),
     ];
     let with_target: Vec<Promised> = rows()
         .iter()
@@ -100,6 +102,8 @@ fn every_subject_runs_every_row() {
         // The floor's child has no thread-locals to allocate with.
         let expected = match row.workload {
             Workload::HeapWarm => &SUBJECTS[1..],
+            // By hand or by the builder.
+            Workload::Settings | Workload::Gate => &SUBJECTS[2..],
             _ => &SUBJECTS[..],
         };
         assert_eq!(names, expected, "{}", row.label());
