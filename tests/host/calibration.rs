@@ -2,12 +2,11 @@
 //! program makes it and whatever the program's other threads do meanwhile.
 
 use super::shared_object::plugin;
+use super::{Library, wait_until};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use support::{Call, alone, case, child, deny, or_skip, skip, supervised, tid};
 
 /// Spawns and joins, and does so again: the second thread gets what the first one left.
@@ -16,15 +15,6 @@ fn spawn_and_join() {
     for number in 0..2 {
         let handle = nptl::spawn(move || number).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(handle.join().expect("its end"), number);
-    }
-}
-
-#[track_caller]
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !holds() {
-        assert!(Instant::now() < deadline, "never came true: {what}");
-        std::thread::yield_now();
     }
 }
 
@@ -209,36 +199,7 @@ fn a_creator_with_a_scheduling_policy_calibrates() {
     spawn_and_join();
 }
 
-/// A library whose constructor calls the function that `HOST` names.
-struct Library(PathBuf);
-
-impl Library {
-    fn build(test: &str, source: &str) -> Result<Library, String> {
-        let folder = std::env::temp_dir().join(format!("nptl-{test}-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-        let library = Library(folder);
-        let file = library.0.join("library.c");
-        std::fs::write(&file, source).map_err(|e| e.to_string())?;
-        let output = Command::new("gcc")
-            .args(["-shared", "-fPIC", "-o"])
-            .args([&library.path(), &file])
-            .output();
-        let output = output.map_err(|e| format!("no gcc: {e}"))?;
-        assert!(output.status.success(), "{output:?}");
-        Ok(library)
-    }
-
-    fn path(&self) -> PathBuf {
-        self.0.join("library.so")
-    }
-}
-
-impl Drop for Library {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
+/// Of a library whose constructor calls the function that `HOST` names.
 const CONSTRUCTOR: &str = "
 #include <stdlib.h>
 __attribute__((constructor)) static void construct(void) {
@@ -256,7 +217,7 @@ fn construct(path: &str, work: extern "C" fn()) {
 
 /// For as long as its child runs.
 fn run_with_library(test: &str, source: &str) {
-    let library = or_skip!(Library::build(test, source));
+    let library = or_skip!(Library::compile(test, source));
     let path = library.path();
     let child = child(&format!("calibration::{test}"), path.to_str().unwrap());
     or_skip!(child.time_limit(Duration::from_secs(30)).run()).success();
@@ -451,7 +412,7 @@ char *get(unsigned at) { return &large[at]; }
 ";
     let test = "static_tls_may_be_large";
     if case().is_none() {
-        let library = or_skip!(Library::build(test, SOURCE));
+        let library = or_skip!(Library::compile(test, SOURCE));
         let child = child(&format!("calibration::{test}"), "run");
         // The standard library's threads, and so the harness's, have them on the stack that they were given.
         let child = child.env("RUST_MIN_STACK", (64 << 20).to_string());
