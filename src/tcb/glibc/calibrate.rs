@@ -396,7 +396,8 @@ impl Subject<'_> {
             };
             let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
             set(GUARD, REPORTED, true);
-            let told = libc::pthread_getattr_np(libc::pthread_self(), &raw mut attributes) == 0;
+            let told =
+                (self.symbols.get_attributes)(libc::pthread_self(), &raw mut attributes) == 0;
             set(0, 0, false);
             if told {
                 libc::pthread_attr_getstacksize(&raw const attributes, &raw mut size);
@@ -568,7 +569,8 @@ unsafe fn run_to_the_end(
     unsafe {
         let (base, length) = (*subject).stack;
         let mut set = 0;
-        let created = pthread::create(run, subject.cast(), |attributes| {
+        let symbols = (*subject).symbols;
+        let created = pthread::create(symbols, run, subject.cast(), |attributes| {
             set = libc::pthread_attr_setstack(attributes, base as *mut c_void, length);
             set
         });
@@ -577,7 +579,7 @@ unsafe fn run_to_the_end(
         while (*subject).done.load(Ordering::Acquire) == 0 {
             sys::futex_wait(&(*subject).done, 0, None);
         }
-        let joined = libc::pthread_join(thread, &raw mut result) == 0;
+        let joined = (symbols.join)(thread, &raw mut result) == 0;
         Ok(joined.then_some((thread, result)))
     }
 }

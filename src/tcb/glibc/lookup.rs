@@ -18,15 +18,36 @@ pub(super) fn unsupported(name: &'static CStr) -> RuntimeError {
 }
 
 pub(super) fn address(name: &'static CStr) -> Result<usize, RuntimeError> {
-    // SAFETY: the name is NUL-terminated; RTLD_DEFAULT searches what is loaded already.
-    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    find(libc::RTLD_DEFAULT, name)
+}
+
+pub(super) fn find(handle: *mut c_void, name: &'static CStr) -> Result<usize, RuntimeError> {
+    // SAFETY: the name is NUL-terminated; what is searched is loaded, and stays so.
+    let found = unsafe { libc::dlsym(handle, name.as_ptr()) };
+    found_or_unsupported(found, name).map(|found| found as usize)
+}
+
+/// What the loader has found, unless it is null.
+fn found_or_unsupported(
+    found: *mut c_void,
+    name: &'static CStr,
+) -> Result<*mut c_void, RuntimeError> {
     if found.is_null() {
         // Not an error that the program is to find.
         // SAFETY: no preconditions.
         unsafe { libc::dlerror() };
         return Err(unsupported(name));
     }
-    Ok(found as usize)
+    Ok(found)
+}
+
+/// libc itself, for functions that another object of the program can have replaced: a preloaded library, or the
+/// program.
+pub(super) fn libc_itself() -> Result<*mut c_void, RuntimeError> {
+    const NAME: &CStr = c"libc.so.6";
+    // SAFETY: the name is NUL-terminated; nothing is loaded that is not.
+    let handle = unsafe { libc::dlopen(NAME.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+    found_or_unsupported(handle, NAME)
 }
 
 /// Offset of a field that must have `bits` bits, from libthread_db's descriptor of it: bits, number of elements, offset.

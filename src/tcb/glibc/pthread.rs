@@ -1,5 +1,6 @@
 //! Threads of glibc's own, which do what only they can.
 
+use super::symbols::Symbols;
 use crate::errno::Errno;
 use libc::{c_int, c_void, pthread_attr_t, pthread_t};
 
@@ -8,22 +9,21 @@ use libc::{c_int, c_void, pthread_attr_t, pthread_t};
 /// # Safety
 /// `argument` is what `routine` asks for, and outlives the thread. The attributes are what the caller can answer for.
 pub(super) unsafe fn create(
+    symbols: &Symbols,
     routine: unsafe extern "C" fn(*mut c_void) -> *mut c_void,
     argument: *mut c_void,
     set: impl FnOnce(*mut pthread_attr_t) -> c_int,
 ) -> Result<pthread_t, Errno> {
     let mut thread = 0;
-    // SAFETY: the attributes are initialised, and destroyed after their last use. The libc crate wants a safe function
-    // type; the routine is called once, by the new thread, with the argument that it is written for.
+    // SAFETY: the attributes are initialised, and destroyed after their last use. The routine is called once, by the new
+    // thread, with the argument that it is written for.
     unsafe {
-        let routine: extern "C" fn(*mut c_void) -> *mut c_void = std::mem::transmute(routine);
         let mut attributes: pthread_attr_t = std::mem::zeroed();
         libc::pthread_attr_init(&raw mut attributes);
         let mut answer = set(&raw mut attributes);
         if answer == 0 {
             Errno::clear();
-            answer =
-                libc::pthread_create(&raw mut thread, &raw const attributes, routine, argument);
+            answer = (symbols.create)(&raw mut thread, &raw const attributes, routine, argument);
         }
         // glibc folds the errno of a refusal, and leaves it in `errno`.
         let errno = match Errno::last() {

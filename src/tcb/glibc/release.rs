@@ -31,8 +31,8 @@ impl Runtime {
         // SAFETY: the heir outlives the thread, which is joined.
         let released = unsafe {
             let set = |attributes| libc::pthread_attr_setstacksize(attributes, size);
-            pthread::create(run, place, set)
-                .map(|thread| libc::pthread_join(thread, std::ptr::null_mut()))
+            pthread::create(&self.symbols, run, place, set)
+                .map(|thread| (self.symbols.join)(thread, std::ptr::null_mut()))
                 .is_ok()
         };
         sys::set_signal_mask(old);

@@ -6,7 +6,9 @@
 //! taken, in the child for ever.
 
 use super::dtv::{ENTRY, Refill};
-use super::lookup::{address, check, field_of, is_mapped, rtld_global, unsupported};
+use super::lookup::{
+    address, check, field_of, find, is_mapped, libc_itself, rtld_global, unsupported,
+};
 use crate::sys;
 use crate::sys::page_size;
 use crate::tcb::error::RuntimeError;
@@ -97,6 +99,14 @@ type AllocateTls = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
 type DeallocateTls = unsafe extern "C" fn(*mut c_void, bool);
 type Nullary = unsafe extern "C" fn();
 type ResNclose = unsafe extern "C" fn(*mut c_void);
+type Create = unsafe extern "C" fn(
+    *mut libc::pthread_t,
+    *const libc::pthread_attr_t,
+    unsafe extern "C" fn(*mut c_void) -> *mut c_void,
+    *mut c_void,
+) -> c_int;
+type Join = unsafe extern "C" fn(libc::pthread_t, *mut *mut c_void) -> c_int;
+type GetAttributes = unsafe extern "C" fn(libc::pthread_t, *mut libc::pthread_attr_t) -> c_int;
 
 #[derive(Clone)]
 pub(super) struct Symbols {
@@ -106,6 +116,9 @@ pub(super) struct Symbols {
     pub call_tls_dtors: Nullary,
     pub ctype_init: Nullary,
     pub res_nclose: ResNclose,
+    pub create: Create,
+    pub join: Join,
+    pub get_attributes: GetAttributes,
     pub keys: *const PthreadKey,
     nthreads: *const AtomicI32,
     /// Bytes of all static TLS; on x86-64 the descriptor is part of it.
@@ -224,6 +237,7 @@ impl Symbols {
         let resp = address(c"__resp")?.wrapping_sub(sys::thread_pointer()) as isize;
         let known = segment.contains(&resp);
         check(known, "__resp outside libc's TLS segment")?;
+        let libc = libc_itself()?;
         Ok(Symbols {
             // SAFETY: the thread pointer in, null or the same out, from 2.34 to 2.43.
             allocate_tls: unsafe {
@@ -243,6 +257,14 @@ impl Symbols {
             // SAFETY: public in resolv.h.
             res_nclose: unsafe {
                 std::mem::transmute::<usize, ResNclose>(address(c"__res_nclose")?)
+            },
+            // SAFETY: public in pthread.h.
+            create: unsafe { std::mem::transmute::<usize, Create>(find(libc, c"pthread_create")?) },
+            // SAFETY: public in pthread.h.
+            join: unsafe { std::mem::transmute::<usize, Join>(find(libc, c"pthread_join")?) },
+            // SAFETY: public in pthread.h.
+            get_attributes: unsafe {
+                std::mem::transmute::<usize, GetAttributes>(find(libc, c"pthread_getattr_np")?)
             },
             keys: address(c"__pthread_keys")? as *const PthreadKey,
             nthreads: address(c"__nptl_nthreads")? as *const AtomicI32,
