@@ -55,6 +55,9 @@ mod failures;
 mod fork;
 mod gate;
 mod handle;
+#[cfg(feature = "interpose")]
+#[expect(unsafe_code, reason = "A9")]
+mod interpose;
 #[expect(unsafe_code, reason = "A9")]
 mod mem;
 mod proc;

@@ -1,0 +1,34 @@
+//! `pthread_create(3)` and its relatives for the whole program: as a global allocator is every `malloc`'s.
+//!
+//! The exported functions are here; what they do is one of two things ([`Mode`]): `explain` passes every call on to libc,
+//! and finds out why one was refused; `threads` makes the threads itself.
+
+mod explain;
+mod settings;
+
+use explain::{Libc, Routine};
+use libc::{c_int, c_void, pthread_attr_t, pthread_t};
+use settings::{Mode, Settings};
+
+/// pthread_create(3)
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pthread_create(
+    thread: *mut pthread_t,
+    attributes: *const pthread_attr_t,
+    routine: Routine,
+    argument: *mut c_void,
+) -> c_int {
+    let Some(libc) = Libc::get() else {
+        return libc::ENOSYS;
+    };
+    match Settings::get().mode {
+        // threads::create(thread, attributes, routine, argument)
+        Mode::Threads | Mode::Explain => {
+            // SAFETY: the caller's own arguments.
+            unsafe { (libc.pthread_create)(thread, attributes, routine, argument) }
+        }
+    }
+}
