@@ -298,6 +298,14 @@ impl Builder {
         self
     }
 
+    #[cfg(feature = "interpose")]
+    pub(crate) fn with_special(self, special: Box<Special>) -> Builder {
+        Builder {
+            special: Some(special),
+            ..self
+        }
+    }
+
     /// Creates the thread.
     ///
     /// # Errors
@@ -413,7 +421,7 @@ impl Builder {
         match packet.take_failure() {
             None => Ok(JoinHandle::new(running, packet.into_delivery())),
             Some(failure) => {
-                running.finish_failed();
+                running.finish();
                 Err(match failure {
                     Failure::Failed(error) => SetupError::Failed(error),
                     Failure::Panicked(payload) => SetupError::Panicked(payload),
@@ -522,7 +530,7 @@ impl Builder {
     }
 
     #[inline]
-    fn request(self) -> Request {
+    pub(crate) fn request(self) -> Request {
         let name = self.name;
         let wanted = Wanted {
             size: self.stack_size.unwrap_or_else(default_stack_size),

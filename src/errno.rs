@@ -25,6 +25,8 @@ impl Errno {
     pub(crate) const EAGAIN: Errno = Errno(libc::EAGAIN);
     pub(crate) const EBADF: Errno = Errno(libc::EBADF);
     pub(crate) const EBUSY: Errno = Errno(libc::EBUSY);
+    #[cfg(feature = "interpose")]
+    pub(crate) const EDEADLK: Errno = Errno(libc::EDEADLK);
     pub(crate) const EEXIST: Errno = Errno(libc::EEXIST);
     pub(crate) const EINTR: Errno = Errno(libc::EINTR);
     pub(crate) const EINVAL: Errno = Errno(libc::EINVAL);
@@ -37,6 +39,8 @@ impl Errno {
     pub(crate) const EOPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
     pub(crate) const EPERM: Errno = Errno(libc::EPERM);
     pub(crate) const ESRCH: Errno = Errno(libc::ESRCH);
+    #[cfg(feature = "interpose")]
+    pub(crate) const ETIMEDOUT: Errno = Errno(libc::ETIMEDOUT);
 }
 
 impl Errno {

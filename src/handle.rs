@@ -38,10 +38,23 @@ impl Running {
         }
     }
 
-    /// The thread's setup has failed: waits for its end.
-    pub(crate) fn finish_failed(self) {
+    /// Waits for the end of a thread whose result nobody wants.
+    pub(crate) fn finish(self) {
         self.stack.wait_released(None);
         self.stack.reap();
+    }
+
+    /// Of a thread that C code knows by its `pthread_t`, and has the right to join or to detach.
+    #[cfg(feature = "interpose")]
+    pub(crate) fn of(stack: &'static Stack) -> Running {
+        Running::new(stack, StackCache::global().clone(), 0, None, None)
+    }
+
+    /// The right to join the thread is C code's from its creation on; here nothing is left but what the creation used.
+    #[cfg(feature = "interpose")]
+    pub(crate) fn release(self) {
+        let mut released = std::mem::ManuallyDrop::new(self);
+        released.stages = None;
     }
 
     /// Calls `f` with the tid while the thread cannot end, or says ESRCH if it has.

@@ -172,7 +172,11 @@ pub enum CoreScheduling {
 
 /// A set of CPUs, as the kernel takes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Cpus(Vec<u64>);
+pub(crate) struct Cpus {
+    words: Vec<u64>,
+    /// Refused if the kernel takes a part of it only.
+    whole: bool,
+}
 
 impl Cpus {
     /// `Err`: a number that no kernel has, or that there is none.
@@ -192,12 +196,23 @@ impl Cpus {
         }
         match words.is_empty() {
             true => Err(("number of CPUs in the affinity", 0)),
-            false => Ok(Cpus(words)),
+            false => Ok(Cpus { words, whole: true }),
         }
     }
 
+    /// A set of which the kernel may leave out what lies outside of the cpuset, as it does for glibc's threads. `None`: no
+    /// memory.
+    #[cfg(feature = "interpose")]
+    pub(crate) fn of_words(set: &[u64]) -> Option<Cpus> {
+        let mut words = Vec::new();
+        words.try_reserve_exact(set.len()).ok()?;
+        words.extend_from_slice(set);
+        let whole = false;
+        Some(Cpus { words, whole })
+    }
+
     pub(crate) fn words(&self) -> &[u64] {
-        &self.0
+        &self.words
     }
 }
 
@@ -220,6 +235,24 @@ pub(crate) struct Special {
     pub stages: Option<Shared<Stages>>,
     /// There was no memory for these.
     pub unshared: bool,
+    /// The thread is C code's.
+    #[cfg(feature = "interpose")]
+    pub owner: Option<Owner>,
+}
+
+/// What C code is told of its thread, and what pthread_getattr_np(3) is to say of it.
+#[cfg(feature = "interpose")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner {
+    /// The address of the place for its `pthread_t`.
+    pub id: usize,
+    /// It is not created detached.
+    pub joinable: bool,
+    /// Bytes of stack and guard, in whole pages.
+    pub size: usize,
+    pub guard: usize,
+    /// Policy and priority, where they are not inherited.
+    pub scheduling: Option<(libc::c_int, libc::c_int)>,
 }
 
 impl Special {
@@ -492,10 +525,13 @@ impl Stages {
     }
 }
 
-/// Sets the affinity, and reads it back: of a set that lies partly outside of the cpuset the kernel takes the other part,
-/// and says nothing. The errno is then that of a set that lies outside as a whole.
+/// Sets the affinity, and reads it back if the set is wanted as a whole: of one that lies partly outside of the cpuset the
+/// kernel takes the other part, and says nothing. The errno is then that of a set that lies outside as a whole.
 pub(crate) fn set_affinity(tid: libc::pid_t, cpus: &Cpus) -> Result<(), Errno> {
     sched::set_affinity(tid, cpus.words())?;
+    if !cpus.whole {
+        return Ok(());
+    }
     let set = sched::affinity(tid)?;
     let same = sched::list(cpus.words()).eq(sched::list(&set));
     if same { Ok(()) } else { Err(Errno::EINVAL) }

@@ -304,6 +304,10 @@ fn enter(
 
     // 7. Clone.
     let special = request.special.as_deref();
+    #[cfg(feature = "interpose")]
+    if let Some(owner) = special.and_then(|special| special.owner.as_ref()) {
+        idle.hand_to(owner);
+    }
     let (body, latch) = work.share();
     let start = Start {
         body: Some(body),

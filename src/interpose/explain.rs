@@ -4,7 +4,7 @@ use libc::{c_int, c_void, pthread_attr_t, pthread_t};
 use std::ffi::CStr;
 use std::sync::OnceLock;
 
-pub(super) type Routine = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
+pub(super) type Routine = unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void;
 type Create =
     unsafe extern "C" fn(*mut pthread_t, *const pthread_attr_t, Routine, *mut c_void) -> c_int;
 

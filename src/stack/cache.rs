@@ -578,6 +578,8 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
         } else if let Some(runtime) = Runtime::existing() {
             // SAFETY: the descriptor of the thread that forked, which nobody else knows in this process.
             unsafe { runtime.forget_senders(stack.block.thread_pointer()) };
+            #[cfg(feature = "interpose")]
+            stack.forget_joiner();
         }
     }
     // SAFETY: a forked child, where no other thread uses the crate: whoever holds either is of the parent.

@@ -211,6 +211,16 @@ impl Idle {
         })
     }
 
+    #[cfg(feature = "interpose")]
+    pub(super) fn stack(&self) -> &'static Stack {
+        self.stack
+    }
+
+    #[cfg(feature = "interpose")]
+    pub(super) fn runtime(&self) -> &'static Runtime {
+        self.runtime
+    }
+
     /// mlock and prefault, as asked for.
     #[inline]
     pub(crate) fn prepare(&self, wanted: &Wanted) -> Result<(), StepError> {

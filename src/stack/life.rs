@@ -152,6 +152,11 @@ impl Stack {
     /// In a forked child: whether a handle exists that gives the stack back. Ends the life of a thread that is not in
     /// this process.
     pub(super) fn has_handle(&self) -> bool {
+        #[cfg(feature = "interpose")]
+        if self.forget_id() {
+            self.life.store(Life::Given as u8, Ordering::Relaxed);
+            return false;
+        }
         if self.change_life(Life::Attached, Life::Ending) || self.is_in(Life::Ending) {
             return true;
         }

@@ -11,6 +11,8 @@ mod life;
 mod mapping;
 mod message;
 pub(crate) mod overflow;
+#[cfg(feature = "interpose")]
+mod posix;
 mod record;
 
 pub use config::{StackCacheConfig, StackCacheStats};
@@ -18,4 +20,6 @@ pub(crate) use idle::{Idle, RefusedStack, Wanted, bytes_around, rounded};
 pub use info::StackInfo;
 pub(crate) use ledger::Ledger;
 pub(crate) use message::{Settings, Start, Work};
+#[cfg(feature = "interpose")]
+pub(crate) use posix::is_joined_by;
 pub(crate) use record::{RECORDS, Records, Stack};

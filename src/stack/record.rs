@@ -8,6 +8,8 @@ use super::ledger::class::Class;
 use super::ledger::{Entry, Links};
 use super::mapping;
 use super::message::Start;
+#[cfg(feature = "interpose")]
+use super::posix::Posix;
 use crate::mem::{Shared, try_box};
 use crate::sync::Lock;
 use crate::sys;
@@ -78,6 +80,8 @@ pub(crate) struct Stack {
     pub(super) next_spare: AtomicPtr<Stack>,
     /// The record made before this one: a debugger's way to all of them.
     pub(super) next_record: AtomicPtr<Stack>,
+    #[cfg(feature = "interpose")]
+    pub(super) posix: Posix,
 }
 
 // SAFETY: `start` is written by the creator before the thread exists and taken by the thread, or
@@ -148,6 +152,8 @@ impl Stack {
             start: UnsafeCell::new(None),
             next_spare: AtomicPtr::new(NOT_SPARE),
             next_record: AtomicPtr::new(std::ptr::null_mut()),
+            #[cfg(feature = "interpose")]
+            posix: Posix::new(),
         }
     }
 
@@ -176,6 +182,11 @@ impl Stack {
         drop(spare);
         let stack: &'static Stack = Box::leak(try_box(Stack::new()).ok()?);
         RECORDS.push(stack);
+        #[cfg(feature = "interpose")]
+        if stack.enrol().is_none() {
+            stack.retire_record();
+            return None;
+        }
         Some(stack)
     }
 

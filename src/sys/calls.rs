@@ -133,33 +133,6 @@ pub(crate) fn pidfd_open_thread(tid: libc::pid_t) -> Result<std::os::fd::OwnedFd
     Errno::checked(answer).map(own)
 }
 
-unsafe extern "C" {
-    pub(crate) fn pthread_setcancelstate(state: libc::c_int, old: *mut libc::c_int) -> libc::c_int;
-}
-
-/// `PTHREAD_CANCEL_DISABLE`
-pub(crate) const PTHREAD_CANCEL_DISABLE: libc::c_int = 1;
-
-/// While this lives, a request to cancel the calling thread (pthread_cancel(3)) stays pending. Cancellation would unwind
-/// through frames that own a stack or wait for a thread.
-pub(crate) struct NoCancellation(libc::c_int);
-
-impl NoCancellation {
-    pub(crate) fn new() -> NoCancellation {
-        let mut old = 0;
-        // SAFETY: a valid place for the state that was there.
-        unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &raw mut old) };
-        NoCancellation(old)
-    }
-}
-
-impl Drop for NoCancellation {
-    fn drop(&mut self) {
-        // SAFETY: a state that pthread_setcancelstate has returned.
-        unsafe { pthread_setcancelstate(self.0, std::ptr::null_mut()) };
-    }
-}
-
 /// pthread_atfork(3).
 pub(crate) fn at_fork(
     prepare: extern "C" fn(),

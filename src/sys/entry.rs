@@ -33,3 +33,16 @@ pub(crate) struct Next {
     /// How far the signal's frame was moved, and the handler's arguments with it.
     pub distance: isize,
 }
+
+/// What [`call_routine`](super::call_routine) calls in a thread that C code has asked for.
+#[cfg(feature = "interpose")]
+#[repr(C)]
+pub(crate) struct Routine {
+    /// The program's function, which may unwind.
+    pub start: unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void,
+    pub argument: *mut c_void,
+    /// Where the C library keeps what the function returns.
+    pub result: *mut *mut c_void,
+    /// Runs the destructors of the thread. May unwind, and is called again then.
+    pub finish: unsafe extern "C-unwind" fn(),
+}

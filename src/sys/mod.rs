@@ -4,6 +4,7 @@
 
 mod arch;
 mod calls;
+mod cancel;
 pub(crate) mod clone;
 pub(crate) mod clone_probe;
 mod entry;
@@ -13,15 +14,21 @@ mod page;
 pub(crate) mod sched;
 mod signals;
 
+#[cfg(feature = "interpose")]
+pub(crate) use arch::{call_routine, futex_cancellable};
 pub(crate) use arch::{
-    UnwindBuffer, fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer,
-    unwind_buffer,
+    fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer, unwind_buffer,
 };
 pub(crate) use calls::{
-    NoCancellation, PTHREAD_CANCEL_DISABLE, at_fork, cpu_time, exit_thread, futex_wait, futex_wake,
-    lll_lock, lll_try_lock, lll_unlock, madvise, pidfd_open_thread, process_id,
-    pthread_setcancelstate, read_link, tgkill,
+    at_fork, cpu_time, exit_thread, futex_wait, futex_wake, lll_lock, lll_try_lock, lll_unlock,
+    madvise, pidfd_open_thread, process_id, read_link, tgkill,
 };
+pub(crate) use cancel::{
+    __pthread_register_cancel, __pthread_unregister_cancel, NoCancellation,
+    PTHREAD_CANCEL_DEFERRED, PTHREAD_CANCEL_DISABLE, pthread_setcancelstate, pthread_setcanceltype,
+};
+#[cfg(feature = "interpose")]
+pub(crate) use entry::Routine;
 pub(crate) use entry::{Entry, Faults, Next};
 pub(crate) use page::page_size;
 pub(crate) use signals::{APPLICATION, KernelSigSet, Signals, set_signal_mask};

@@ -13,8 +13,19 @@
 //! The kernel gives the child a copy of every register but `rax`, `rcx` and `r11`, so the argument
 //! travels in `r9`; nothing has to be written to the new stack before the thread exists.
 
+#[cfg(feature = "interpose")]
+use crate::sys::cancel::{
+    __pthread_register_cancel, __pthread_unregister_cancel, __pthread_unwind_next, __sigsetjmp,
+    pthread_setcancelstate, pthread_setcanceltype,
+};
+#[cfg(feature = "interpose")]
+use crate::sys::entry::Routine;
 use crate::sys::entry::{Entry, Faults};
 use core::arch::{asm, naked_asm};
+#[cfg(feature = "interpose")]
+use core::mem::offset_of;
+#[cfg(feature = "interpose")]
+use core::sync::atomic::{AtomicU32, AtomicUsize};
 use libc::{c_void, clone_args};
 
 /// A system call, without `errno`: the kernel's own answer, `-errno` on failure.
@@ -222,6 +233,187 @@ pub(crate) unsafe fn leave_signal_stack(
         }
     }
     distance
+}
+
+/// Calls `routine.start` so that pthread_exit(3) and cancellation end in this frame, as they end in the first frame of a
+/// thread of glibc's; then `routine.finish`, which runs the thread's destructors. Returns when that is done.
+///
+/// ```text
+///  r12 = 0        start(argument); its result into the descriptor        finish ──► return
+///  r12 = 1        after a forced unwind, which comes here by longjmp  ──► finish ──┘ (a destructor can call
+///                                                                            pthread_exit: then once more)
+/// ```
+/// Unwinders end here, so that an exception that nobody catches finds no handler, and std::terminate runs with the whole
+/// stack below it.
+///
+/// # Safety
+/// Called by a thread of this crate with cancellation disabled, which it is again afterwards. What is called may unwind
+/// into this frame, so no frame with destructors of Rust may lie above it.
+#[cfg(feature = "interpose")]
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn call_routine(routine: *const Routine) {
+    naked_asm!(
+        ".cfi_startproc",
+        ".cfi_undefined rip",    // no caller
+        "push rbx",
+        ".cfi_adjust_cfa_offset 8",
+        "push r12",
+        ".cfi_adjust_cfa_offset 8",
+        "sub rsp, {buffer}",     // rsp = the buffer, 16-byte aligned
+        ".cfi_adjust_cfa_offset {buffer}",
+        "mov rbx, rdi",
+        "mov rdi, rsp",
+        "xor esi, esi",
+        "call {setjmp}",
+        "mov r12d, eax",
+        "test eax, eax",
+        "jz 2f",
+        "mov rdi, rsp",          // a cleanup handler has left its own buffer registered
+        "call {unregister}",
+        "2:",
+        "mov rdi, rsp",
+        "call {register}",
+        "test r12d, r12d",
+        "jnz 3f",
+        "xor edi, edi",          // PTHREAD_CANCEL_ENABLE
+        "xor esi, esi",
+        "call {set_state}",
+        "mov rdi, [rbx + {argument}]",
+        "call [rbx + {start}]",
+        "mov rcx, [rbx + {result}]",
+        "mov [rcx], rax",
+        "3:",
+        "call [rbx + {finish}]",
+        "mov edi, 1",            // PTHREAD_CANCEL_DISABLE
+        "xor esi, esi",
+        "call {set_state}",
+        "mov rdi, rsp",
+        "call {unregister}",
+        "add rsp, {buffer}",
+        ".cfi_adjust_cfa_offset -{buffer}",
+        "pop r12",
+        ".cfi_adjust_cfa_offset -8",
+        "pop rbx",
+        ".cfi_adjust_cfa_offset -8",
+        "ret",
+        ".cfi_endproc",
+        buffer = const size_of::<UnwindBuffer>(),
+        start = const offset_of!(Routine, start),
+        argument = const offset_of!(Routine, argument),
+        result = const offset_of!(Routine, result),
+        finish = const offset_of!(Routine, finish),
+        setjmp = sym __sigsetjmp,
+        register = sym __pthread_register_cancel,
+        unregister = sym __pthread_unregister_cancel,
+        set_state = sym pthread_setcancelstate,
+    )
+}
+
+/// futex(2) as a cancellation point: returns what the kernel answers. If the calling thread is cancelled before or
+/// meanwhile, stores `released` to `claim`, and the unwinding goes on.
+///
+/// # Safety
+/// Word, time-out and claim are valid until this returns or unwinds. No frame with destructors of Rust may lie below it.
+#[cfg(feature = "interpose")]
+#[unsafe(naked)]
+pub(crate) unsafe extern "C-unwind" fn futex_cancellable(
+    word: *const AtomicU32,
+    operation: libc::c_int,
+    value: u32,
+    timeout: *const libc::timespec,
+    claim: *const AtomicUsize,
+    released: usize,
+) -> isize {
+    naked_asm!(
+        ".cfi_startproc",
+        "push rbx",
+        ".cfi_adjust_cfa_offset 8",
+        ".cfi_rel_offset rbx, 0",
+        "push rbp",
+        ".cfi_adjust_cfa_offset 8",
+        ".cfi_rel_offset rbp, 0",
+        "push r12",
+        ".cfi_adjust_cfa_offset 8",
+        ".cfi_rel_offset r12, 0",
+        "push r13",
+        ".cfi_adjust_cfa_offset 8",
+        ".cfi_rel_offset r13, 0",
+        "push r14",
+        ".cfi_adjust_cfa_offset 8",
+        ".cfi_rel_offset r14, 0",
+        "push r15",
+        ".cfi_adjust_cfa_offset 8",
+        ".cfi_rel_offset r15, 0",
+        "sub rsp, {frame}",      // rsp = the buffer, 16-byte aligned; behind it the type that was set
+        ".cfi_adjust_cfa_offset {frame}",
+        "mov rbx, rdi",
+        "mov ebp, esi",
+        "mov r12d, edx",
+        "mov r13, rcx",
+        "mov r14, r8",
+        "mov r15, r9",
+        "mov rdi, rsp",
+        "xor esi, esi",
+        "call {setjmp}",
+        "test eax, eax",
+        "jnz 2f",
+        "mov rdi, rsp",
+        "call {register}",
+        "mov edi, 1",            // PTHREAD_CANCEL_ASYNCHRONOUS
+        "lea rsi, [rsp + {buffer}]",
+        "call {set_type}",
+        "mov rdi, rbx",
+        "mov esi, ebp",
+        "mov edx, r12d",
+        "mov r10, r13",
+        "xor r8d, r8d",
+        "mov r9d, -1",           // FUTEX_BITSET_MATCH_ANY, for operations with a set
+        "mov eax, 202",          // __NR_futex
+        "syscall",
+        "mov rbx, rax",
+        "mov edi, [rsp + {buffer}]",
+        "xor esi, esi",
+        "call {set_type}",
+        "mov rdi, rsp",
+        "call {unregister}",
+        "mov rax, rbx",
+        "add rsp, {frame}",
+        ".cfi_remember_state",
+        ".cfi_adjust_cfa_offset -{frame}",
+        "pop r15",
+        ".cfi_adjust_cfa_offset -8",
+        ".cfi_restore r15",
+        "pop r14",
+        ".cfi_adjust_cfa_offset -8",
+        ".cfi_restore r14",
+        "pop r13",
+        ".cfi_adjust_cfa_offset -8",
+        ".cfi_restore r13",
+        "pop r12",
+        ".cfi_adjust_cfa_offset -8",
+        ".cfi_restore r12",
+        "pop rbp",
+        ".cfi_adjust_cfa_offset -8",
+        ".cfi_restore rbp",
+        "pop rbx",
+        ".cfi_adjust_cfa_offset -8",
+        ".cfi_restore rbx",
+        "ret",
+        "2:",                    // cancelled: by longjmp, with rsp and r14, r15 as they were
+        ".cfi_restore_state",
+        "mov [r14], r15",
+        "mov rdi, rsp",
+        "call {unwind_next}",
+        "ud2",
+        ".cfi_endproc",
+        buffer = const size_of::<UnwindBuffer>(),
+        frame = const size_of::<UnwindBuffer>() + 16,
+        setjmp = sym __sigsetjmp,
+        register = sym __pthread_register_cancel,
+        unregister = sym __pthread_unregister_cancel,
+        unwind_next = sym __pthread_unwind_next,
+        set_type = sym pthread_setcanceltype,
+    )
 }
 
 /// Fills the ABI part of a descriptor (`tcbhead_t`) whose memory is otherwise prepared: the self

@@ -8,6 +8,9 @@ use crate::sys;
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
+/// In `flags` (ATTR_FLAG_NOTINHERITSCHED): policy and priority were asked for.
+const NOT_INHERITED: u32 = 2;
+
 /// A descriptor on glibc's list whose thread does not exist yet. Dropping it takes it off again,
 /// and out of the count of threads; the new thread's clone makes it permanent.
 ///
@@ -195,7 +198,7 @@ impl Runtime {
             ((tp + offsets.result) as *mut usize).write(0);
             // Without the flag for them, policy and priority are asked of the kernel.
             let flags = (tp + offsets.flags) as *mut u32;
-            flags.write(flags.read() & !SCHEDULING_KNOWN);
+            flags.write(flags.read() & !(SCHEDULING_KNOWN | NOT_INHERITED));
             ((tp + symbols.cancelhandling) as *mut u32).write(0);
             if let Some(exiting) = offsets.exiting {
                 ((tp + exiting.flag) as *mut u8).write(0);
@@ -217,10 +220,8 @@ impl Runtime {
             unsafe { ((tp + at) as *mut usize).write(value) }
         };
         write(symbols.specific, tp + offsets.first_key_block);
-        write(offsets.stackblock, base);
-        write(offsets.stackblock_size, length);
-        write(offsets.guardsize, guard);
-        write(offsets.reported_guardsize, guard);
+        // SAFETY: by the caller's promise the descriptor is its own.
+        unsafe { self.describe_stack(tp, (base, length, guard)) };
         match offsets.join_mark {
             JoinMark::Itself => write(offsets.join, tp),
             // SAFETY: a field of the descriptor of four bytes at least, and the caller owns it.
@@ -234,6 +235,74 @@ impl Runtime {
             ((tp + at) as *mut u8).write(value);
             ((tp + symbols.tid) as *mut u32).write(0);
         }
+    }
+
+    /// What pthread_getattr_np(3) says of a stack.
+    ///
+    /// # Safety
+    /// `tp` is the thread pointer of an idle block, whose only owner the caller is.
+    unsafe fn describe_stack(&self, tp: usize, (base, length, guard): (usize, usize, usize)) {
+        let offsets = &self.offsets;
+        for (at, value) in [
+            (offsets.stackblock, base),
+            (offsets.stackblock_size, length),
+            (offsets.guardsize, guard),
+            (offsets.reported_guardsize, guard),
+        ] {
+            // SAFETY: words of the descriptor, which the caller owns.
+            unsafe { ((tp + at) as *mut usize).write(value) };
+        }
+    }
+
+    /// Describes the thread's stack, and policy and priority if it does not inherit them, as C code has asked for them.
+    ///
+    /// # Safety
+    /// The block is enlisted, and the caller its only owner.
+    #[cfg(feature = "interpose")]
+    pub(crate) unsafe fn describe(
+        &self,
+        block: &Block,
+        stack: (usize, usize, usize),
+        scheduling: Option<(libc::c_int, libc::c_int)>,
+    ) {
+        let (tp, symbols) = (block.thread_pointer(), &self.symbols);
+        // SAFETY: fields of the descriptor, which the caller owns and no thread uses yet.
+        unsafe {
+            self.describe_stack(tp, stack);
+            if let Some((policy, priority)) = scheduling {
+                ((tp + symbols.schedpolicy) as *mut libc::c_int).write(policy);
+                ((tp + symbols.sched_priority) as *mut libc::c_int).write(priority);
+                let flags = (tp + self.offsets.flags) as *mut u32;
+                flags.write(flags.read() | SCHEDULING_KNOWN | NOT_INHERITED);
+            }
+        }
+    }
+
+    /// What the thread returned, or gave to pthread_exit(3).
+    ///
+    /// # Safety
+    /// The block is mapped, and its thread has ended.
+    #[cfg(feature = "interpose")]
+    pub(crate) unsafe fn result(&self, block: &Block) -> *mut libc::c_void {
+        // SAFETY: a word of a descriptor that is mapped.
+        unsafe {
+            ((block.thread_pointer() + self.offsets.result) as *const *mut libc::c_void).read()
+        }
+    }
+
+    /// Where the stack of a thread ends, of glibc's or ours; `None` for the main thread, which glibc has made no stack for.
+    ///
+    /// # Safety
+    /// `tp` is the thread pointer of a mapped block.
+    #[cfg(feature = "interpose")]
+    pub(crate) unsafe fn stack_top(&self, tp: usize) -> Option<usize> {
+        let offsets = &self.offsets;
+        // SAFETY: words of a mapped descriptor, which do not change while its thread lives.
+        let (base, length) = unsafe {
+            let read = |at: usize| ((tp + at) as *const usize).read();
+            (read(offsets.stackblock), read(offsets.stackblock_size))
+        };
+        (base != 0).then(|| base.wrapping_add(length))
     }
 
     /// Where a descriptor has the words that go on with libc's segment.

@@ -8,6 +8,8 @@ use crate::mem::try_box;
 use crate::sync::Lock;
 use crate::sys;
 use crate::tcb::error::RuntimeError;
+#[cfg(feature = "interpose")]
+use libc::c_void;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -170,7 +172,7 @@ impl Runtime {
             // pending instead, unless code in the thread asks for it.
             sys::pthread_setcancelstate(sys::PTHREAD_CANCEL_DISABLE, std::ptr::null_mut());
             // Until 2.35 the type is a field of its own, which no offset is known of.
-            symbols::pthread_setcanceltype(symbols::PTHREAD_CANCEL_DEFERRED, std::ptr::null_mut());
+            sys::pthread_setcanceltype(sys::PTHREAD_CANCEL_DEFERRED, std::ptr::null_mut());
         }
     }
 
@@ -197,10 +199,44 @@ impl Runtime {
         let mut buffer = sys::unwind_buffer(top);
         // SAFETY: glibc keeps a pointer to the buffer between the two calls, and it lives that long.
         unsafe {
-            symbols::__pthread_register_cancel(&raw mut buffer);
+            sys::__pthread_register_cancel((&raw mut buffer).cast());
             work();
-            symbols::__pthread_unregister_cancel(&raw mut buffer);
+            sys::__pthread_unregister_cancel((&raw mut buffer).cast());
         }
+    }
+
+    /// Runs `start` as glibc's threads run it: what it returns, or pthread_exit(3) is given, becomes the thread's result,
+    /// cancellation is enabled, and thread-local and key destructors have run when this returns.
+    ///
+    /// # Safety
+    /// Called by a thread of this crate, once, after [`Runtime::enter`]. `start` takes `argument`. No frame with
+    /// destructors lies above the caller's.
+    #[cfg(feature = "interpose")]
+    pub(crate) unsafe fn run_routine(
+        &self,
+        start: unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void,
+        argument: *mut c_void,
+    ) {
+        /// # Safety
+        /// Called by an ending thread of this crate.
+        unsafe extern "C-unwind" fn finish() {
+            // A cancellation that comes at any instruction shall not unwind through what follows.
+            // SAFETY: changes the type of the calling thread; destructors run in it, with signals open.
+            unsafe {
+                sys::pthread_setcanceltype(sys::PTHREAD_CANCEL_DEFERRED, std::ptr::null_mut());
+                if let Some(runtime) = Runtime::existing() {
+                    runtime.run_destructors();
+                }
+            }
+        }
+        let routine = sys::Routine {
+            start,
+            argument,
+            result: (sys::thread_pointer() + self.offsets.result) as *mut *mut c_void,
+            finish,
+        };
+        // SAFETY: the routine outlives the call, and its result is a word of this thread's descriptor.
+        unsafe { sys::call_routine(&raw const routine) };
     }
 
     /// Whether the calling thread has registered rseq: then the threads that it creates do so, too.

@@ -45,7 +45,7 @@ pub(super) struct PthreadKey {
 
 impl PthreadKey {
     /// The destructor given to pthread_key_create.
-    pub(super) fn destructor(&self) -> Option<unsafe extern "C" fn(*mut c_void)> {
+    pub(super) fn destructor(&self) -> Option<unsafe extern "C-unwind" fn(*mut c_void)> {
         let address = self.destructor.load(Ordering::Acquire);
         // SAFETY: zero, which is None, or the function pointer that pthread_key_create stored.
         unsafe { std::mem::transmute(address) }
@@ -80,24 +80,21 @@ pub(super) const RESOLVER_SIZE: usize = 568;
 pub(super) const RES_STATE_NSCOUNT: usize = 16;
 /// `LC_GLOBAL_LOCALE` (locale.h)
 pub(super) const LC_GLOBAL_LOCALE: libc::locale_t = -1_isize as libc::locale_t;
-/// `PTHREAD_CANCEL_DEFERRED`
-pub(super) const PTHREAD_CANCEL_DEFERRED: c_int = 0;
 
 unsafe extern "C" {
     pub(super) fn __h_errno_location() -> *mut c_int;
     pub(super) fn __res_state() -> *mut c_void;
-    pub(super) fn __pthread_register_cancel(buffer: *mut crate::sys::UnwindBuffer);
-    pub(super) fn __pthread_unregister_cancel(buffer: *mut crate::sys::UnwindBuffer);
     pub(super) fn pthread_attr_getdetachstate(
         attributes: *const libc::pthread_attr_t,
         state: *mut c_int,
     ) -> c_int;
-    pub(super) fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int;
 }
 
 type AllocateTls = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
 type DeallocateTls = unsafe extern "C" fn(*mut c_void, bool);
 type Nullary = unsafe extern "C" fn();
+/// Runs destructors of the program's, which can end in pthread_exit(3).
+type CallTlsDtors = unsafe extern "C-unwind" fn();
 type ResNclose = unsafe extern "C" fn(*mut c_void);
 type Create = unsafe extern "C" fn(
     *mut libc::pthread_t,
@@ -113,7 +110,7 @@ pub(super) struct Symbols {
     pub allocate_tls: AllocateTls,
     pub deallocate_tls: DeallocateTls,
     pub refill: Option<Refill>,
-    pub call_tls_dtors: Nullary,
+    pub call_tls_dtors: CallTlsDtors,
     pub ctype_init: Nullary,
     pub res_nclose: ResNclose,
     pub create: Create,
@@ -250,7 +247,7 @@ impl Symbols {
             },
             // SAFETY: neither takes nor gives anything since 2.18.
             call_tls_dtors: unsafe {
-                std::mem::transmute::<usize, Nullary>(address(c"__call_tls_dtors")?)
+                std::mem::transmute::<usize, CallTlsDtors>(address(c"__call_tls_dtors")?)
             },
             // SAFETY: neither takes nor gives anything since 2.12.
             ctype_init: unsafe { std::mem::transmute::<usize, Nullary>(address(c"__ctype_init")?) },

@@ -1,0 +1,136 @@
+//! `pthread_create` and `thrd_create`.
+
+use super::attributes::Attributes;
+use super::executable;
+use crate::builder::Builder;
+use crate::error::SpawnError;
+use crate::handle::Running;
+use crate::mem::{Body, try_box};
+use crate::settings::{Owner, Special};
+use crate::spawn;
+use crate::stack::{Work, overflow};
+use crate::step::Step;
+use crate::sys::page_size;
+use crate::tcb::Runtime;
+use libc::{c_int, c_void, pthread_attr_t, pthread_t};
+
+/// The largest guard, in pages, of a stack that the cache keeps. A larger one is glibc's to make: mapped writable with the
+/// stack, as this crate does it, it would count as memory that the program can use.
+const LARGEST_GUARD: usize = 16;
+
+/// The function that a thread begins with.
+pub(in crate::interpose) type Start = unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void;
+
+/// A program's function, and what it is called with.
+struct Routine {
+    start: Start,
+    argument: *mut c_void,
+}
+
+// SAFETY: the argument is passed on, from the one that creates a thread to the thread: what may be done with it is
+// between those two.
+unsafe impl Send for Routine {}
+// SAFETY: only the thread looks at it.
+unsafe impl Sync for Routine {}
+
+impl Body for Routine {
+    fn run(&self) {
+        if let Some(runtime) = Runtime::existing() {
+            // SAFETY: called once, by the new thread; the program vouches for its function.
+            unsafe { runtime.run_routine(self.start, self.argument) };
+        }
+    }
+
+    fn cancel(&self) {}
+}
+
+/// Creates a thread. `None`: it is glibc's to create.
+///
+/// # Errors
+/// What pthread_create(3) says.
+///
+/// # Safety
+/// As for pthread_create(3).
+pub(in crate::interpose) unsafe fn create(
+    id: *mut pthread_t,
+    attributes: *const pthread_attr_t,
+    start: Start,
+    argument: *mut c_void,
+) -> Option<Result<(), Refusal>> {
+    if executable::stacks_wanted() {
+        return None;
+    }
+    // SAFETY: by the caller's promise.
+    let attributes = match unsafe { Attributes::read(attributes) } {
+        Ok(attributes) => attributes,
+        Err(errno) => return Some(Err(Refusal::Attributes(errno))),
+    };
+    if attributes.has_stack || attributes.guard > LARGEST_GUARD * page_size() {
+        return None;
+    }
+    // A program of its own handlers and signal stacks, which glibc's threads do not touch either.
+    overflow::disable_overflow_reports();
+    let is_detached = attributes.is_detached;
+    match start_thread(id, attributes, Routine { start, argument }) {
+        Ok(running) if is_detached => drop(running),
+        Ok(running) => running.release(),
+        // Nothing of glibc's that the crate relies on, or the child of a `_Fork`: as without this crate.
+        Err(error) if error.step() == Step::Runtime => return None,
+        Err(error) => return Some(Err(Refusal::Thread(error))),
+    }
+    Some(Ok(()))
+}
+
+/// Why there is no thread.
+pub(in crate::interpose) enum Refusal {
+    /// The default attributes could not be read.
+    Attributes(c_int),
+    Thread(SpawnError),
+}
+
+impl Refusal {
+    /// What pthread_create(3) returns.
+    pub(in crate::interpose) fn errno(&self) -> c_int {
+        match self {
+            Refusal::Attributes(errno) => *errno,
+            // A size that cannot exist is one that glibc's mmap is refused.
+            Refusal::Thread(error) if error.step() == Step::Attributes => libc::EAGAIN,
+            Refusal::Thread(error) => error.pthread_errno().raw(),
+        }
+    }
+}
+
+fn start_thread(
+    id: *mut pthread_t,
+    attributes: Attributes,
+    routine: Routine,
+) -> Result<Running, SpawnError> {
+    let builder = Builder::new()
+        .stack_size(attributes.size)
+        .guard_size(attributes.guard);
+    let Ok(mut special) = try_box(Special::default()) else {
+        return Err(spawn::refused_memory(
+            &builder.request(),
+            size_of::<Special>(),
+        ));
+    };
+    special.owner = Some(Owner {
+        id: id.expose_provenance(),
+        joinable: !attributes.is_detached,
+        size: attributes.size,
+        guard: attributes.guard,
+        scheduling: attributes.scheduling,
+    });
+    special.blocked = attributes.blocked;
+    special.scheduler = attributes.scheduler();
+    match attributes.affinity {
+        Some(None) => special.unshared = true,
+        Some(set) => special.affinity = set,
+        None => {}
+    }
+    let request = builder.with_special(special).request();
+    match spawn::share(routine) {
+        Ok(routine) => spawn::spawn(&request, Work::Free(&routine.body())),
+        Err(_) => Err(spawn::refused_memory(&request, size_of::<Routine>())),
+    }
+}
