@@ -65,6 +65,9 @@ pub(in crate::interpose) unsafe fn create(
         Ok(attributes) => attributes,
         Err(errno) => return Some(Err(Refusal::Attributes(errno))),
     };
+    if attributes.size.checked_add(attributes.guard).is_none() {
+        return Some(Err(Refusal::Attributes(libc::EINVAL)));
+    }
     if attributes.has_stack || attributes.guard > LARGEST_GUARD * page_size() {
         return None;
     }
@@ -83,7 +86,7 @@ pub(in crate::interpose) unsafe fn create(
 
 /// Why there is no thread.
 pub(in crate::interpose) enum Refusal {
-    /// The default attributes could not be read.
+    /// The attributes could not be read, or sizes in them cannot be added.
     Attributes(c_int),
     Thread(SpawnError),
 }
