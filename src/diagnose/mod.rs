@@ -13,6 +13,7 @@
 
 mod again;
 mod cause;
+mod commit;
 mod eagain;
 mod enomem;
 mod explain;

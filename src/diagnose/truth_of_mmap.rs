@@ -5,6 +5,7 @@ use super::*;
 use crate::diagnose::Certainty;
 use crate::diagnose::cause::Causes;
 use crate::diagnose::rule::Ruling;
+use crate::proc::parse::UNLIMITED;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct World {
