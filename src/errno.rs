@@ -28,6 +28,8 @@ impl Errno {
     #[cfg(feature = "interpose")]
     pub(crate) const EDEADLK: Errno = Errno(libc::EDEADLK);
     pub(crate) const EEXIST: Errno = Errno(libc::EEXIST);
+    #[cfg(feature = "interpose")]
+    pub(crate) const EFBIG: Errno = Errno(libc::EFBIG);
     pub(crate) const EINTR: Errno = Errno(libc::EINTR);
     pub(crate) const EINVAL: Errno = Errno(libc::EINVAL);
     pub(crate) const ENODATA: Errno = Errno(libc::ENODATA);
@@ -37,6 +39,8 @@ impl Errno {
     pub(crate) const ENOSYS: Errno = Errno(libc::ENOSYS);
     pub(crate) const ENOTDIR: Errno = Errno(libc::ENOTDIR);
     pub(crate) const EOPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
+    #[cfg(feature = "interpose")]
+    pub(crate) const EPIPE: Errno = Errno(libc::EPIPE);
     pub(crate) const EPERM: Errno = Errno(libc::EPERM);
     pub(crate) const ESRCH: Errno = Errno(libc::ESRCH);
     #[cfg(feature = "interpose")]
@@ -55,6 +59,12 @@ impl Errno {
 
     pub(crate) fn clear() {
         nix::errno::Errno::clear();
+    }
+
+    /// Makes it the one that [`last`](Self::last) returns.
+    #[cfg(feature = "interpose")]
+    pub(crate) fn leave(self) {
+        nix::errno::Errno::set_raw(self.0);
     }
 
     /// The outcome of a call of the C library that answers -1 and sets `errno`.

@@ -10,9 +10,20 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::time::Duration;
 
+/// The call that was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    /// One that made the steps of this crate.
+    Own(&'static str),
+    /// One of the C library's, which says an errno and no more.
+    #[cfg(feature = "interpose")]
+    Libc(&'static str),
+}
+
 /// Everything about one refusal: what the error holds, and the core file shows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Refusal {
+    pub(crate) call: Call,
     pub(crate) error: StepError,
     pub(crate) verdict: Verdict,
     /// Usable bytes of stack that were asked for.
@@ -28,6 +39,7 @@ pub(crate) struct Refusal {
 impl Refusal {
     pub(crate) const fn new(error: StepError, verdict: Verdict) -> Refusal {
         Refusal {
+            call: Call::Own("spawn"),
             error,
             verdict,
             stack_size: 0,
@@ -49,14 +61,25 @@ impl fmt::Display for Refusal {
         let Verdict {
             cause, certainty, ..
         } = &self.verdict;
-        write!(
-            f,
-            "nptl: spawn refused: step={} errno={:?} cause={:?} certainty={certainty}: {cause}; stack_size={}",
-            self.error.step,
-            self.error.errno,
-            cause.kind(),
-            self.stack_size
-        )?;
+        let (errno, kind, size) = (self.error.errno, cause.kind(), self.stack_size);
+        let step = self.error.step;
+        match self.call {
+            Call::Own(call) => write!(
+                f,
+                "nptl: {call} refused: step={step} errno={errno:?} cause={kind:?} certainty={certainty}: {cause}; stack_size={size}",
+            )?,
+            #[cfg(feature = "interpose")]
+            Call::Libc(call) => {
+                write!(
+                    f,
+                    "nptl: {call} refused: errno={errno:?} cause={kind:?} certainty={certainty}: {cause};"
+                )?;
+                return match size {
+                    0 => Ok(()),
+                    size => write!(f, " stack_size={size}"),
+                };
+            }
+        }
         if self.error.bytes != 0 {
             write!(f, " bytes={}", self.error.bytes)?;
         }
@@ -77,6 +100,7 @@ struct Report<'a>(&'a Refusal);
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Refusal {
+            call,
             error,
             verdict,
             attempts,
@@ -84,12 +108,18 @@ impl fmt::Display for Report<'_> {
             ..
         } = self.0;
         let (step, errno) = (error.step, error.errno);
-        writeln!(
-            f,
-            "step: {step}, refused with {errno:?} ({})",
-            errno.meaning()
-        )?;
-        writeln!(f, "attempts: {attempts}; {stack}")?;
+        let meaning = errno.meaning();
+        match call {
+            Call::Own(_) => {
+                writeln!(f, "step: {step}, refused with {errno:?} ({meaning})")?;
+                writeln!(f, "attempts: {attempts}; {stack}")?;
+            }
+            #[cfg(feature = "interpose")]
+            Call::Libc(call) => writeln!(
+                f,
+                "call: {call} of the C library, refused with {errno:?} ({meaning})"
+            )?,
+        }
         write!(f, "{verdict}")?;
         write!(f, "\n(found out in {:.1?})", verdict.spent)
     }
@@ -176,7 +206,7 @@ impl SpawnError {
     /// In a child of `_Fork(3)`, where malloc's locks can be held for ever: no heap is used for it.
     pub(crate) const FORKED_BARE: SpawnError = SpawnError(Err(&NO_THREADS));
 
-    fn refusal(&self) -> &Refusal {
+    pub(crate) fn refusal(&self) -> &Refusal {
         match &self.0 {
             Ok(refusal) => refusal,
             Err(refusal) => refusal,

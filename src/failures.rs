@@ -6,6 +6,7 @@
 use crate::error::{Refusal, Reserve, SpawnError};
 use crate::mem::text::{CUT, Text, character_boundary};
 use crate::sync::{Lock, notice_fork};
+use crate::sys::Signals;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -62,6 +63,14 @@ impl Ring {
     ];
 }
 
+impl Ring {
+    fn newest(&self) -> Option<&Failure> {
+        let number = |entry: &&Failure| entry.number.load(Ordering::Acquire);
+        let newest = self.entries.iter().max_by_key(number)?;
+        (number(&newest) > 0).then_some(newest)
+    }
+}
+
 /// A forked child resets the lock: an entry that another thread was writing has the number 0.
 pub(crate) static FAILURES: Lock<Ring> = Lock::new(Ring {
     count: 0,
@@ -73,6 +82,8 @@ pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
     // Before the lock: a thread that a filter kills for a call must not hold it.
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME);
     let tid = nix::unistd::gettid().as_raw();
+    // fork(2) is refused in signal handlers, too, and one that interrupts the holder of the lock would wait for ever.
+    let _signals = Signals::block_all_but_setxid();
     let mut ring = FAILURES.lock();
     ring.count += 1;
     let number = ring.count;
@@ -111,12 +122,32 @@ pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
 /// ```
 pub fn last_failure() -> Option<SpawnError> {
     notice_fork();
+    let signals = Signals::block_all_but_setxid();
     let ring = FAILURES.lock();
-    let number = |entry: &&Failure| entry.number.load(Ordering::Acquire);
-    let last = ring.entries.iter().max_by_key(number)?;
-    let refusal = last.refusal.filter(|_| number(&last) > 0)?;
+    let refusal = ring.newest()?.refusal?;
     drop(ring);
+    drop(signals);
     Some(Reserve::new().refuse(refusal))
+}
+
+/// How many refusals there were.
+#[cfg(feature = "interpose")]
+pub(crate) fn count() -> u64 {
+    notice_fork();
+    let _signals = Signals::block_all_but_setxid();
+    FAILURES.lock().count
+}
+
+/// The text of [`last_failure`]: a line, and the report.
+#[cfg(feature = "interpose")]
+pub(crate) fn write_last(into: &mut impl Write) -> std::fmt::Result {
+    notice_fork();
+    let _signals = Signals::block_all_but_setxid();
+    let ring = FAILURES.lock();
+    let text = ring.newest().map(|newest| newest.text.as_bytes());
+    text.unwrap_or_default()
+        .utf8_chunks()
+        .try_for_each(|chunk| into.write_str(chunk.valid()))
 }
 
 #[cfg(test)]

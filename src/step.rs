@@ -78,6 +78,19 @@ impl fmt::Display for CloneCall {
     }
 }
 
+/// What a refused clone was to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Task {
+    /// A thread of this process.
+    Thread,
+    /// A process. `copies`: with a copy of this one's memory.
+    #[cfg_attr(
+        not(feature = "interpose"),
+        expect(dead_code, reason = "only the program's own calls make one")
+    )]
+    Process { copies: bool },
+}
+
 /// A refusal as the refused step states it; why it was refused is `diagnose`'s to find out.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StepError {
@@ -90,6 +103,10 @@ pub(crate) struct StepError {
     pub(crate) call: CloneCall,
     /// For [`Step::Clone`]: the directory of the cgroup (v2) that the thread was to be made in, open while the spawn lasts.
     pub(crate) cgroup: Option<RawFd>,
+    /// For [`Step::Clone`].
+    pub(crate) task: Task,
+    /// For [`Step::Clone`]: calls that resemble the refused one may be made. Not where a filter could kill for them.
+    pub(crate) probes: bool,
     /// For [`Step::PrepareStack`]: mlock was refused, and not the prefault.
     pub(crate) locks: bool,
 }
@@ -102,6 +119,8 @@ impl StepError {
             bytes,
             call: CloneCall::Clone3,
             cgroup: None,
+            task: Task::Thread,
+            probes: true,
             locks: false,
         }
     }

@@ -79,3 +79,17 @@ pub(super) fn commit_stands(commit: &Overcommit) -> Standing {
         }
     }
 }
+
+/// The commit limit against a copy of this process's memory. Of what is private and writable, what was mapped with
+/// MAP_NORESERVE may not count, and in mode 0 each mapping is compared alone.
+pub(super) fn copy_stands(status: &Status) -> Standing {
+    let commit = copy_commit(status);
+    match commit.mode {
+        Some(2) => commit_stands(&commit).min(Standing::Signed),
+        _ => commit_stands(&commit).min(Standing::Open),
+    }
+}
+
+pub(super) fn copy_commit(status: &Status) -> Overcommit {
+    commit(status.data.unwrap_or(0), status)
+}

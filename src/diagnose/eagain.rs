@@ -17,7 +17,7 @@ use crate::mem::text::InlinePath;
 use crate::proc::cgroup::{Hierarchy, PIDS, Snapshot};
 use crate::proc::status::Status;
 use crate::stack::cache;
-use crate::step::StepError;
+use crate::step::{StepError, Task};
 use crate::sys::clone_probe::probe as probe_kernel;
 use crate::tcb::Runtime;
 
@@ -51,6 +51,7 @@ pub(super) fn diagnose(
     let mut facts = Facts {
         outside,
         reached: Reached::Unusable,
+        task: error.task,
         repeated: false,
         limits: early,
         threads: status.threads,
@@ -131,13 +132,7 @@ impl Round {
         repetition: &mut Repetition<'_>,
     ) -> Result<Option<Round>, Granted> {
         let calls = status.calls();
-        let first = probe::ask(
-            &mut seen.oracle,
-            error.call,
-            outside,
-            calls,
-            &mut probe_kernel,
-        );
+        let first = probe::ask(&mut seen.oracle, error, outside, calls, &mut probe_kernel);
         let look = || first.may_be_numbers().then(|| Look::take(calls));
         if cgroup.is_none() && first.may_be_cgroup() {
             *cgroup = Some(match error.cgroup {
@@ -164,13 +159,7 @@ impl Round {
         }
         let numbers_after = look();
         read(&mut after);
-        let second = probe::ask(
-            &mut seen.oracle,
-            error.call,
-            outside,
-            calls,
-            &mut probe_kernel,
-        );
+        let second = probe::ask(&mut seen.oracle, error, outside, calls, &mut probe_kernel);
         Ok(Some(Round {
             reached: [first, second],
             numbers: numbers::compare(numbers, numbers_after, seen),
@@ -189,6 +178,7 @@ struct Facts {
     outside: Outside,
     /// Where the probes before and after stopped.
     reached: Reached,
+    task: Task,
     repeated: bool,
     limits: ProcessLimits,
     threads: Option<u64>,
@@ -210,6 +200,8 @@ impl Facts {
 
     fn exec(&self) -> Standing {
         match (self.reached, self.threads) {
+            // A process gets a copy of the state that threads share.
+            _ if self.task != Task::Thread => Standing::Excluded,
             // The kernel marks the state that threads share only while all who share it are threads of one process.
             (_, Some(1)) | (Reached::ProcessLimits | Reached::PidNumbers, _) => Standing::Excluded,
             (Reached::SiblingExec, Some(_)) => Standing::Shown,
@@ -311,7 +303,7 @@ impl Facts {
             if !limits.exempt {
                 may_have(&mut user);
             }
-            if self.threads != Some(1) {
+            if self.threads != Some(1) && self.task == Task::Thread {
                 may_have(&mut exec);
             }
         }

@@ -4,6 +4,7 @@ use crate::errno::Errno;
 
 use super::again::{Granted, Repetition};
 use super::cause::{CauseKind, DyingPidNamespace, KernelMemory, Unknown};
+use super::commit;
 use super::outside::{self, Outside};
 use super::probe::{self, Reached};
 use super::rule::{Standing, rule};
@@ -11,7 +12,7 @@ use super::verdict::Verdict;
 use crate::proc::cgroup::{Hierarchy, Level, MEMORY_V1, MEMORY_V2, Snapshot};
 use crate::proc::status::Status;
 use crate::proc::task::{self, OWN_PID_NAMESPACE};
-use crate::step::StepError;
+use crate::step::{StepError, Task};
 use crate::sys::clone_probe::probe as probe_kernel;
 
 /// Not inlined: its snapshots of cgroups would lie on the stack of every other analysis as well.
@@ -38,26 +39,14 @@ pub(super) fn diagnose(
     };
     let snapshot = |hierarchy: &Hierarchy| hierarchy.snapshot(&files);
     let before = hierarchy.as_ref().map(snapshot);
-    let first = probe::ask(
-        &mut seen.oracle,
-        error.call,
-        &outside,
-        calls,
-        &mut probe_kernel,
-    );
+    let first = probe::ask(&mut seen.oracle, error, &outside, calls, &mut probe_kernel);
     // The repetition charges the cgroup once more, so that its counter rises even if the probe passed.
     let repeated = repetition.refused(seen)?;
     // Between two refusals one answer is enough; the search for pages is not asked for twice.
     let second = if first == Reached::KernelMemory && repeated {
         first
     } else {
-        probe::ask(
-            &mut seen.oracle,
-            error.call,
-            &outside,
-            calls,
-            &mut probe_kernel,
-        )
+        probe::ask(&mut seen.oracle, error, &outside, calls, &mut probe_kernel)
     };
     let after = hierarchy.as_ref().map(snapshot);
     let risen = match (&hierarchy, &before, &after) {
@@ -72,6 +61,10 @@ pub(super) fn diagnose(
         short: starved_of_files || after.as_ref().is_some_and(is_short),
         starved_of_files,
         shadow_stack: status.shadow_stack || status.error.is_some(),
+        copy: match error.task {
+            Task::Process { copies: true } => commit::copy_stands(status),
+            _ => Standing::Excluded,
+        },
     };
     let ruling = rule(&facts.checks(), repeated);
     let cause = ruling.named.map(|kind| match kind {
@@ -85,6 +78,7 @@ pub(super) fn diagnose(
             namespace: task::namespace(OWN_PID_NAMESPACE, calls).ok(),
         }
         .into(),
+        CauseKind::Overcommit => commit::copy_commit(status).into(),
         kind => outside::cause(kind, error, status, seen),
     });
     Ok(Verdict::ruled(&ruling, cause).transient_if(first != second))
@@ -105,6 +99,8 @@ struct Facts {
     starved_of_files: bool,
     /// The thread may have a shadow stack: that of a new task is a mapping, and refused as one.
     shadow_stack: bool,
+    /// The commit limit, for a copy of this process's memory.
+    copy: Standing,
 }
 
 impl Facts {
@@ -150,7 +146,7 @@ impl Facts {
             (CauseKind::SecurityModule, module),
             (CauseKind::AddressSpace, shadow),
             (CauseKind::MapCount, shadow),
-            (CauseKind::Overcommit, shadow),
+            (CauseKind::Overcommit, shadow.max(self.copy)),
             (CauseKind::DyingPidNamespace, dying),
         ]
     }

@@ -48,10 +48,14 @@ use rule::{Standing, rule};
 pub(crate) use verdict::Verdict;
 
 pub use crate::mem::text::InlinePath;
+#[cfg(feature = "interpose")]
+use crate::proc::status::Calls;
 use crate::proc::status::Status;
 use crate::proc::{machine, task};
 use crate::settings::Asked;
 pub use crate::step::CloneCall;
+#[cfg(feature = "interpose")]
+use crate::step::Task;
 use crate::step::{Step, StepError};
 use crate::sync::notice_fork;
 use crate::sys::NoCancellation;
@@ -79,6 +83,44 @@ pub(crate) fn diagnose<T>(
     };
     let verdict = analyse(error, Some(&mut again));
     value.ok_or(verdict)
+}
+
+/// Why a call of the C library's was refused a moment ago with `errno`, which is the kernel's own. It maps `mapped` bytes
+/// before the clone, guard included, or none. Like that of [`explain`], it cannot be repeated: [`Certainty::Inferred`] at
+/// most.
+///
+/// Which of its system calls was refused only the errno tells, and what each of them would meet now. Of two that are
+/// refused for different reasons none is named: the mapping comes first, but a cached stack needs none.
+#[cfg(feature = "interpose")]
+pub(crate) fn explain_call(errno: Errno, task: Task, mapped: usize) -> (StepError, Verdict) {
+    // A filter can kill for a call that it does not know. glibc makes a thread by clone3, and by clone only after an
+    // ENOSYS. If that came before a filter that kills for clone3, there is an older one, or an older kernel: which does
+    // not count filters. A process can be made by either.
+    let status = Status::read();
+    let clone = StepError {
+        task,
+        probes: match status.calls() {
+            Calls::Any => true,
+            Calls::FilesOnly => task == Task::Thread && status.filters == Some(1),
+        },
+        ..StepError::new(Step::Clone, errno, 0)
+    };
+    let mapping = |step| StepError::new(step, errno, mapped);
+    let mut found = (clone, diagnose_once(&clone));
+    if mapped > 0 {
+        for step in [Step::GuardStack, Step::MapStack] {
+            let error = mapping(step);
+            let verdict = diagnose_once(&error);
+            found = match (found.1.certainty, verdict.certainty) {
+                (_, Certainty::Unknown) => (found.0, found.1.or(verdict)),
+                (Certainty::Unknown, _) => (error, verdict.or(found.1)),
+                _ if found.1.cause.kind() == verdict.cause.kind() => (error, verdict),
+                _ => (clone, Verdict::UNKNOWN.or(found.1).or(verdict)),
+            };
+        }
+    }
+    found.1.infer();
+    found
 }
 
 /// The stack of a thread of std, and the bytes that are asked for here where a mapping may have been refused.
@@ -122,9 +164,7 @@ pub fn explain(errno: i32) -> Explanation {
             verdict = second;
         }
     }
-    if verdict.certainty == Certainty::Proven {
-        verdict.certainty = Certainty::Inferred;
-    }
+    verdict.infer();
     Explanation { errno, verdict }
 }
 

@@ -36,7 +36,7 @@ impl Outside {
         seen: &mut Unknown,
         kernel: Kernel<'_>,
     ) -> Outside {
-        let answer = ask(error.call, status.calls(), seen, kernel);
+        let answer = ask(error, status.calls(), seen, kernel);
         // The kernel gives EINVAL and nothing else to that probe: who gave it the refusal's errno gave the same to the
         // refused call.
         let answered = error.errno != Errno::EINVAL && answer.is(error.errno);
@@ -80,10 +80,11 @@ impl Outside {
 }
 
 /// A probe that the kernel always refuses with EINVAL, if there is one that is safe to make.
-fn ask(call: CloneCall, calls: Calls, seen: &mut Unknown, kernel: Kernel<'_>) -> Answer {
+fn ask(error: &StepError, calls: Calls, seen: &mut Unknown, kernel: Kernel<'_>) -> Answer {
     let oracle = &mut seen.oracle;
-    match (call, calls) {
+    match (error.call, calls) {
         (CloneCall::Clone, _) => Answer::NotAsked,
+        _ if !error.probes => Answer::NotAsked,
         (CloneCall::Clone3, Calls::Any) => {
             oracle.clone3_empty = kernel(Probe::Clone3Empty).into();
             oracle.clone3_empty

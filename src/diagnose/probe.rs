@@ -16,7 +16,7 @@ use crate::errno::Errno;
 use super::cause::Oracle;
 use super::outside::{Kernel, Outside};
 use crate::proc::status::Calls;
-use crate::step::CloneCall;
+use crate::step::{CloneCall, StepError};
 use crate::sys::clone_probe::Probe;
 
 /// The first check that refuses, or the last one that is known to pass.
@@ -62,12 +62,15 @@ impl Reached {
 /// Probes once, and keeps the answers.
 pub(super) fn ask(
     oracle: &mut Oracle,
-    call: CloneCall,
+    error: &StepError,
     outside: &Outside,
     calls: Calls,
     kernel: Kernel<'_>,
 ) -> Reached {
-    match call {
+    if !error.probes {
+        return Reached::Unusable;
+    }
+    match error.call {
         CloneCall::Clone3 if outside.clone3 => ask_clone3(oracle, kernel),
         CloneCall::Clone3 => Reached::Unusable,
         CloneCall::Clone => ask_clone(oracle, calls, kernel),

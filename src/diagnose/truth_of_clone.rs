@@ -190,7 +190,11 @@ impl World {
     fn reached(&self, outside: &Outside, seen: &mut Unknown) -> Reached {
         let calls = self.status().calls();
         let mut kernel = |probe| self.answer(probe);
-        probe::ask(&mut seen.oracle, self.call, outside, calls, &mut kernel)
+        let error = StepError {
+            call: self.call,
+            ..StepError::new(Step::Clone, Errno::EAGAIN, 0)
+        };
+        probe::ask(&mut seen.oracle, &error, outside, calls, &mut kernel)
     }
 
     /// `refusals`: so many were counted before.
@@ -257,6 +261,7 @@ fn found(before: &World, at: &World, after: &World, repeated: bool) -> Option<Ru
     let facts = Facts {
         outside,
         reached,
+        task: error.task,
         repeated,
         limits: before.limits().and(after.limits()),
         threads: before.status().threads,

@@ -62,6 +62,25 @@ impl Verdict {
         }
     }
 
+    /// Where the refused call could not be repeated, nothing is proven.
+    pub(super) fn infer(&mut self) {
+        if self.certainty == Certainty::Proven {
+            self.certainty = Certainty::Inferred;
+        }
+    }
+
+    /// With what another verdict on the same refusal leaves possible.
+    #[cfg(feature = "interpose")]
+    pub(super) fn or(mut self, other: Verdict) -> Verdict {
+        let named = (other.certainty != Certainty::Unknown).then_some(other.cause.kind());
+        let others = other.alternatives.iter().chain(named);
+        self.alternatives = others
+            .fold(self.alternatives, Causes::with)
+            .without(self.cause.kind());
+        self.spent += other.spent;
+        self.transient_if(other.transient && self.certainty == Certainty::Unknown)
+    }
+
     pub(super) fn transient(self) -> Verdict {
         self.transient_if(true)
     }

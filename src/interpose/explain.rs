@@ -1,38 +1,152 @@
-//! Mode `explain`: every call goes to libc.
+//! What is the same in both modes: why a call of libc's was refused.
+//!
+//! The call is over, and the program gets what libc answered: value and errno. Nothing is done unless that is EAGAIN or
+//! ENOMEM.
 
-use libc::{c_int, c_void, pthread_attr_t, pthread_t};
-use std::ffi::CStr;
-use std::sync::OnceLock;
+use super::output;
+use super::real::Function;
+use super::threads;
+use crate::debug;
+use crate::diagnose;
+use crate::errno::Errno;
+use crate::error::{Call, Refusal};
+use crate::failures;
+use crate::step::Task;
+use crate::sync::notice_fork;
+use crate::sys::NoCancellation;
+use libc::{c_int, pthread_attr_t};
+use std::mem::MaybeUninit;
 
-pub(super) type Routine = unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void;
-type Create =
-    unsafe extern "C" fn(*mut pthread_t, *const pthread_attr_t, Routine, *mut c_void) -> c_int;
+/// A process with this one's memory until it executes a program: vfork(2), posix_spawn(3).
+pub(super) const SHARES_MEMORY: Task = Task::Process { copies: false };
+/// One with a copy of it: fork(2).
+pub(super) const COPIES_MEMORY: Task = Task::Process { copies: true };
 
-/// libc's own functions.
-pub(super) struct Libc {
-    pub(super) pthread_create: Create,
+/// What a call maps before the clone.
+#[derive(Clone, Copy)]
+pub(super) struct Stack {
+    pub(super) size: usize,
+    pub(super) guard: usize,
 }
 
-static LIBC: OnceLock<Option<Libc>> = OnceLock::new();
+impl Stack {
+    pub(super) const NONE: Stack = Stack { size: 0, guard: 0 };
+    /// What posix_spawn maps for the child, without the room for its arguments.
+    pub(super) const OF_CHILD: Stack = Stack {
+        size: 32 << 10,
+        guard: 0,
+    };
+}
 
-impl Libc {
-    pub(super) fn get() -> Option<&'static Libc> {
-        LIBC.get_or_init(|| {
-            // SAFETY: NUL-terminated names; nothing is loaded that is not. The signature is that of pthread.h.
-            unsafe {
-                let handle =
-                    libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD);
-                let find = |name: &CStr| {
-                    let found = libc::dlsym(handle, name.as_ptr());
-                    (!found.is_null()).then_some(found)
-                };
-                Some(Libc {
-                    pthread_create: std::mem::transmute::<*mut c_void, Create>(find(
-                        c"pthread_create",
-                    )?),
-                })
-            }
-        })
-        .as_ref()
+/// libc's function, or ENOSYS in `errno` and `without` where it has none.
+pub(super) fn call<F: Copy, T>(function: &Function<F>, without: T, call: impl FnOnce(F) -> T) -> T {
+    match function.get() {
+        Some(function) => call(function),
+        None => {
+            Errno::new(libc::ENOSYS).leave();
+            without
+        }
+    }
+}
+
+/// A call that makes a thread and returns an error number, or something that is made of one. The kernel's own, which
+/// these calls fold, is left in `errno`: which is as the program had it if the call has not set it.
+pub(super) fn thread(
+    name: &'static str,
+    attributes: *const pthread_attr_t,
+    is_refusal: impl FnOnce(c_int) -> bool,
+    call: impl FnOnce() -> c_int,
+) -> c_int {
+    let before = Errno::last();
+    Errno::clear();
+    let answer = call();
+    let left = Errno::last();
+    if is_refusal(answer) {
+        let errno = match left.raw() {
+            0 => Errno::new(answer),
+            _ => left,
+        };
+        explain(name, errno, Task::Thread, stack_of(attributes));
+    }
+    match left.raw() {
+        0 => before.leave(),
+        _ => left.leave(),
+    }
+    answer
+}
+
+/// What a thread of this crate answers: an error number. Its refusal is kept already.
+pub(super) fn own(name: &'static str, created: Result<(), threads::Refusal>) -> c_int {
+    let Err(refusal) = created else { return 0 };
+    if let threads::Refusal::Thread(error) = &refusal {
+        let refusal = Refusal {
+            call: Call::Own(name),
+            ..*error.refusal()
+        };
+        output::refusal(&refusal);
+    }
+    refusal.errno()
+}
+
+/// A call that makes a task was refused with this error number. `errno` stays as it is.
+pub(super) fn refused(name: &'static str, errno: Errno, task: Task, stack: Stack) {
+    let left = Errno::last();
+    explain(name, errno, task, stack);
+    left.leave();
+}
+
+fn explain(name: &'static str, errno: Errno, task: Task, stack: Stack) {
+    if !matches!(errno, Errno::EAGAIN | Errno::ENOMEM) {
+        return;
+    }
+    notice_fork();
+    // Reading files is a cancellation point.
+    let _cancellation = NoCancellation::new();
+    let (error, verdict) =
+        diagnose::explain_call(errno, task, stack.size.saturating_add(stack.guard));
+    let refusal = Refusal {
+        call: Call::Libc(name),
+        stack_size: stack.size,
+        ..Refusal::new(error, verdict)
+    };
+    debug::keep();
+    failures::record(&refusal, None);
+    output::refusal(&refusal);
+}
+
+/// What glibc maps for a thread with these attributes; nothing for a stack of the program's own.
+fn stack_of(attributes: *const pthread_attr_t) -> Stack {
+    unsafe extern "C" {
+        fn pthread_attr_getstackaddr(
+            attributes: *const pthread_attr_t,
+            address: *mut *mut libc::c_void,
+        ) -> c_int;
+    }
+    let (mut own, mut size, mut guard) = (std::ptr::null_mut(), 0, 0);
+    let mut default = MaybeUninit::uninit();
+    // SAFETY: null, or what libc has just made a thread by. Attributes that were only initialised have the process's
+    // default size; initialising and reading them asks for no memory.
+    unsafe {
+        libc::pthread_attr_init(default.as_mut_ptr());
+        let attributes = match attributes.is_null() {
+            true => default.as_ptr(),
+            false => attributes,
+        };
+        pthread_attr_getstackaddr(attributes, &raw mut own);
+        libc::pthread_attr_getstacksize(attributes, &raw mut size);
+        libc::pthread_attr_getguardsize(attributes, &raw mut guard);
+    }
+    match own.is_null() {
+        true => Stack { size, guard },
+        false => Stack::NONE,
+    }
+}
+
+/// What clone(2) makes with these flags.
+pub(super) fn task_of(flags: c_int) -> Task {
+    match (flags & libc::CLONE_THREAD, flags & libc::CLONE_VM) {
+        (0, 0) => COPIES_MEMORY,
+        (0, _) => SHARES_MEMORY,
+        _ => Task::Thread,
     }
 }

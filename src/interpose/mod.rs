@@ -2,14 +2,51 @@
 //!
 //! The exported functions are here; what they do is one of two things ([`Mode`]): `explain` passes every call on to libc,
 //! and finds out why one was refused; `threads` makes the threads itself.
+//!
+//! ```text
+//!  program ──► pthread_create, fork, … ──► libc ──► kernel
+//!                        │ EAGAIN, ENOMEM
+//!                        ▼
+//!              diagnose ──► failures (core file) ──► NPTL_REPORT
+//! ```
 
+mod c;
 mod explain;
+mod output;
+mod page;
+mod real;
 mod settings;
 mod threads;
 
-use explain::{Libc, Routine};
-use libc::{c_int, c_void, pthread_attr_t, pthread_t};
+use crate::errno::Errno;
+use crate::fork;
+use explain::{COPIES_MEMORY, SHARES_MEMORY, Stack, call};
+use libc::{c_char, c_int, c_void, pid_t, pthread_attr_t, pthread_t};
+use real::{Routine, ThreadMain};
 use settings::{Mode, Settings};
+
+/// Called by the loader.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static AT_LOAD: extern "C" fn() = {
+    extern "C" fn at_load() {
+        real::look_up_all();
+        Settings::get();
+        // So that a forked child finds no lock taken. Refused, the first call of the crate's own tries again.
+        let _ = fork::guard();
+    }
+    at_load
+};
+
+/// Called by exit(3), and not by _exit(2).
+#[used]
+#[unsafe(link_section = ".fini_array")]
+static AT_EXIT: extern "C" fn() = {
+    extern "C" fn at_exit() {
+        output::statistics();
+    }
+    at_exit
+};
 
 /// pthread_create(3)
 ///
@@ -22,19 +59,25 @@ pub unsafe extern "C" fn pthread_create(
     routine: Routine,
     argument: *mut c_void,
 ) -> c_int {
-    let Some(libc) = Libc::get() else {
-        return libc::ENOSYS;
-    };
+    const NAME: &str = "pthread_create";
     if Settings::get().mode == Mode::Threads {
         // SAFETY: the caller's own arguments.
-        match unsafe { threads::create(thread, attributes, routine, argument) } {
-            Some(Ok(())) => return 0,
-            Some(Err(refusal)) => return refusal.errno(),
-            None => {}
+        let created = unsafe { threads::create(thread, attributes, routine, argument) };
+        if let Some(created) = created {
+            return explain::own(NAME, created);
         }
     }
-    // SAFETY: the caller's own arguments.
-    unsafe { (libc.pthread_create)(thread, attributes, routine, argument) }
+    explain::thread(
+        NAME,
+        attributes,
+        |answer| answer != 0,
+        || {
+            call(&real::PTHREAD_CREATE, libc::ENOSYS, |create| {
+                // SAFETY: the caller's own arguments.
+                unsafe { create(thread, attributes, routine, argument) }
+            })
+        },
+    )
 }
 
 /// thrd_create(3)
@@ -44,13 +87,121 @@ pub unsafe extern "C" fn pthread_create(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn thrd_create(
     thread: *mut pthread_t,
-    routine: unsafe extern "C-unwind" fn(*mut c_void) -> c_int,
+    routine: ThreadMain,
     argument: *mut c_void,
 ) -> c_int {
-    // SAFETY: what the function returns in one register is read from there as wide as it is written: by thrd_join.
-    let routine = unsafe {
-        std::mem::transmute::<unsafe extern "C-unwind" fn(*mut c_void) -> c_int, Routine>(routine)
+    const NAME: &str = "thrd_create";
+    /// `thrd_error` and `thrd_nomem` (threads.h).
+    const REFUSALS: std::ops::RangeInclusive<c_int> = 2..=3;
+    if Settings::get().mode == Mode::Threads {
+        // SAFETY: what the function returns in one register is read from there as wide as it is written: by thrd_join.
+        let start = unsafe { std::mem::transmute::<ThreadMain, Routine>(routine) };
+        // SAFETY: the caller's own arguments; null attributes are the process's default.
+        let created = unsafe { threads::create(thread, std::ptr::null(), start, argument) };
+        if let Some(created) = created {
+            return threads::thrd(explain::own(NAME, created));
+        }
+    }
+    explain::thread(
+        NAME,
+        std::ptr::null(),
+        |answer| REFUSALS.contains(&answer),
+        || {
+            call(&real::THRD_CREATE, *REFUSALS.start(), |create| {
+                // SAFETY: the caller's own arguments.
+                unsafe { create(thread, routine, argument) }
+            })
+        },
+    )
+}
+
+/// fork(2)
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fork() -> pid_t {
+    // SAFETY: as for the caller's own call.
+    let answer = call(&real::FORK, -1, |fork| unsafe { fork() });
+    if answer == -1 {
+        explain::refused("fork", Errno::last(), COPIES_MEMORY, Stack::NONE);
+    }
+    answer
+}
+
+/// vfork(2)
+///
+/// # Safety
+/// As libc's.
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vfork() -> pid_t {
+    crate::sys::vfork!(vfork_refused)
+}
+
+/// Where a refused vfork(2) goes on, with the error number; it returns to the caller of vfork.
+extern "C" fn vfork_refused(errno: c_int) -> c_int {
+    let errno = Errno::new(errno);
+    errno.leave();
+    explain::refused("vfork", errno, SHARES_MEMORY, Stack::NONE);
+    -1
+}
+
+macro_rules! posix_spawn {
+    ($name:ident, $real:expr) => {
+        /// posix_spawn(3)
+        ///
+        /// # Safety
+        /// As libc's.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            pid: *mut pid_t,
+            path: *const c_char,
+            actions: *const libc::posix_spawn_file_actions_t,
+            attributes: *const libc::posix_spawnattr_t,
+            arguments: *const *mut c_char,
+            environment: *const *mut c_char,
+        ) -> c_int {
+            let answer = call(&$real, libc::ENOSYS, |spawn| {
+                // SAFETY: the caller's own arguments.
+                unsafe { spawn(pid, path, actions, attributes, arguments, environment) }
+            });
+            if answer != 0 {
+                explain::refused(
+                    stringify!($name),
+                    Errno::new(answer),
+                    SHARES_MEMORY,
+                    Stack::OF_CHILD,
+                );
+            }
+            answer
+        }
     };
-    // SAFETY: the caller's own arguments.
-    threads::thrd(unsafe { pthread_create(thread, std::ptr::null(), routine, argument) })
+}
+
+posix_spawn!(posix_spawn, real::POSIX_SPAWN);
+posix_spawn!(posix_spawnp, real::POSIX_SPAWNP);
+
+/// clone(2), by libc's wrapper, which is variadic: of what the caller has not given it reads no more than this.
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn clone(
+    routine: ThreadMain,
+    stack: *mut c_void,
+    flags: c_int,
+    argument: *mut c_void,
+    parent_tid: *mut c_void,
+    tls: *mut c_void,
+    child_tid: *mut c_void,
+) -> c_int {
+    let answer = call(&real::CLONE, -1, |clone| {
+        // SAFETY: the caller's own arguments.
+        unsafe { clone(routine, stack, flags, argument, parent_tid, tls, child_tid) }
+    });
+    if answer == -1 {
+        explain::refused("clone", Errno::last(), explain::task_of(flags), Stack::NONE);
+    }
+    answer
 }

@@ -15,7 +15,7 @@ pub(crate) mod sched;
 mod signals;
 
 #[cfg(feature = "interpose")]
-pub(crate) use arch::{call_routine, futex_cancellable};
+pub(crate) use arch::{call_routine, futex_cancellable, vfork};
 pub(crate) use arch::{
     fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer, unwind_buffer,
 };
@@ -31,4 +31,6 @@ pub(crate) use cancel::{
 pub(crate) use entry::Routine;
 pub(crate) use entry::{Entry, Faults, Next};
 pub(crate) use page::page_size;
+#[cfg(feature = "interpose")]
+pub(crate) use signals::Quiet;
 pub(crate) use signals::{APPLICATION, KernelSigSet, Signals, set_signal_mask};

@@ -1,6 +1,8 @@
 //! The mask of blocked signals.
 
 use super::arch::syscall;
+#[cfg(feature = "interpose")]
+use crate::errno::Errno;
 
 /// The kernel's `sigset_t`: bit `n - 1` is signal `n`.
 pub(crate) type KernelSigSet = u64;
@@ -59,5 +61,51 @@ impl Signals {
 impl Drop for Signals {
     fn drop(&mut self) {
         set_signal_mask(self.old);
+    }
+}
+
+/// While this lives, every signal but SIGSETXID waits, and a write that fails ([`took`](Self::took)) sends none.
+#[cfg(feature = "interpose")]
+pub(crate) struct Quiet {
+    _signals: Signals,
+    /// Signals that waited before.
+    pending: KernelSigSet,
+}
+
+#[cfg(feature = "interpose")]
+impl Quiet {
+    pub(crate) fn new() -> Quiet {
+        let mut pending: KernelSigSet = 0;
+        let signals = Signals::block_all_but_setxid();
+        let place = (&raw mut pending) as usize;
+        // SAFETY: the kernel writes eight bytes there.
+        unsafe {
+            let size = size_of::<KernelSigSet>();
+            syscall(libc::SYS_rt_sigpending, [place, size, 0, 0, 0, 0]);
+        }
+        Quiet {
+            _signals: signals,
+            pending,
+        }
+    }
+
+    /// Takes back the signal that a failed write has sent to this thread.
+    pub(crate) fn took(&self, written: Result<(), Errno>) {
+        let signal = match written {
+            Err(Errno::EPIPE) => libc::SIGPIPE,
+            Err(Errno::EFBIG) => libc::SIGXFSZ,
+            _ => return,
+        };
+        let set: KernelSigSet = 1 << (signal - 1);
+        if self.pending & set != 0 {
+            return;
+        }
+        let now = [0_usize; 2];
+        let [set, now] = [(&raw const set) as usize, (&raw const now) as usize];
+        // SAFETY: a set and a time-out of zero, which outlive the call; it writes nothing.
+        unsafe {
+            let size = size_of::<KernelSigSet>();
+            syscall(libc::SYS_rt_sigtimedwait, [set, 0, now, size, 0, 0]);
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! `pthread_create` and `thrd_create`.
 
+use super::super::real::Routine as Start;
 use super::attributes::Attributes;
 use super::executable;
 use crate::builder::Builder;
@@ -17,9 +18,6 @@ use libc::{c_int, c_void, pthread_attr_t, pthread_t};
 /// The largest guard, in pages, of a stack that the cache keeps. A larger one is glibc's to make: mapped writable with the
 /// stack, as this crate does it, it would count as memory that the program can use.
 const LARGEST_GUARD: usize = 16;
-
-/// The function that a thread begins with.
-pub(in crate::interpose) type Start = unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void;
 
 /// A program's function, and what it is called with.
 struct Routine {

@@ -106,6 +106,46 @@ pub(crate) unsafe extern "C" fn clone<E: Entry>(
     )
 }
 
+/// The body of a naked `vfork()`. `$refused` is an `extern "C" fn(errno: c_int) -> pid_t` that a refusal goes on in.
+///
+/// vfork(2) returns twice on one stack, and whatever the child pushes lies where the parent's return address did. So that
+/// is kept in a register, of which the kernel gives each of the two its own. On a shadow stack the child has written over
+/// it as well: its entry is taken off without a comparison.
+#[cfg(feature = "interpose")]
+macro_rules! vfork {
+    ($refused:path) => {
+        core::arch::naked_asm!(
+            ".cfi_startproc",
+            "pop rdi",          // the return address
+            ".cfi_adjust_cfa_offset -8",
+            ".cfi_register rip, rdi",
+            "mov eax, 58",      // __NR_vfork
+            "syscall",
+            "test eax, eax",
+            "js 3f",
+            "xor ecx, ecx",
+            "rdsspq rcx",       // without a shadow stack it does nothing
+            "test rcx, rcx",
+            "jz 2f",
+            "mov ecx, 1",
+            "incsspq rcx",
+            "2:",
+            "jmp rdi",          // parent and child
+            "3:",
+            "push rdi",         // there is no child: as at the entry
+            ".cfi_adjust_cfa_offset 8",
+            ".cfi_offset rip, -8",
+            "mov edi, eax",
+            "neg edi",
+            "jmp {refused}",
+            ".cfi_endproc",
+            refused = sym $refused,
+        )
+    };
+}
+#[cfg(feature = "interpose")]
+pub(crate) use vfork;
+
 /// The first frame of every thread: where backtraces and gdb's `bt` end.
 ///
 /// # Safety

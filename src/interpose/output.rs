@@ -1,0 +1,66 @@
+//! What is written: nothing without a refusal, a wrong setting or `NPTL_STATS`.
+
+use super::page::{Page, write_to};
+use super::settings::{Report, Settings};
+use crate::error::Refusal;
+use crate::failures;
+use crate::mem::text::Text;
+use crate::proc::file;
+use crate::stack::cache::StackCache;
+use crate::sys;
+use std::fmt::{self, Write};
+
+/// Writes the line and the report of a refusal to where `NPTL_REPORT` says.
+pub(super) fn refusal(refusal: &Refusal) {
+    let file = match &Settings::get().report {
+        Report::Nowhere => return,
+        Report::Stderr => None,
+        Report::File(path) => Some(path),
+    };
+    let mut page = Page::EMPTY;
+    let _ = writeln!(page, "{refusal} {Program}\n{}", refusal.report());
+    write_to(file.map(|path| ("NPTL_REPORT", path.as_c_str())), page);
+}
+
+/// At exit.
+pub(super) fn statistics() {
+    let Some(path) = &Settings::get().statistics else {
+        return;
+    };
+    let mut page = Page::EMPTY;
+    let _ = writeln!(page, "nptl: {Program} {Statistics}");
+    write_to(Some(("NPTL_STATS", path)), page);
+}
+
+/// Name and number of the program.
+struct Program;
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let comm = file::first(c"/proc/self/comm", |line| Some(Text::<16>::new(line)));
+        let name = comm.as_ref().and_then(Text::to_str).unwrap_or("?");
+        write!(f, "program={name:?} pid={}", sys::process_id())
+    }
+}
+
+/// One line.
+pub(super) struct Statistics;
+
+impl fmt::Display for Statistics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stats = StackCache::global().stats();
+        write!(
+            f,
+            "mode={} refusals={} cache_hits={} cache_misses={} cache_evictions={} cached_stacks={} cached_resident_bytes={} live_stacks={} mapped_stacks={}",
+            Settings::get().mode,
+            failures::count(),
+            stats.hits,
+            stats.misses,
+            stats.evictions,
+            stats.cached_stacks,
+            stats.cached_resident_bytes,
+            stats.live_stacks,
+            stats.mapped_stacks,
+        )
+    }
+}
