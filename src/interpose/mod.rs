@@ -52,7 +52,7 @@ static AT_EXIT: extern "C" fn() = {
 ///
 /// # Safety
 /// As libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C" fn pthread_create(
     thread: *mut pthread_t,
     attributes: *const pthread_attr_t,
@@ -84,7 +84,7 @@ pub unsafe extern "C" fn pthread_create(
 ///
 /// # Safety
 /// As libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C" fn thrd_create(
     thread: *mut pthread_t,
     routine: ThreadMain,

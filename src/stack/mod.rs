@@ -14,6 +14,8 @@ pub(crate) mod overflow;
 #[cfg(feature = "interpose")]
 mod posix;
 mod record;
+#[cfg(feature = "interpose")]
+mod roll;
 
 pub use config::{StackCacheConfig, StackCacheStats};
 pub(crate) use idle::{Idle, RefusedStack, Wanted, bytes_around, rounded};

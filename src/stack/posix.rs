@@ -8,98 +8,25 @@
 //! `pthread_t`. No lock, nothing that grows with the number of threads, and nothing that a fork could find half changed.
 
 use super::idle::Idle;
-use super::record::Stack;
+use super::record::{ROLL, Stack};
 use crate::errno::Errno;
 use crate::settings::Owner;
 use crate::sys;
 use crate::tcb::Runtime;
 use libc::pthread_t;
-use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
-/// The record's part of it.
-pub(super) struct Posix {
-    /// From 1; set once. 0: none yet.
-    number: AtomicUsize,
-    /// Who may join the thread, or does so:
-    ///
-    /// ```text
-    ///  created ──► JOINABLE ◄──► thread pointer of the joiner ──► NOBODY
-    ///                  └─── detached ──────────────────────────────► NOBODY
-    /// ```
-    joiner: AtomicUsize,
-}
-
-/// Not created by C code, or created detached, detached since, or joined.
+/// Who may join a thread, or does so ([`Stack`]'s `joiner`):
+///
+/// ```text
+///  created ──► JOINABLE ◄──► thread pointer of the joiner ──► NOBODY
+///                  └─── detached ──────────────────────────────► NOBODY
+/// ```
+/// NOBODY is also what a thread has that C code has not created, or has created detached.
 const NOBODY: usize = 0;
 const JOINABLE: usize = 1;
 
-impl Posix {
-    pub(super) fn new() -> Posix {
-        Posix {
-            number: AtomicUsize::new(0),
-            joiner: AtomicUsize::new(NOBODY),
-        }
-    }
-}
-
-/// All records by their numbers, from 1. In tables of 64, 128, 256 … places, so that none ever moves.
-static ROLL: [AtomicPtr<AtomicPtr<Stack>>; 32] =
-    [const { AtomicPtr::new(std::ptr::null_mut()) }; 32];
-
-static ENROLLED: AtomicUsize = AtomicUsize::new(0);
-
-const FIRST_TABLE: usize = 64;
-
-/// The table of a number, how many places that has, and which of them is meant.
-fn place(number: usize) -> Option<(&'static AtomicPtr<AtomicPtr<Stack>>, usize, usize)> {
-    let position = number.checked_sub(1)?.checked_add(FIRST_TABLE)?;
-    let table = position.ilog2() - FIRST_TABLE.ilog2();
-    let places = FIRST_TABLE << table;
-    Some((ROLL.get(table as usize)?, places, position - places))
-}
-
-/// The record of that number.
-fn numbered(number: usize) -> Option<&'static Stack> {
-    let (table, _, index) = place(number)?;
-    let table = table.load(Ordering::Acquire);
-    if table.is_null() {
-        return None;
-    }
-    // SAFETY: a table is never freed, and has this place; in it is null, or a record, which is never freed either.
-    unsafe { (*table.add(index)).load(Ordering::Acquire).as_ref() }
-}
-
 impl Stack {
-    /// Gives the record its number. `None`: no memory.
-    pub(super) fn enrol(&'static self) -> Option<()> {
-        let number = ENROLLED.fetch_add(1, Ordering::Relaxed) + 1;
-        let (slot, places, index) = place(number)?;
-        let mut table = slot.load(Ordering::Acquire);
-        if table.is_null() {
-            let layout = Layout::array::<AtomicPtr<Stack>>(places).ok()?;
-            // SAFETY: the layout has a size, and zeroes are null pointers.
-            let new = unsafe { alloc_zeroed(layout) }.cast::<AtomicPtr<Stack>>();
-            if new.is_null() {
-                return None;
-            }
-            let null = std::ptr::null_mut();
-            table = new;
-            if let Err(other) =
-                slot.compare_exchange(null, new, Ordering::AcqRel, Ordering::Acquire)
-            {
-                // SAFETY: allocated above with this layout, and no other thread has seen it.
-                unsafe { dealloc(new.cast(), layout) };
-                table = other;
-            }
-        }
-        self.posix.number.store(number, Ordering::Relaxed);
-        // SAFETY: a table is never freed, and has this place.
-        let place = unsafe { &*table.add(index) };
-        place.store(std::ptr::from_ref(self).cast_mut(), Ordering::Release);
-        Some(())
-    }
-
     /// Where the record's number is in memory: above the first frame, where nothing else is.
     fn number_in(top: usize) -> *mut usize {
         (top - size_of::<usize>()) as *mut usize
@@ -116,12 +43,13 @@ impl Stack {
         // not be aligned.
         let number = unsafe { Stack::number_in(top).read_unaligned() };
         // A record that has lost its mapping keeps the address, which can be another thread's by now.
-        numbered(number).filter(|stack| stack.pthread() == thread && stack.tid_word().is_some())
+        ROLL.get(number)
+            .filter(|stack| stack.pthread() == thread && stack.tid_word().is_some())
     }
 
     /// Whether C code can join the thread, or is about to.
     pub(crate) fn is_joinable(&self) -> bool {
-        self.posix.joiner.load(Ordering::Acquire) != NOBODY
+        self.joiner.load(Ordering::Acquire) != NOBODY
     }
 
     /// Makes the calling thread the one that joins this.
@@ -137,8 +65,7 @@ impl Stack {
             return Err(Errno::EDEADLK);
         }
         let claimed =
-            self.posix
-                .joiner
+            self.joiner
                 .compare_exchange(JOINABLE, own, Ordering::SeqCst, Ordering::Acquire);
         match claimed {
             // Joined or detached in this moment.
@@ -162,7 +89,7 @@ impl Stack {
 
     /// Gives up what [`Stack::claim_join`] has claimed.
     pub(crate) fn release_join(&self) {
-        self.posix.joiner.store(JOINABLE, Ordering::Release);
+        self.joiner.store(JOINABLE, Ordering::Release);
     }
 
     /// Waits until the kernel has cleared the tid word; a cancellation point, which gives up the claim. `clock` is that of
@@ -199,7 +126,7 @@ impl Stack {
             // SAFETY: word and claim are those of a stack that stays until the claim is used up; the deadline is the
             // caller's.
             let answer = unsafe {
-                let claim = &raw const self.posix.joiner;
+                let claim = &raw const self.joiner;
                 sys::futex_cancellable(word, operation, tid, deadline, claim, JOINABLE)
             };
             match Errno::checked(answer) {
@@ -217,7 +144,7 @@ impl Stack {
             // SAFETY: the block of a thread that is not joined yet is mapped, and nothing runs on it.
             unsafe { runtime.result(&self.block) }
         });
-        self.posix.joiner.store(NOBODY, Ordering::Release);
+        self.joiner.store(NOBODY, Ordering::Release);
         result
     }
 
@@ -227,12 +154,9 @@ impl Stack {
     /// # Errors
     /// EINVAL if it is detached, ESRCH if it is no thread any more.
     pub(crate) fn claim_detach(&self) -> Result<bool, Errno> {
-        let claimed = self.posix.joiner.compare_exchange(
-            JOINABLE,
-            NOBODY,
-            Ordering::AcqRel,
-            Ordering::Acquire,
-        );
+        let claimed =
+            self.joiner
+                .compare_exchange(JOINABLE, NOBODY, Ordering::AcqRel, Ordering::Acquire);
         match claimed {
             Ok(_) => Ok(true),
             Err(NOBODY) => Err(self.lost()),
@@ -243,7 +167,7 @@ impl Stack {
     /// In a forked child, of a thread that does not exist there: takes its id out of use. Returns `true` if it was that of
     /// a thread that could be joined: then there is no other handle.
     pub(super) fn forget_id(&self) -> bool {
-        self.posix.joiner.swap(NOBODY, Ordering::Relaxed) != NOBODY
+        self.joiner.swap(NOBODY, Ordering::Relaxed) != NOBODY
     }
 
     /// In a forked child, of the thread that forked: the thread that was joining it does not exist.
@@ -258,7 +182,7 @@ impl Stack {
 pub(crate) fn is_joined_by(thread: usize) -> bool {
     // SAFETY: the calling thread's own id.
     let own = unsafe { Stack::of_thread(libc::pthread_self()) };
-    own.is_some_and(|own| own.posix.joiner.load(Ordering::SeqCst) == thread)
+    own.is_some_and(|own| own.joiner.load(Ordering::SeqCst) == thread)
 }
 
 fn is_before_1970(time: *const libc::timespec) -> bool {
@@ -272,7 +196,7 @@ impl Idle {
     pub(crate) fn hand_to(&self, owner: &Owner) {
         let (stack, runtime) = (self.stack(), self.runtime());
         let joiner = if owner.joinable { JOINABLE } else { NOBODY };
-        stack.posix.joiner.store(joiner, Ordering::Release);
+        stack.joiner.store(joiner, Ordering::Release);
         let length = owner.size + owner.guard;
         // SAFETY: an Idle is the only owner of its stack and block. The place for the id is the program's, which waits for
         // it in pthread_create.
@@ -282,30 +206,8 @@ impl Idle {
                 (stack.top() - length, length, owner.guard),
                 owner.scheduling,
             );
-            Stack::number_in(stack.top()).write(stack.posix.number.load(Ordering::Relaxed));
+            Stack::number_in(stack.top()).write(stack.number.load(Ordering::Relaxed));
             (owner.id as *mut pthread_t).write(stack.pthread());
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_number_has_a_place_of_its_own() {
-        let mut expected = (0, 0);
-        for number in 1..100_000 {
-            let (table, places, index) = place(number).expect("a place");
-            let table = ROLL.iter().position(|one| std::ptr::eq(one, table));
-            assert_eq!((table, index), (Some(expected.0), expected.1));
-            assert_eq!(places, FIRST_TABLE << expected.0);
-            expected.1 += 1;
-            if expected.1 == places {
-                expected = (expected.0 + 1, 0);
-            }
-        }
-        assert!(place(0).is_none());
-        assert!(place(usize::MAX).is_none());
     }
 }

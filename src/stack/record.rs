@@ -9,7 +9,7 @@ use super::ledger::{Entry, Links};
 use super::mapping;
 use super::message::Start;
 #[cfg(feature = "interpose")]
-use super::posix::Posix;
+use super::roll::Roll;
 use crate::mem::{Shared, try_box};
 use crate::sync::Lock;
 use crate::sys;
@@ -80,8 +80,12 @@ pub(crate) struct Stack {
     pub(super) next_spare: AtomicPtr<Stack>,
     /// The record made before this one: a debugger's way to all of them.
     pub(super) next_record: AtomicPtr<Stack>,
+    /// In [`ROLL`]; set once.
     #[cfg(feature = "interpose")]
-    pub(super) posix: Posix,
+    pub(super) number: AtomicUsize,
+    /// Which C code may join the thread: see `posix`.
+    #[cfg(feature = "interpose")]
+    pub(super) joiner: AtomicUsize,
 }
 
 // SAFETY: `start` is written by the creator before the thread exists and taken by the thread, or
@@ -120,6 +124,10 @@ impl Records {
 /// All records of the process.
 pub(crate) static RECORDS: Records = Records(AtomicPtr::new(std::ptr::null_mut()));
 
+/// All records by their numbers.
+#[cfg(feature = "interpose")]
+pub(super) static ROLL: Roll<Stack> = Roll::new();
+
 pub(super) const NO_CLASS: u16 = u16::MAX;
 
 /// Of a record that is not in the list of spare ones.
@@ -153,7 +161,9 @@ impl Stack {
             next_spare: AtomicPtr::new(NOT_SPARE),
             next_record: AtomicPtr::new(std::ptr::null_mut()),
             #[cfg(feature = "interpose")]
-            posix: Posix::new(),
+            number: AtomicUsize::new(0),
+            #[cfg(feature = "interpose")]
+            joiner: AtomicUsize::new(0),
         }
     }
 
@@ -180,12 +190,14 @@ impl Stack {
             return Some(stack);
         }
         drop(spare);
+        #[cfg(feature = "interpose")]
+        let number = ROLL.reserve()?;
         let stack: &'static Stack = Box::leak(try_box(Stack::new()).ok()?);
         RECORDS.push(stack);
         #[cfg(feature = "interpose")]
-        if stack.enrol().is_none() {
-            stack.retire_record();
-            return None;
+        {
+            stack.number.store(number, Ordering::Relaxed);
+            ROLL.set(number, stack);
         }
         Some(stack)
     }

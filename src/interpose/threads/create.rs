@@ -49,7 +49,7 @@ impl Body for Routine {
 ///
 /// # Safety
 /// As for pthread_create(3).
-pub(in crate::interpose) unsafe fn create(
+pub(crate) unsafe fn create(
     id: *mut pthread_t,
     attributes: *const pthread_attr_t,
     start: Start,
@@ -83,7 +83,7 @@ pub(in crate::interpose) unsafe fn create(
 }
 
 /// Why there is no thread.
-pub(in crate::interpose) enum Refusal {
+pub(crate) enum Refusal {
     /// The attributes could not be read, or sizes in them cannot be added.
     Attributes(c_int),
     Thread(SpawnError),
@@ -91,7 +91,7 @@ pub(in crate::interpose) enum Refusal {
 
 impl Refusal {
     /// What pthread_create(3) returns.
-    pub(in crate::interpose) fn errno(&self) -> c_int {
+    pub(crate) fn errno(&self) -> c_int {
         match self {
             Refusal::Attributes(errno) => *errno,
             // A size that cannot exist is one that glibc's mmap is refused.

@@ -89,7 +89,7 @@ macro_rules! pass_on {
 ///
 /// # Safety
 /// As for libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn pthread_join(thread: pthread_t, result: *mut *mut c_void) -> c_int {
     // SAFETY: the caller's own arguments, and a null pointer is no deadline.
     match unsafe { join::join(thread, result, libc::CLOCK_REALTIME, std::ptr::null()) } {
@@ -102,7 +102,7 @@ pub unsafe extern "C-unwind" fn pthread_join(thread: pthread_t, result: *mut *mu
 ///
 /// # Safety
 /// As for libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn pthread_tryjoin_np(
     thread: pthread_t,
     result: *mut *mut c_void,
@@ -118,7 +118,7 @@ pub unsafe extern "C-unwind" fn pthread_tryjoin_np(
 ///
 /// # Safety
 /// As for libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn pthread_timedjoin_np(
     thread: pthread_t,
     result: *mut *mut c_void,
@@ -135,7 +135,7 @@ pub unsafe extern "C-unwind" fn pthread_timedjoin_np(
 ///
 /// # Safety
 /// As for libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn pthread_clockjoin_np(
     thread: pthread_t,
     result: *mut *mut c_void,
@@ -156,7 +156,7 @@ pub unsafe extern "C-unwind" fn pthread_clockjoin_np(
 ///
 /// # Safety
 /// As for libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn pthread_detach(thread: pthread_t) -> c_int {
     // SAFETY: the caller's own argument.
     match unsafe { join::detach(thread) } {
@@ -169,7 +169,7 @@ pub unsafe extern "C-unwind" fn pthread_detach(thread: pthread_t) -> c_int {
 ///
 /// # Safety
 /// As for libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn pthread_getattr_np(
     thread: pthread_t,
     attributes: *mut pthread_attr_t,
@@ -186,7 +186,7 @@ pub unsafe extern "C-unwind" fn pthread_getattr_np(
 ///
 /// # Safety
 /// As for libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn thrd_join(thread: Thrd, result: *mut c_int) -> c_int {
     let mut value = std::ptr::null_mut();
     // SAFETY: the caller's own argument, and a place for the result.
@@ -216,7 +216,7 @@ pub unsafe extern "C-unwind" fn thrd_join(thread: Thrd, result: *mut c_int) -> c
 ///
 /// # Safety
 /// As for libc's.
-#[unsafe(no_mangle)]
+#[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn thrd_detach(thread: Thrd) -> c_int {
     // SAFETY: the caller's own argument.
     match unsafe { join::detach(thread) } {
