@@ -75,17 +75,27 @@ pub(super) fn thread(
     answer
 }
 
-/// What a thread of this crate answers: an error number. Its refusal is kept already.
-pub(super) fn own(name: &'static str, created: Result<(), threads::Refusal>) -> c_int {
-    let Err(refusal) = created else { return 0 };
+/// A thread of this crate's: an error number, and in `errno` what libc would leave there. Its refusal is kept already.
+/// `None`: libc is to make it.
+pub(super) fn own(
+    name: &'static str,
+    create: impl FnOnce() -> Option<Result<(), threads::Refusal>>,
+) -> Option<c_int> {
+    let before = Errno::last();
+    let created = create();
+    before.leave();
+    let Err(refusal) = created? else {
+        return Some(0);
+    };
     if let threads::Refusal::Thread(error) = &refusal {
         let refusal = Refusal {
             call: Call::Own(name),
             ..*error.refusal()
         };
         output::refusal(&refusal);
+        error.errno().leave();
     }
-    refusal.errno()
+    Some(refusal.errno())
 }
 
 /// A call that makes a task was refused with this error number. `errno` stays as it is.

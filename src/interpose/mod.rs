@@ -62,9 +62,9 @@ pub unsafe extern "C" fn pthread_create(
     const NAME: &str = "pthread_create";
     if Settings::get().mode == Mode::Threads {
         // SAFETY: the caller's own arguments.
-        let created = unsafe { threads::create(thread, attributes, routine, argument) };
-        if let Some(created) = created {
-            return explain::own(NAME, created);
+        let create = || unsafe { threads::create(thread, attributes, routine, argument) };
+        if let Some(answer) = explain::own(NAME, create) {
+            return answer;
         }
     }
     explain::thread(
@@ -97,9 +97,9 @@ pub unsafe extern "C" fn thrd_create(
         // SAFETY: what the function returns in one register is read from there as wide as it is written: by thrd_join.
         let start = unsafe { std::mem::transmute::<ThreadMain, Routine>(routine) };
         // SAFETY: the caller's own arguments; null attributes are the process's default.
-        let created = unsafe { threads::create(thread, std::ptr::null(), start, argument) };
-        if let Some(created) = created {
-            return threads::thrd(explain::own(NAME, created));
+        let create = || unsafe { threads::create(thread, std::ptr::null(), start, argument) };
+        if let Some(answer) = explain::own(NAME, create) {
+            return threads::thrd(answer);
         }
     }
     explain::thread(

@@ -1,11 +1,11 @@
 //! `pthread_create` and `thrd_create`.
 
-use super::super::real::Routine as Start;
 use super::attributes::Attributes;
 use super::executable;
 use crate::builder::Builder;
 use crate::error::SpawnError;
 use crate::handle::Running;
+use crate::interpose::real::Routine as Start;
 use crate::mem::{Body, try_box};
 use crate::settings::{Owner, Special};
 use crate::spawn;
