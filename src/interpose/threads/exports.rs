@@ -3,83 +3,19 @@
 //!
 //! Those that wait are cancellation points, and so nothing with a destructor may live in them.
 
+use super::super::real;
 use super::join;
 use libc::{c_int, c_void, clockid_t, pthread_attr_t, pthread_t, timespec};
-use std::ffi::CStr;
-use std::sync::OnceLock;
 
 /// `thrd_t` (threads.h)
 type Thrd = pthread_t;
 
-macro_rules! functions {
-    ($($name:ident($($argument:ty),*);)*) => {
-        /// libc's own.
-        struct Libc {
-            $($name: unsafe extern "C-unwind" fn($($argument),*) -> c_int,)*
-        }
-
-        impl Libc {
-            fn look_up() -> Option<Libc> {
-                let flags = libc::RTLD_LAZY | libc::RTLD_NOLOAD;
-                // SAFETY: a NUL-terminated name; nothing is loaded that is not.
-                let libc = unsafe { libc::dlopen(c"libc.so.6".as_ptr(), flags) };
-                let find = |name: &CStr| {
-                    // SAFETY: a NUL-terminated name, and a handle that is never closed.
-                    let found = unsafe { libc::dlsym(libc, name.as_ptr()) };
-                    (!found.is_null()).then_some(found)
-                };
-                Some(Libc {$(
-                    $name: {
-                        let name = CStr::from_bytes_with_nul(
-                            concat!(stringify!($name), "\0").as_bytes(),
-                        );
-                        // SAFETY: its type is public, in pthread.h or threads.h.
-                        unsafe {
-                            std::mem::transmute::<
-                                *mut c_void,
-                                unsafe extern "C-unwind" fn($($argument),*) -> c_int,
-                            >(find(name.ok()?)?)
-                        }
-                    },
-                )*})
-            }
-        }
-    };
-}
-
-functions! {
-    pthread_join(pthread_t, *mut *mut c_void);
-    pthread_tryjoin_np(pthread_t, *mut *mut c_void);
-    pthread_timedjoin_np(pthread_t, *mut *mut c_void, *const timespec);
-    pthread_clockjoin_np(pthread_t, *mut *mut c_void, clockid_t, *const timespec);
-    pthread_detach(pthread_t);
-    pthread_getattr_np(pthread_t, *mut pthread_attr_t);
-    thrd_join(Thrd, *mut c_int);
-    thrd_detach(Thrd);
-}
-
-static LIBC: OnceLock<Option<Libc>> = OnceLock::new();
-
-/// At load time: a thread that is about to join shall meet no lock of the loader (G26).
-#[used]
-#[unsafe(link_section = ".init_array")]
-static LOOK_UP: extern "C" fn() = {
-    extern "C" fn look_up() {
-        libc();
-    }
-    look_up
-};
-
-fn libc() -> Option<&'static Libc> {
-    LIBC.get_or_init(Libc::look_up).as_ref()
-}
-
-/// Calls one of libc's own.
+/// Calls libc's own function.
 macro_rules! pass_on {
     ($name:ident($($argument:expr),*)) => {
-        match libc() {
+        match real::$name.get() {
             // SAFETY: the caller's own arguments.
-            Some(libc) => unsafe { (libc.$name)($($argument),*) },
+            Some(function) => unsafe { function($($argument),*) },
             None => libc::ENOSYS,
         }
     };
@@ -94,7 +30,7 @@ pub unsafe extern "C-unwind" fn pthread_join(thread: pthread_t, result: *mut *mu
     // SAFETY: the caller's own arguments, and a null pointer is no deadline.
     match unsafe { join::join(thread, result, libc::CLOCK_REALTIME, std::ptr::null()) } {
         Some(errno) => errno,
-        None => pass_on!(pthread_join(thread, result)),
+        None => pass_on!(PTHREAD_JOIN(thread, result)),
     }
 }
 
@@ -110,7 +46,7 @@ pub unsafe extern "C-unwind" fn pthread_tryjoin_np(
     // SAFETY: the caller's own arguments.
     match unsafe { join::try_join(thread, result) } {
         Some(errno) => errno,
-        None => pass_on!(pthread_tryjoin_np(thread, result)),
+        None => pass_on!(PTHREAD_TRYJOIN(thread, result)),
     }
 }
 
@@ -127,7 +63,7 @@ pub unsafe extern "C-unwind" fn pthread_timedjoin_np(
     // SAFETY: the caller's own arguments.
     match unsafe { join::join(thread, result, libc::CLOCK_REALTIME, deadline) } {
         Some(errno) => errno,
-        None => pass_on!(pthread_timedjoin_np(thread, result, deadline)),
+        None => pass_on!(PTHREAD_TIMEDJOIN(thread, result, deadline)),
     }
 }
 
@@ -148,7 +84,7 @@ pub unsafe extern "C-unwind" fn pthread_clockjoin_np(
     // SAFETY: the caller's own arguments.
     match unsafe { join::join(thread, result, clock, deadline) } {
         Some(errno) => errno,
-        None => pass_on!(pthread_clockjoin_np(thread, result, clock, deadline)),
+        None => pass_on!(PTHREAD_CLOCKJOIN(thread, result, clock, deadline)),
     }
 }
 
@@ -161,7 +97,7 @@ pub unsafe extern "C-unwind" fn pthread_detach(thread: pthread_t) -> c_int {
     // SAFETY: the caller's own argument.
     match unsafe { join::detach(thread) } {
         Some(errno) => errno,
-        None => pass_on!(pthread_detach(thread)),
+        None => pass_on!(PTHREAD_DETACH(thread)),
     }
 }
 
@@ -174,7 +110,7 @@ pub unsafe extern "C-unwind" fn pthread_getattr_np(
     thread: pthread_t,
     attributes: *mut pthread_attr_t,
 ) -> c_int {
-    let answer = pass_on!(pthread_getattr_np(thread, attributes));
+    let answer = pass_on!(PTHREAD_GETATTR(thread, attributes));
     if answer == 0 {
         // SAFETY: the caller's own arguments, which are filled.
         unsafe { join::put_right(thread, attributes) };
@@ -208,7 +144,7 @@ pub unsafe extern "C-unwind" fn thrd_join(thread: Thrd, result: *mut c_int) -> c
             }
             thrd(errno)
         }
-        None => pass_on!(thrd_join(thread, result)),
+        None => pass_on!(THRD_JOIN(thread, result)),
     }
 }
 
@@ -221,7 +157,7 @@ pub unsafe extern "C-unwind" fn thrd_detach(thread: Thrd) -> c_int {
     // SAFETY: the caller's own argument.
     match unsafe { join::detach(thread) } {
         Some(errno) => thrd(errno),
-        None => pass_on!(thrd_detach(thread)),
+        None => pass_on!(THRD_DETACH(thread)),
     }
 }
 
