@@ -1,7 +1,7 @@
 //! What a `pthread_attr_t` asks for, by the public getters.
 
 use crate::settings::{Cpus, Scheduler};
-use crate::sys::{KernelSigSet, page_size};
+use crate::sys::{KernelSigSet, page_size, sched};
 use libc::{c_int, c_void, pthread_attr_t};
 use std::mem::MaybeUninit;
 
@@ -19,21 +19,20 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Words of a set of CPUs with 32,768 bits, more than any kernel has: where none was set, all of them are.
-const CPU_WORDS: usize = 512;
+/// Words for the CPUs of the largest kernel, and one more: where no set was given, all bits of that are 1.
+const CPU_WORDS: usize = sched::WORDS + 1;
 
 /// What a thread is to have.
 pub(super) struct Attributes {
     /// Bytes of stack and guard, in whole pages.
     pub size: usize,
     pub guard: usize,
-    /// The program brings the stack.
-    pub has_stack: bool,
+    /// The program brings the stack, or names CPUs that no kernel has.
+    pub is_unusual: bool,
     pub is_detached: bool,
     /// Policy and priority, unless they are inherited.
     pub scheduling: Option<(c_int, c_int)>,
-    /// `Some(None)`: there was no memory for the set.
-    pub affinity: Option<Option<Cpus>>,
+    pub affinity: Affinity,
     /// The signals that are blocked, if not the creator's.
     pub blocked: Option<KernelSigSet>,
 }
@@ -76,15 +75,16 @@ impl Attributes {
         let page = page_size();
         // Without a stack of the program's its top is address 0.
         let has_stack = stack.addr().wrapping_add(length) != 0;
+        // SAFETY: initialised, by the caller's promise.
+        let affinity = unsafe { affinity(attributes) };
         Attributes {
             size: size.checked_next_multiple_of(page).unwrap_or(size),
             guard: guard.checked_next_multiple_of(page).unwrap_or(guard),
-            has_stack,
+            is_unusual: has_stack || matches!(affinity, Affinity::Unknown),
             is_detached: state == libc::PTHREAD_CREATE_DETACHED,
             // SAFETY: initialised, by the caller's promise.
             scheduling: unsafe { scheduling(attributes) },
-            // SAFETY: initialised, by the caller's promise.
-            affinity: unsafe { affinity(attributes) },
+            affinity,
             // SAFETY: initialised, by the caller's promise.
             blocked: unsafe { blocked(attributes) },
         }
@@ -122,21 +122,37 @@ unsafe fn scheduling(attributes: *const pthread_attr_t) -> Option<(c_int, c_int)
     }
 }
 
+/// The CPUs that a thread may run on.
+pub(super) enum Affinity {
+    Inherited,
+    Set(Cpus),
+    /// There was no memory for the set.
+    NoMemory,
+    /// It has CPUs that no kernel has.
+    Unknown,
+}
+
 /// # Safety
 /// Initialised attributes.
-unsafe fn affinity(attributes: *const pthread_attr_t) -> Option<Option<Cpus>> {
-    let mut words = [!0; CPU_WORDS];
-    // SAFETY: by the caller's promise, with room for that many bytes.
-    let answer =
-        unsafe { pthread_attr_getaffinity_np(attributes, size_of_val(&words), words.as_mut_ptr()) };
-    if answer != 0 || words[CPU_WORDS - 1] == !0 {
-        return None;
+unsafe fn affinity(attributes: *const pthread_attr_t) -> Affinity {
+    let mut words = MaybeUninit::<[u64; CPU_WORDS]>::uninit();
+    // SAFETY: by the caller's promise, with room for that many bytes, all of which are written if the answer is 0.
+    let words = unsafe {
+        let place = words.as_mut_ptr().cast();
+        match pthread_attr_getaffinity_np(attributes, size_of_val(&words), place) {
+            0 => words.assume_init_ref(),
+            _ => return Affinity::Unknown,
+        }
+    };
+    match words {
+        [.., u64::MAX] => Affinity::Inherited,
+        [set @ .., 0] => {
+            let last = set.iter().rposition(|word| *word != 0).unwrap_or(0);
+            let set = set.get(..=last).and_then(Cpus::of_words);
+            set.map_or(Affinity::NoMemory, Affinity::Set)
+        }
+        _ => Affinity::Unknown,
     }
-    let used = words
-        .iter()
-        .rposition(|word| *word != 0)
-        .map_or(1, |last| last + 1);
-    Some(words.get(..used).and_then(Cpus::of_words))
 }
 
 /// # Safety

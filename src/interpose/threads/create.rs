@@ -1,6 +1,6 @@
 //! `pthread_create` and `thrd_create`.
 
-use super::attributes::Attributes;
+use super::attributes::{Affinity, Attributes};
 use super::executable;
 use crate::builder::Builder;
 use crate::error::SpawnError;
@@ -66,7 +66,7 @@ pub(crate) unsafe fn create(
     if attributes.size.checked_add(attributes.guard).is_none() {
         return Some(Err(Refusal::Attributes(libc::EINVAL)));
     }
-    if attributes.has_stack || attributes.guard > LARGEST_GUARD * page_size() {
+    if attributes.is_unusual || attributes.guard > LARGEST_GUARD * page_size() {
         return None;
     }
     // A program of its own handlers and signal stacks, which glibc's threads do not touch either.
@@ -125,9 +125,9 @@ fn start_thread(
     special.blocked = attributes.blocked;
     special.scheduler = attributes.scheduler();
     match attributes.affinity {
-        Some(None) => special.unshared = true,
-        Some(set) => special.affinity = set,
-        None => {}
+        Affinity::Set(set) => special.affinity = Some(set),
+        Affinity::NoMemory => special.unshared = true,
+        Affinity::Inherited | Affinity::Unknown => {}
     }
     let request = builder.with_special(special).request();
     match spawn::share(routine) {
