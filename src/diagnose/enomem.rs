@@ -114,6 +114,7 @@ impl Facts {
             (true, true) => Standing::Shown,
             (_, true) => Standing::Signed,
             (true, _) if self.starved_of_files => Standing::Signed,
+            _ if self.starved_of_files && both(Reached::Unusable) => Standing::Signed,
             _ if at_numbers && self.short => Standing::Signed,
             // The probe was given memory for everything that a namespace needs; a charge that failed was counted.
             _ if at_numbers && self.all_read => Standing::Excluded,

@@ -60,6 +60,8 @@ use crate::step::{Step, StepError};
 use crate::sync::notice_fork;
 use crate::sys::NoCancellation;
 use crate::sys::clone_probe::probe as probe_kernel;
+#[cfg(feature = "interpose")]
+use crate::sys::clone_probe::{self, Probe};
 
 /// Names the cause of a refusal.
 ///
@@ -87,40 +89,76 @@ pub(crate) fn diagnose<T>(
 
 /// Why a call of the C library's was refused a moment ago with `errno`, which is the kernel's own. It maps `mapped` bytes
 /// before the clone, guard included, or none. Like that of [`explain`], it cannot be repeated: [`Certainty::Inferred`] at
-/// most.
+/// most. But a thread that ends at once can be asked for in its place.
 ///
 /// Which of its system calls was refused only the errno tells, and what each of them would meet now. Of two that are
 /// refused for different reasons none is named: the mapping comes first, but a cached stack needs none.
 #[cfg(feature = "interpose")]
 pub(crate) fn explain_call(errno: Errno, task: Task, mapped: usize) -> (StepError, Verdict) {
+    let clone = as_libc_clones(errno, task);
+    // First, because it is nearest to the refusal.
+    let of_clone = diagnose_once(&clone);
+    let mut of_mapping = None;
+    let mut passed = Verdict::UNKNOWN;
+    for step in [Step::MapStack, Step::GuardStack] {
+        if mapped == 0 || of_mapping.is_some() {
+            continue;
+        }
+        let error = StepError::new(step, errno, mapped);
+        let verdict = diagnose_once(&error);
+        match verdict.certainty {
+            Certainty::Unknown => passed = passed.or(verdict),
+            _ => of_mapping = Some((error, verdict)),
+        }
+    }
+    let same = |verdict: &Verdict| of_clone.cause.kind() == verdict.cause.kind();
+    let (error, mut verdict) = match (of_mapping, of_clone.certainty) {
+        (None, _) if task == Task::Thread && clone.probes => {
+            let again = repeated(&clone);
+            match again.certainty {
+                Certainty::Unknown => (clone, of_clone.or(passed)),
+                _ => (clone, again),
+            }
+        }
+        (None, _) => (clone, of_clone.or(passed)),
+        (Some((error, verdict)), Certainty::Unknown) => (error, verdict.or(of_clone)),
+        (Some((error, verdict)), _) if same(&verdict) => (error, verdict),
+        (Some((_, verdict)), _) => (clone, Verdict::UNKNOWN.or(verdict).or(of_clone)),
+    };
+    verdict.infer();
+    (error, verdict)
+}
+
+/// The clone that libc was refused, as far as it is known.
+#[cfg(feature = "interpose")]
+fn as_libc_clones(errno: Errno, task: Task) -> StepError {
     // A filter can kill for a call that it does not know. glibc makes a thread by clone3, and by clone only after an
     // ENOSYS. If that came before a filter that kills for clone3, there is an older one, or an older kernel: which does
     // not count filters. A process can be made by either.
     let status = Status::read();
-    let clone = StepError {
-        task,
-        probes: match status.calls() {
-            Calls::Any => true,
-            Calls::FilesOnly => task == Task::Thread && status.filters == Some(1),
-        },
-        ..StepError::new(Step::Clone, errno, 0)
+    let (probes, probe) = match status.calls() {
+        Calls::Any => (true, Probe::Clone3Empty),
+        Calls::FilesOnly => (
+            task == Task::Thread && status.filters == Some(1),
+            Probe::Clone3Flags,
+        ),
     };
-    let mapping = |step| StepError::new(step, errno, mapped);
-    let mut found = (clone, diagnose_once(&clone));
-    if mapped > 0 {
-        for step in [Step::GuardStack, Step::MapStack] {
-            let error = mapping(step);
-            let verdict = diagnose_once(&error);
-            found = match (found.1.certainty, verdict.certainty) {
-                (_, Certainty::Unknown) => (found.0, found.1.or(verdict)),
-                (Certainty::Unknown, _) => (error, verdict.or(found.1)),
-                _ if found.1.cause.kind() == verdict.cause.kind() => (error, verdict),
-                _ => (clone, Verdict::UNKNOWN.or(found.1).or(verdict)),
-            };
-        }
+    let call = match probes && probe_kernel(probe) == Err(Errno::ENOSYS) {
+        true => CloneCall::Clone,
+        false => CloneCall::Clone3,
+    };
+    StepError {
+        call,
+        task,
+        probes,
+        ..StepError::new(Step::Clone, errno, 0)
     }
-    found.1.infer();
-    found
+}
+
+/// [`diagnose`], with a thread that ends at once for a repetition.
+#[cfg(feature = "interpose")]
+fn repeated(error: &StepError) -> Verdict {
+    analyse(error, Some(&mut || clone_probe::repeat(error.call)))
 }
 
 /// The stack of a thread of std, and the bytes that are asked for here where a mapping may have been refused.

@@ -12,8 +12,16 @@
 use std::arch::asm;
 use std::cell::UnsafeCell;
 use std::os::fd::{AsRawFd, BorrowedFd};
+#[cfg(feature = "interpose")]
+use std::sync::atomic::{AtomicU32, Ordering};
 
+#[cfg(feature = "interpose")]
+use super::calls::futex_wait;
+#[cfg(feature = "interpose")]
+use super::signals::set_signal_mask;
 use crate::errno::Errno;
+#[cfg(feature = "interpose")]
+use crate::step::CloneCall;
 use libc::{CLONE_FILES, CLONE_FS, CLONE_SIGHAND, CLONE_SYSVSEM, CLONE_THREAD, CLONE_VM};
 
 /// What a thread shares, except the `fs_struct`.
@@ -39,7 +47,7 @@ fn spare_stack() -> usize {
     SPARE_STACK.0.get().addr()
 }
 
-/// Issues a clone-like call whose refusal is expected.
+/// Issues a clone-like call whose refusal is expected, or whose child is to end at once.
 ///
 /// A return value of 0 cannot tell a child from a parent whose call a filter "succeeded"; the stack pointer
 /// can. A child, should a foreign kernel ever create one, stands on the spare stack and ends itself without
@@ -148,6 +156,51 @@ fn legacy(flags: u64, thread_pointer: usize) -> Result<(), Errno> {
             [flags as usize, top, words, words, thread_pointer],
         )
     }
+}
+
+/// Asks for a thread, as glibc does, that ends at once if it is granted: nothing but its exit is run on the caller's
+/// thread pointer (A1). By one thread at a time.
+#[cfg(feature = "interpose")]
+pub(crate) fn repeat(call: CloneCall) -> Result<(), Errno> {
+    /// The thread's number, until it has ended.
+    static TID: AtomicU32 = AtomicU32::new(0);
+    /// The kernel sets the word before the call returns; a filter that answers in its place does not.
+    const UNSET: u32 = u32::MAX;
+    TID.store(UNSET, Ordering::Relaxed);
+    let word = TID.as_ptr().expose_provenance();
+    let tls = super::arch::thread_pointer();
+    // SAFETY: `clone_args` is plain numbers; zero means "not asked for" in each.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = super::clone::FLAGS;
+    args.stack = spare_stack() as u64;
+    args.stack_size = SPARE_BYTES as u64;
+    args.parent_tid = word as u64;
+    args.child_tid = word as u64;
+    args.tls = tls as u64;
+    let (number, arguments) = match call {
+        CloneCall::Clone3 => {
+            let pointer = (&raw const args).expose_provenance();
+            let size = size_of::<libc::clone_args>();
+            (libc::SYS_clone3, [pointer, size, 0, 0, 0])
+        }
+        CloneCall::Clone => {
+            let top = spare_stack() + SPARE_BYTES;
+            let flags = super::clone::FLAGS as usize;
+            (libc::SYS_clone, [flags, top, word, word, tls])
+        }
+    };
+    // The thread inherits the mask: no handler runs in it.
+    let mask = set_signal_mask(!0);
+    // SAFETY: thread flags, spare stack, and a word that is never gone.
+    let answer = unsafe { refused(number, arguments) };
+    while answer.is_ok() {
+        match TID.load(Ordering::Acquire) {
+            0 | UNSET => break,
+            tid => futex_wait(&TID, tid, None),
+        }
+    }
+    set_signal_mask(mask);
+    answer
 }
 
 /// Whether anything in this pid namespace holds a number: a task, a process group or a session; ESRCH if not. Makes
