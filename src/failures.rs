@@ -77,6 +77,26 @@ pub(crate) static FAILURES: Lock<Ring> = Lock::new(Ring {
     entries: [const { Failure::empty() }; KEPT],
 });
 
+/// The stack on which a refusal of the program's own calls is explained is in use. Here, because a forked child resets it
+/// as well.
+#[cfg(feature = "interpose")]
+pub(crate) static ANALYSIS: Lock<()> = Lock::new(());
+
+/// Makes the locks those of a forked child.
+///
+/// # Safety
+/// As for [`Lock::reset`].
+#[expect(unsafe_code, reason = "a lock that a thread of the parent's can hold")]
+pub(crate) unsafe fn reset() {
+    // SAFETY: by the caller's promise.
+    unsafe { FAILURES.reset() };
+    #[cfg(feature = "interpose")]
+    // SAFETY: by the same promise; what it guards holds nothing between two uses.
+    unsafe {
+        ANALYSIS.reset()
+    };
+}
+
 /// Records a refusal, without allocating.
 pub(crate) fn record(refusal: &Refusal, name: Option<&str>) {
     // Before the lock: a thread that a filter kills for a call must not hold it.

@@ -115,7 +115,7 @@ fn repair() {
     // SAFETY: a forked child, whose other threads, if there are any, wait for this or have not used the crate.
     unsafe {
         Runtime::forget_calibration();
-        failures::FAILURES.reset();
+        failures::reset();
         cache::repair_after_fork(forked_bare());
     }
 }

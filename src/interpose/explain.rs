@@ -5,6 +5,7 @@
 
 use super::output;
 use super::real::Function;
+use super::stack::on_own_stack;
 use super::threads;
 use crate::debug;
 use crate::diagnose;
@@ -88,11 +89,13 @@ pub(super) fn own(
         return Some(0);
     };
     if let threads::Refusal::Thread(error) = &refusal {
-        let refusal = Refusal {
-            call: Call::Own(name),
-            ..*error.refusal()
-        };
-        output::refusal(&refusal);
+        on_own_stack(|| {
+            let refusal = Refusal {
+                call: Call::Own(name),
+                ..*error.refusal()
+            };
+            output::refusal(&refusal);
+        });
         error.errno().leave();
     }
     Some(refusal.errno())
@@ -112,6 +115,12 @@ fn explain(name: &'static str, errno: Errno, task: Task, stack: Stack) {
     notice_fork();
     // Reading files is a cancellation point.
     let _cancellation = NoCancellation::new();
+    on_own_stack(|| report(name, errno, task, stack));
+}
+
+/// Not inlined, so that it does not lie on the caller's stack.
+#[inline(never)]
+fn report(name: &'static str, errno: Errno, task: Task, stack: Stack) {
     let (error, verdict) =
         diagnose::explain_call(errno, task, stack.size.saturating_add(stack.guard));
     let refusal = Refusal {

@@ -16,6 +16,7 @@ mod output;
 mod page;
 mod real;
 mod settings;
+mod stack;
 mod threads;
 
 use crate::errno::Errno;

@@ -15,7 +15,7 @@ pub(crate) mod sched;
 mod signals;
 
 #[cfg(feature = "interpose")]
-pub(crate) use arch::{call_routine, futex_cancellable, vfork};
+pub(crate) use arch::{call_on, call_routine, futex_cancellable, vfork};
 pub(crate) use arch::{
     fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer, unwind_buffer,
 };

@@ -51,6 +51,15 @@ impl Signals {
         }
     }
 
+    /// Blocks all but SIGSETXID and SIGSYS: a filter can have a call made by its handler, and kills if that is blocked.
+    #[cfg(feature = "interpose")]
+    pub(crate) fn block_all_but_filters() -> Signals {
+        const SIGSYS: KernelSigSet = 1 << (libc::SIGSYS - 1);
+        Signals {
+            old: set_signal_mask(ALL_BUT_SETXID & !SIGSYS),
+        }
+    }
+
     /// The mask of a new thread's closure: the creator's, or the one that was asked for; never with SIGCANCEL and
     /// SIGSETXID (G4).
     pub(crate) fn of_thread(&self, blocked: Option<KernelSigSet>) -> KernelSigSet {
@@ -64,7 +73,7 @@ impl Drop for Signals {
     }
 }
 
-/// While this lives, every signal but SIGSETXID waits, and a write that fails ([`took`](Self::took)) sends none.
+/// While this lives, signals wait, and a write that fails ([`took`](Self::took)) sends none.
 #[cfg(feature = "interpose")]
 pub(crate) struct Quiet {
     _signals: Signals,
@@ -76,7 +85,7 @@ pub(crate) struct Quiet {
 impl Quiet {
     pub(crate) fn new() -> Quiet {
         let mut pending: KernelSigSet = 0;
-        let signals = Signals::block_all_but_setxid();
+        let signals = Signals::block_all_but_filters();
         let place = (&raw mut pending) as usize;
         // SAFETY: the kernel writes eight bytes there.
         unsafe {

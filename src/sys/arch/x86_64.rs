@@ -106,6 +106,36 @@ pub(crate) unsafe extern "C" fn clone<E: Entry>(
     )
 }
 
+/// Calls `run(argument)` on the stack that ends at `top`, and returns to this one.
+///
+/// # Safety
+/// The stack is long enough for `run`, aligned to 16 bytes, and nobody else's until this returns; `run` does not unwind, and
+/// gets the argument that it is written for.
+#[cfg(feature = "interpose")]
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn call_on(
+    top: usize,
+    run: extern "C" fn(*mut c_void),
+    argument: *mut c_void,
+) {
+    naked_asm!(
+        ".cfi_startproc",
+        "push rbp",
+        ".cfi_def_cfa_offset 16",
+        ".cfi_offset rbp, -16",
+        "mov rbp, rsp", // preserved by run
+        ".cfi_def_cfa_register rbp",
+        "mov rsp, rdi",
+        "mov rdi, rdx",
+        "call rsi",
+        "mov rsp, rbp",
+        "pop rbp",
+        ".cfi_def_cfa rsp, 8",
+        "ret",
+        ".cfi_endproc",
+    )
+}
+
 /// The body of a naked `vfork()`. `$refused` is an `extern "C" fn(errno: c_int) -> pid_t` that a refusal goes on in.
 ///
 /// vfork(2) returns twice on one stack, and whatever the child pushes lies where the parent's return address did. So that
