@@ -26,6 +26,25 @@ use libc::{c_char, c_int, c_void, pid_t, pthread_attr_t, pthread_t};
 use real::{Routine, ThreadMain};
 use settings::{Mode, Settings};
 
+/// Makes this crate part of the program (feature `interpose`), so that `pthread_create(3)` and its relatives are this crate's
+/// everywhere in it: in std, in other crates, in C code. Write it once, in the program's root.
+///
+/// A crate that `Cargo.toml` names and no code mentions is not linked, without a word, and then nothing is replaced. That
+/// is all that the macro is for: it mentions this crate.
+///
+/// ```
+/// nptl::interpose!();
+///
+/// let thread = std::thread::spawn(|| nptl::StackCache::global().stats().live_stacks);
+/// assert!(thread.join().unwrap() > 0, "a thread of std, on a stack of this crate's");
+/// ```
+#[macro_export]
+macro_rules! interpose {
+    () => {
+        use $crate as _;
+    };
+}
+
 /// Called by the loader.
 #[used]
 #[unsafe(link_section = ".init_array")]
