@@ -77,6 +77,7 @@ impl<E: Entry> Ledger<E> {
     /// The warmest cached stack of the class, now live; counts a hit or a miss if this is the `first` attempt of a
     /// spawn. O(1): one list head and at most [`LOOK`] + [`LOOK_ON_MISS`] pending stacks. The caller unmaps at most
     /// [`EVICT`] stacks: those of detached threads become cached here, and the threads have unmapped nothing.
+    #[inline(always)]
     pub(crate) fn take(&self, class: Class, first: bool) -> (Option<&'static E>, Victims<'_, E>) {
         let mut lists = self.lists.lock();
         let unseen = lists.stats.pending.stacks.saturating_sub(LOOK);

@@ -325,6 +325,7 @@ impl Runtime {
     ///
     /// # Safety
     /// Called by an ending thread of this crate with all application signals blocked.
+    #[inline(always)]
     pub(crate) unsafe fn clear_leftovers(&self) {
         // SAFETY: exported for a thread's end, which this is; what was registered since is of this thread's own.
         unsafe {
