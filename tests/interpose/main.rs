@@ -6,3 +6,9 @@ mod settings;
 mod threads;
 
 nptl::interpose!();
+
+/// How a line says which program was refused.
+fn program() -> String {
+    let comm = std::fs::read_to_string("/proc/self/comm").expect("a name");
+    format!(" program={:?} pid={}", comm.trim_end(), std::process::id())
+}
