@@ -85,7 +85,7 @@ pub(crate) enum Task {
     Thread,
     /// A process. `copies`: with a copy of this one's memory.
     #[cfg_attr(
-        not(feature = "interpose"),
+        all(not(feature = "interpose"), not(test)),
         expect(dead_code, reason = "only the program's own calls make one")
     )]
     Process { copies: bool },

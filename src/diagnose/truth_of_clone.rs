@@ -79,6 +79,8 @@ struct World {
     pids: Pids,
     group: Group,
     fill: Fill,
+    /// A process was refused: the probes are those of a thread all the same.
+    process: bool,
 }
 
 const SOFT: u64 = 100;
@@ -91,8 +93,13 @@ impl World {
         )
     }
 
-    /// Every check that refuses the clone, in the kernel's order.
+    /// Every check that refuses the clone, in the kernel's order. A process shares nothing with a sibling inside execve.
     fn refusing(&self) -> impl Iterator<Item = CauseKind> {
+        let met = |kind: &CauseKind| *kind != CauseKind::SiblingExec || !self.process;
+        self.refusing_threads().filter(met)
+    }
+
+    fn refusing_threads(&self) -> impl Iterator<Item = CauseKind> {
         let answers = |who| matches!(who, Who::AnswersAll | Who::AnswersOne);
         let full = matches!(self.pids, Pids::OwnFull | Pids::OuterFull);
         [
@@ -127,7 +134,7 @@ impl World {
             CauseKind::PidNumbers => numbers,
             _ => true,
         };
-        Err(match self.refusing().any(met) {
+        Err(match self.refusing_threads().any(met) {
             true => Errno::EAGAIN,
             false => passed,
         })
@@ -187,14 +194,22 @@ impl World {
         Outside::read(error, &status, list, seen, &mut |probe| self.answer(probe))
     }
 
+    fn error(&self) -> StepError {
+        StepError {
+            call: self.call,
+            task: match self.process {
+                true => Task::Process { copies: true },
+                false => Task::Thread,
+            },
+            probes: !self.process || self.filter == Who::Absent,
+            ..StepError::new(Step::Clone, Errno::EAGAIN, 0)
+        }
+    }
+
     fn reached(&self, outside: &Outside, seen: &mut Unknown) -> Reached {
         let calls = self.status().calls();
         let mut kernel = |probe| self.answer(probe);
-        let error = StepError {
-            call: self.call,
-            ..StepError::new(Step::Clone, Errno::EAGAIN, 0)
-        };
-        probe::ask(&mut seen.oracle, &error, outside, calls, &mut kernel)
+        probe::ask(&mut seen.oracle, &self.error(), outside, calls, &mut kernel)
     }
 
     /// `refusals`: so many were counted before.
@@ -240,10 +255,7 @@ impl World {
 /// those of others.
 fn found(before: &World, at: &World, after: &World, repeated: bool) -> Option<Ruling> {
     let seen = &mut Unknown::default();
-    let error = StepError {
-        call: at.call,
-        ..StepError::new(Step::Clone, Errno::EAGAIN, 0)
-    };
+    let error = at.error();
     let outside = before.outside(&error, seen);
     if outside.answers() {
         return Some(rule(&outside.checks(), repeated));
@@ -353,6 +365,7 @@ fn worlds() -> impl Iterator<Item = World> {
             pids,
             group,
             fill,
+            process: false,
         }
     })
 }
@@ -367,6 +380,24 @@ fn what_stands_is_named_rightly() {
     }
     println!("{seen} refusals");
     assert!(seen > 1_000_000);
+}
+
+/// Which cannot be repeated.
+#[test]
+fn what_refuses_a_process_is_never_named_wrongly() {
+    for world in worlds() {
+        let at = World {
+            process: true,
+            ..world
+        };
+        if let Some(ruling) = check(&at, &at, &at, false) {
+            assert_ne!(ruling.named, Some(CauseKind::SiblingExec), "{at:?}");
+            assert!(
+                !ruling.alternatives.contains(CauseKind::SiblingExec),
+                "{at:?}"
+            );
+        }
+    }
 }
 
 /// A limit that is full at the refusal and has room before or after it, and one that is full only then.
@@ -415,6 +446,7 @@ fn one_cause_alone_is_proven() {
         pids: Pids::Free,
         group: Group::Visible { local: true },
         fill: Fill::Roomy,
+        process: false,
     };
     for (change, certainty) in [
         (
