@@ -12,10 +12,11 @@
 //! A child of `_Fork(3)`, or of a bare clone, has no handlers, and glibc does not repair itself there: no thread can be
 //! made in it. It differs from a child of fork(3) in that its thread was not between "prepare" and "parent".
 
+use crate::errno::Errno;
 use crate::failures;
 use crate::stack::cache;
 use crate::step::{Step, StepError};
-use crate::sync::{forked_bare, note_bare_fork, note_fork, notice_fork, set_up_notice};
+use crate::sync::{forked_bare, is_watched, note_bare_fork, note_fork, notice_fork, set_up_notice};
 use crate::sys;
 use crate::tcb::Runtime;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -50,10 +51,31 @@ fn register() -> Result<(), StepError> {
             .map_err(|errno| StepError::new(Step::Allocate, errno, 0))?;
         REGISTERED.store(true, Ordering::Release);
     }
-    let page = crate::sys::page_size();
-    set_up_notice(repair).map_err(|errno| StepError::new(Step::MapStack, errno, page))?;
+    watch().map_err(|errno| StepError::new(Step::MapStack, errno, sys::page_size()))?;
     GUARDED.store(true, Ordering::Release);
     Ok(())
+}
+
+/// Has the kernel tell a forked child of it. Without the handlers, which are not registered in a signal handler.
+pub(crate) fn watch() -> Result<(), Errno> {
+    match is_watched() {
+        true => Ok(()),
+        false => set_up_notice(repair),
+    }
+}
+
+/// For who has no handlers: calls fork(3), by which a child is told from one of `_Fork(3)`.
+#[cfg(feature = "interpose")]
+pub(crate) fn inside(fork: impl FnOnce() -> libc::pid_t) -> libc::pid_t {
+    if !is_watched() {
+        return fork();
+    }
+    prepare();
+    let child = fork();
+    if child != 0 {
+        in_parent();
+    }
+    child
 }
 
 /// Changes the first place that holds `from`.

@@ -12,6 +12,7 @@ use crate::diagnose;
 use crate::errno::Errno;
 use crate::error::{Call, Refusal};
 use crate::failures;
+use crate::fork;
 use crate::step::Task;
 use crate::sync::notice_fork;
 use crate::sys::NoCancellation;
@@ -112,6 +113,8 @@ fn explain(name: &'static str, errno: Errno, task: Task, stack: Stack) {
     if !matches!(errno, Errno::EAGAIN | Errno::ENOMEM) {
         return;
     }
+    // So that a forked child does not find a lock taken for ever. Without the memory for that it is tried again.
+    let _ = fork::watch();
     notice_fork();
     // Reading files is a cancellation point.
     let _cancellation = NoCancellation::new();

@@ -41,7 +41,7 @@ use settings::{Mode, Settings};
 #[macro_export]
 macro_rules! interpose {
     () => {
-        use $crate as _;
+        use $crate::StackCache as _;
     };
 }
 
@@ -51,9 +51,10 @@ macro_rules! interpose {
 static AT_LOAD: extern "C" fn() = {
     extern "C" fn at_load() {
         real::look_up_all();
-        Settings::get();
-        // So that a forked child finds no lock taken. Refused, the first call of the crate's own tries again.
-        let _ = fork::guard();
+        // Threads are made with locks that a forked child must not find taken.
+        if Settings::get().mode == Mode::Threads {
+            let _ = fork::guard();
+        }
     }
     at_load
 };
@@ -141,8 +142,10 @@ pub unsafe extern "C" fn thrd_create(
 /// As libc's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fork() -> pid_t {
-    // SAFETY: as for the caller's own call.
-    let answer = call(&real::FORK, -1, |fork| unsafe { fork() });
+    let answer = call(&real::FORK, -1, |fork| {
+        // SAFETY: as for the caller's own call.
+        fork::inside(|| unsafe { fork() })
+    });
     if answer == -1 {
         explain::refused("fork", Errno::last(), COPIES_MEMORY, Stack::NONE);
     }

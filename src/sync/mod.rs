@@ -9,5 +9,5 @@ pub(crate) use entrance::Entrance;
 pub(crate) use latch::Latch;
 pub(crate) use lock::Lock;
 pub(crate) use notice::{
-    forked_bare, forks, note_bare_fork, note_fork, notice_fork, set_up_notice,
+    forked_bare, forks, is_watched, note_bare_fork, note_fork, notice_fork, set_up_notice,
 };

@@ -74,6 +74,11 @@ fn repair(word: &AtomicU32) {
     sys::set_signal_mask(old);
 }
 
+/// Whether children are marked.
+pub(crate) fn is_watched() -> bool {
+    word().is_some()
+}
+
 /// Has the kernel mark children of this process, in which `repair` then runs once. Where it cannot (before Linux 4.14,
 /// or a filter), only an atfork handler can tell.
 ///

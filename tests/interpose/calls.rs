@@ -2,6 +2,8 @@
 //! it this crate's.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 use support::{Output, become_unused_user, case, child, or_skip, report, set_rlimit};
@@ -271,6 +273,67 @@ fn a_thread_with_a_small_stack_is_told_why_it_gets_none() {
         output.skipped().is_some() || reports(&output).len() == 1,
         "{output}"
     );
+}
+
+/// A thread of the parent is writing its report, and nobody reads it.
+#[test]
+fn a_forked_child_does_not_wait_for_a_thread_of_its_parent() {
+    let test = "calls::a_forked_child_does_not_wait_for_a_thread_of_its_parent";
+    if case().is_none() {
+        return drop(or_skip!(explained(test)));
+    }
+    let refused = || {
+        let thread = std::thread::Builder::new().stack_size(1 << 60);
+        assert!(thread.spawn(|| ()).is_err());
+    };
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    // SAFETY: descriptors of this process: a pipe that is filled to the brim takes the place of stderr.
+    unsafe {
+        let fd = writer.as_raw_fd();
+        libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK);
+        while libc::write(fd, [0_u8; 4096].as_ptr().cast(), 4096) > 0 {}
+        libc::fcntl(fd, libc::F_SETFL, 0);
+        libc::dup2(fd, 2);
+    }
+    let (says, tid) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        says.send(support::tid()).expect("a receiver");
+        refused();
+    });
+    let call = format!("/proc/self/task/{}/syscall", tid.recv().expect("a number"));
+    let write = format!("{} 0x2 ", libc::SYS_write);
+    while !std::fs::read_to_string(&call).is_ok_and(|call| call.starts_with(&write)) {
+        std::thread::yield_now();
+    }
+    // SAFETY: the child makes calls that are allowed after fork, and ends.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: as above.
+        unsafe {
+            libc::dup2(libc::open(c"/dev/null".as_ptr(), libc::O_WRONLY), 2);
+            let mut thread = 0;
+            let mut attributes = std::mem::zeroed();
+            libc::pthread_attr_init(&raw mut attributes);
+            libc::pthread_attr_setstacksize(&raw mut attributes, 1 << 60);
+            let attributes = &raw const attributes;
+            libc::_exit(libc::pthread_create(
+                &raw mut thread,
+                attributes,
+                null,
+                ptr::null_mut(),
+            ));
+        }
+    }
+    let mut status = 0;
+    // SAFETY: a child of this process, and a place for its status.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(libc::WEXITSTATUS(status), libc::EAGAIN);
+    drop(writer);
+    // SAFETY: back to where the harness looks.
+    unsafe { libc::dup2(1, 2) };
+    let mut buffer = vec![0; 1 << 20];
+    let _ = reader.read(&mut buffer);
+    thread.join().expect("an end");
 }
 
 /// The functions of nptl.h, as a program in C has them.
