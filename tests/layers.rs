@@ -185,7 +185,9 @@ fn read(module: &str, words: &[String]) -> File {
         let is_child = file.children.contains(&join(module, first));
         let starts = matches!(first, "crate" | "super" | "self") || is_child;
         let is_path = words.get(index + 1).map(String::as_str) == Some("::");
-        if !in_use && (after_path || !starts || !is_path) {
+        // `$crate`: what a macro writes into another crate is an import of that crate's.
+        let is_elsewhere = first == "$" || (index > 0 && words[index - 1] == "$");
+        if is_elsewhere || !in_use && (after_path || !starts || !is_path) {
             index += 1;
             continue;
         }
@@ -337,6 +339,7 @@ fn an_import_that_points_up_or_sideways_is_found() {
 fn what_is_no_import_is_not_found() {
     for line in [
         "// use crate::spawn;",
+        "macro_rules! m { () => { use $crate::spawn as _; $crate::spawn::f() }; }",
         "const TEXT: &str = \"use crate::spawn;\";",
         "const TEXT: &str = r#\"\" crate::spawn::spawn \"#; const QUOTE: char = '\"';",
         "#[cfg(test)] mod tests { use crate::spawn; }",
