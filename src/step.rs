@@ -101,8 +101,9 @@ pub(crate) struct StepError {
     pub(crate) bytes: usize,
     /// For [`Step::Clone`]: the call that gave the errno.
     pub(crate) call: CloneCall,
-    /// For [`Step::Clone`]: the directory of the cgroup (v2) that the thread was to be made in, open while the spawn lasts.
-    pub(crate) cgroup: Option<RawFd>,
+    /// For [`Step::Clone`]: the directory of the cgroup (v2) that the thread was to be made in, open while the spawn lasts;
+    /// -1 if none was requested. Not an `Option`, which would lengthen every result on the way.
+    pub(crate) cgroup: RawFd,
     /// For [`Step::Clone`].
     pub(crate) task: Task,
     /// For [`Step::Clone`]: calls that resemble the refused one may be made. Not where a filter could kill for them.
@@ -118,7 +119,7 @@ impl StepError {
             errno,
             bytes,
             call: CloneCall::Clone3,
-            cgroup: None,
+            cgroup: -1,
             task: Task::Thread,
             probes: true,
             locks: false,

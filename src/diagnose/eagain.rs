@@ -136,9 +136,9 @@ impl Round {
         let look = || first.may_be_numbers().then(|| Look::take(calls));
         if cgroup.is_none() && first.may_be_cgroup() {
             *cgroup = Some(match error.cgroup {
+                -1 => Hierarchy::of_thread(b"pids"),
                 // Which is charged in place of the creator's.
-                Some(asked) => Some(hierarchy_of(asked, calls)),
-                None => Hierarchy::of_thread(b"pids"),
+                asked => Some(hierarchy_of(asked, calls)),
             });
         }
         let hierarchy = match first.may_be_cgroup() {

@@ -93,6 +93,7 @@ impl<F, T> Packet<F, T> {
     }
 
     /// Runs the closure, if it is still there, and keeps its result or its panic.
+    #[inline]
     pub(super) fn run_with(&self, run: impl FnOnce(F) -> T) {
         if let Some(work) = self.take_work() {
             // As in std: join tells the one that looks at the data afterwards that it panicked.

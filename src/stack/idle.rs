@@ -327,7 +327,7 @@ impl Idle {
             };
             StepError {
                 call,
-                cgroup: request.cgroup,
+                cgroup: request.cgroup.unwrap_or(-1),
                 ..StepError::new(step, errno, 0)
             }
         })

@@ -263,7 +263,6 @@ pub fn cloud_hypervisor_vcpu_filter() -> Vec<Allow> {
         libc::SYS_munmap,
         libc::SYS_nanosleep,
         libc::SYS_newfstatat,
-        libc::SYS_openat,
         libc::SYS_pread64,
         libc::SYS_pwrite64,
         libc::SYS_read,
@@ -279,9 +278,7 @@ pub fn cloud_hypervisor_vcpu_filter() -> Vec<Allow> {
         libc::SYS_write,
     ]
     .map(allow)
-    .into_iter()
-    .chain([allow(libc::SYS_prctl).when(0, libc::PR_GET_NAME.cast_unsigned())])
-    .collect()
+    .into()
 }
 
 /// What Cloud Hypervisor lets its vmm thread do, which starts and joins the others, without what only serves the
