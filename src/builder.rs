@@ -219,7 +219,11 @@ impl Builder {
                 match signal {
                     1..=64 => blocked |= 1 << (signal - 1),
                     _ => {
-                        let wrong = ("number of a signal", signal.unsigned_abs().into());
+                        let what = match signal {
+                            ..0 => "number of a signal, below 0 by",
+                            _ => "number of a signal",
+                        };
+                        let wrong = (what, signal.unsigned_abs().into());
                         special.invalid = special.invalid.or(Some(wrong));
                     }
                 }
@@ -262,7 +266,17 @@ impl Builder {
     /// # Ok::<(), nptl::SpawnError>(())
     /// ```
     pub fn core_scheduling(self, cookie: CoreScheduling) -> Builder {
-        self.specially(|special| special.core = Some(cookie))
+        self.specially(|special| match cookie {
+            // The kernel takes 0 for the caller, and answers the others as it answers what it does not know.
+            CoreScheduling::SameAs(tid @ ..=0) => {
+                let wrong = (
+                    "thread id (above 0), below that by",
+                    tid.unsigned_abs().into(),
+                );
+                special.invalid = special.invalid.or(Some(wrong));
+            }
+            _ => special.core = Some(cookie),
+        })
     }
 
     /// The thread waits at `gate` before its closure, when its settings are in force and its setup has succeeded.

@@ -242,7 +242,7 @@ macro_rules! shared_methods {
         /// A pidfd of the thread: readable (poll(2)) when it has ended.
         ///
         /// # Errors
-        /// ESRCH if the thread has ended, EINVAL before Linux 6.9 (`PIDFD_THREAD`); else those of pidfd_open(2).
+        /// ESRCH if the thread has ended, `Unsupported` before Linux 6.9 (`PIDFD_THREAD`); else those of pidfd_open(2).
         ///
         /// ```
         /// let (end, wait) = std::sync::mpsc::channel::<()>();
@@ -255,7 +255,14 @@ macro_rules! shared_methods {
         /// # Ok::<(), nptl::SpawnError>(())
         /// ```
         pub fn pidfd(&self) -> io::Result<OwnedFd> {
-            Ok(self.0.running.stack.pidfd(self.0.running.tid)?)
+            match self.0.running.stack.pidfd(self.0.running.tid) {
+                // The flag; the tid is that of a living thread.
+                Err(Errno::EINVAL) => Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "a pidfd of a thread needs Linux 6.9 (PIDFD_THREAD)",
+                )),
+                answer => Ok(answer?),
+            }
         }
 
         /// The handle that std gives the thread, for [`unpark`](std::thread::Thread::unpark), if the thread was created with

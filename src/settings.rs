@@ -133,11 +133,14 @@ impl Scheduler {
     /// What no kernel accepts, and the value.
     pub(crate) fn invalid(self) -> Option<(&'static str, u64)> {
         match self {
-            Scheduler::Other { nice } | Scheduler::Batch { nice } => (!(-20..=19).contains(&nice))
-                .then_some((
-                    "nice value (from -20 to 19)",
-                    u64::from(nice.unsigned_abs()),
-                )),
+            Scheduler::Other { nice } | Scheduler::Batch { nice } => {
+                let what = match nice {
+                    ..0 => "nice value (from -20 to 19), below 0 by",
+                    _ => "nice value (from -20 to 19)",
+                };
+                let valid = (-20..=19).contains(&nice);
+                (!valid).then_some((what, nice.unsigned_abs().into()))
+            }
             Scheduler::Idle => None,
             Scheduler::Fifo { priority } | Scheduler::RoundRobin { priority } => (!(1..=99)
                 .contains(&priority))
@@ -320,6 +323,10 @@ impl Special {
         Asked {
             cpus: affinity.map_or(&[], Cpus::words),
             scheduler: self.scheduler.map(Scheduler::attributes),
+            cookie_of: match self.core {
+                Some(CoreScheduling::SameAs(tid)) => tid,
+                Some(CoreScheduling::New) | None => 0,
+            },
             cgroup: self.cgroup.as_ref().map(|cgroup| cgroup.directory.as_fd()),
         }
     }
@@ -331,6 +338,8 @@ pub(crate) struct Asked<'a> {
     /// Bits: which CPUs.
     pub cpus: &'a [u64],
     pub scheduler: Option<libc::sched_attr>,
+    /// The thread whose core-scheduling cookie it was to share.
+    pub cookie_of: libc::pid_t,
     /// The directory.
     pub cgroup: Option<BorrowedFd<'a>>,
 }
@@ -437,7 +446,7 @@ impl Stages {
         let mut patience = PATIENCE;
         let refused = |step: u32, errno| {
             let step = STEPS.get(step as usize).copied().unwrap_or(Step::Setup);
-            Err(StepError::new(step, errno, 0))
+            StepError::new(step, errno, 0)
         };
         loop {
             // Before the word: what the thread has reported before its end is seen behind it.
@@ -451,9 +460,14 @@ impl Stages {
                     let errno = Errno::new((word >> 16 & 0x7fff) as i32);
                     // For the next attempt.
                     self.report.store(UNDER_WAY, Ordering::Relaxed);
-                    return refused(word & 0xffff, errno);
+                    return Err(refused(word & 0xffff, errno));
                 }
-                _ if ended => return refused(word, Errno::ESRCH),
+                _ if ended => {
+                    return Err(StepError {
+                        ended,
+                        ..refused(word, Errno::ESRCH)
+                    });
+                }
                 _ => {}
             }
             sys::futex_wait(&self.report, word, Some(patience));

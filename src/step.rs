@@ -110,6 +110,8 @@ pub(crate) struct StepError {
     pub(crate) probes: bool,
     /// For [`Step::PrepareStack`]: mlock was refused, and not the prefault.
     pub(crate) locks: bool,
+    /// For the steps of the new thread: it ended without a report.
+    pub(crate) ended: bool,
 }
 
 impl StepError {
@@ -123,6 +125,7 @@ impl StepError {
             task: Task::Thread,
             probes: true,
             locks: false,
+            ended: false,
         }
     }
 }

@@ -54,7 +54,7 @@ impl Asked<'_> {
 }
 
 pub(super) fn diagnose(error: &StepError, asked: &Asked<'_>, status: &Status) -> Verdict {
-    if error.errno == Errno::ESRCH && error.step != Step::CoreScheduling {
+    if error.ended {
         let during = error.step;
         return Verdict::proven(EndedEarly { during });
     }
@@ -63,7 +63,7 @@ pub(super) fn diagnose(error: &StepError, asked: &Asked<'_>, status: &Status) ->
         Step::Affinity => affinity(error.errno, asked, calls),
         Step::Scheduler => scheduler(error.errno, asked, status),
         Step::Cgroup => cgroup(error.errno, asked, calls),
-        Step::CoreScheduling => core(error.errno, status),
+        Step::CoreScheduling => core(error.errno, asked, status),
         _ => Verdict::UNKNOWN,
     };
     // A filter, or a tracer, can have answered.
@@ -204,7 +204,7 @@ fn cgroup(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
                 .cgroup
                 .map_or(0, |fd| fd.as_raw_fd().unsigned_abs().into()),
         }),
-        Errno::EOPNOTSUPP | Errno::EBUSY => {
+        Errno::EOPNOTSUPP | Errno::EBUSY if hierarchy.is_some_and(|found| found.version == 2) => {
             const KINDS: [&str; 4] = ["domain", "domain threaded", "domain invalid", "threaded"];
             let kind = |line: &[u8]| KINDS.into_iter().find(|kind| kind.as_bytes() == line);
             let kind = hierarchy.and_then(|found| found.first_in(b"/cgroup.type", kind));
@@ -214,7 +214,7 @@ fn cgroup(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
     }
 }
 
-fn core(errno: Errno, status: &Status) -> Verdict {
+fn core(errno: Errno, asked: &Asked<'_>, status: &Status) -> Verdict {
     let smt = || {
         let active = file::number_in(c"/sys/devices/system/cpu/smt/active");
         active.map(|active| active != 0)
@@ -233,7 +233,7 @@ fn core(errno: Errno, status: &Status) -> Verdict {
         }),
         Errno::ESRCH => Verdict::proven(InvalidAttribute {
             what: "core_scheduling: no thread has this id",
-            value: 0,
+            value: asked.cookie_of.unsigned_abs().into(),
         }),
         _ => Verdict::UNKNOWN,
     }

@@ -6,6 +6,7 @@ use nptl::{Builder, Certainty, CoreScheduling, Scheduler, SpawnError, Step};
 use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 use support::{
     Cgroup, Snapshot, alone, await_reaping, become_unused_user, deny, is_root, or_skip,
@@ -320,6 +321,9 @@ fn what_no_kernel_accepts_is_an_attribute() {
         Builder::new().scheduler(Scheduler::RoundRobin { priority: 100 }),
         Builder::new().scheduler(Scheduler::Other { nice: 20 }),
         Builder::new().scheduler(Scheduler::Batch { nice: i32::MIN }),
+        Builder::new().core_scheduling(CoreScheduling::SameAs(0)),
+        Builder::new().core_scheduling(CoreScheduling::SameAs(-1)),
+        Builder::new().blocked_signals([-1]),
         Builder::new().scheduler(Scheduler::Deadline {
             runtime: ms(2),
             deadline: ms(1),
@@ -558,6 +562,8 @@ fn a_deadline_is_not_admitted_beyond_the_time_or_beside_an_affinity() {
     );
 }
 
+/// Where the machine has it (a guest of `.ci/guest` does): a cookie of its own, that of another thread, none of a thread that
+/// does not exist or that this user may not look into.
 #[test]
 fn core_scheduling_is_in_force_or_refused_for_what_the_machine_lacks() {
     alone(
@@ -569,14 +575,17 @@ fn core_scheduling_is_in_force_or_refused_for_what_the_machine_lacks() {
                 let answer = unsafe { libc::prctl(libc::PR_SCHED_CORE, 0, 0, 0, &raw mut cookie) };
                 (answer, cookie)
             };
-            match Builder::new()
-                .core_scheduling(CoreScheduling::New)
-                .spawn(cookie)
-            {
-                Ok(thread) => {
-                    let (answer, cookie) = thread.join().unwrap();
-                    assert!(answer == 0 && cookie != 0);
-                }
+            let start = |core| {
+                let ((tell, told), (end, wait)) = (channel(), channel::<()>());
+                let body = move || {
+                    tell.send(cookie()).unwrap();
+                    let _ = wait.recv();
+                };
+                let thread = Builder::new().core_scheduling(core).spawn(body)?;
+                Ok::<_, SpawnError>((thread, told.recv().unwrap(), end))
+            };
+            let (first, seen, end) = match start(CoreScheduling::New) {
+                Ok(first) => first,
                 Err(error) => {
                     assert_eq!(error.step(), Step::CoreScheduling);
                     match error.cause() {
@@ -587,8 +596,68 @@ fn core_scheduling_is_in_force_or_refused_for_what_the_machine_lacks() {
                     }
                     let builder = Builder::new().core_scheduling(CoreScheduling::SameAs(tid()));
                     refused(&builder, Step::CoreScheduling, error.errno().raw());
+                    return;
+                }
+            };
+            assert!(seen.0 == 0 && seen.1 != 0);
+            let (_, same, _) = start(CoreScheduling::SameAs(first.tid())).unwrap();
+            assert_eq!(same, seen);
+            let (_, other, _) = start(CoreScheduling::New).unwrap();
+            assert!(other.1 != 0 && other != seen);
+            drop(end);
+            first.join().unwrap();
+            let share = |tid| Builder::new().core_scheduling(CoreScheduling::SameAs(tid));
+            let error = refused(&share(1 << 29), Step::CoreScheduling, libc::ESRCH);
+            match error.cause() {
+                Cause::InvalidAttribute(wrong) => assert_eq!(wrong.value, 1 << 29),
+                cause => panic!("{cause}"),
+            }
+            or_skip!(become_unused_user());
+            let error = refused(&share(1), Step::CoreScheduling, libc::EPERM);
+            assert!(matches!(error.cause(), Cause::NotPermitted(_)), "{error}");
+        },
+    );
+}
+
+/// Behind a filter that kills at the call of a setting, the thread is gone and no value is to blame.
+#[test]
+fn a_thread_that_is_killed_in_a_setting_is_called_ended() {
+    alone(
+        "settings::a_thread_that_is_killed_in_a_setting_is_called_ended",
+        || {
+            for (call, builder, step) in [
+                (
+                    libc::SYS_sched_setaffinity,
+                    Builder::new().cpu_affinity([affinity()[0]]),
+                    Step::Affinity,
+                ),
+                (
+                    libc::SYS_sched_setattr,
+                    Builder::new().scheduler(Scheduler::Idle),
+                    Step::Scheduler,
+                ),
+                (
+                    libc::SYS_prctl,
+                    Builder::new().core_scheduling(CoreScheduling::SameAs(1)),
+                    Step::CoreScheduling,
+                ),
+            ] {
+                let killed = std::thread::spawn(move || {
+                    deny(call, 0).install_kill();
+                    let refused = builder.spawn_or_return(|| 5).map(|_| ());
+                    let (error, back) = refused.unwrap_err().into_parts();
+                    assert_eq!(back(), 5);
+                    error
+                });
+                let error = killed.join().unwrap();
+                assert_eq!((error.step(), error.errno().raw()), (step, libc::ESRCH));
+                match error.cause() {
+                    Cause::EndedEarly(early) => assert_eq!(early.during, step),
+                    cause => panic!("{cause}"),
                 }
             }
+            await_reaping();
+            nptl::spawn(|| ()).unwrap().join().unwrap();
         },
     );
 }
