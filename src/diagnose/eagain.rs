@@ -28,13 +28,11 @@ const MOST_ROUNDS: u32 = 3;
 /// them.
 const AGREEING: u32 = 4;
 
-/// Whether tasks that have ended can still count. Until the kernel has reaped a thread it does, so that a full
-/// counter is worth a retry: for some milliseconds, and for as long as the kernel counts more threads than glibc,
-/// which on a busy machine is longer.
+/// Whether tasks that have ended still count: until the kernel has reaped a thread, it counts more threads than glibc.
+/// (Others that glibc does not know are there to stay, so an end must lie near.)
 fn is_reaping(status: &Status) -> bool {
     let known = || Runtime::existing().filter(|_| cache::thread_ended_within(2000));
-    cache::thread_ended_within(20)
-        || known().is_some_and(|runtime| status.threads > Some(runtime.count()))
+    known().is_some_and(|runtime| status.threads > Some(runtime.count()))
 }
 
 pub(super) fn diagnose(
@@ -110,7 +108,10 @@ pub(super) fn diagnose(
         None if facts.repeated => facts.exec() >= Standing::Open,
         None => facts.exec() > Standing::Excluded,
     };
-    Ok(Verdict::ruled(&ruling, cause).transient_if(exec || reaping && possible.has_count()))
+    // Where that is not known, or nothing is named that refuses still, an end that lies near is enough.
+    let unclear = ruling.named.is_none() || status.threads.is_none();
+    let ended = reaping || unclear && cache::thread_ended_within(20);
+    Ok(Verdict::ruled(&ruling, cause).transient_if(exec || ended && possible.has_count()))
 }
 
 /// A repetition of the refused call, with what was asked and read before and after it.

@@ -6,7 +6,8 @@ use std::time::Duration;
 use nptl::diagnose::CauseKind;
 use nptl::{Builder, RetryPolicy};
 use support::{
-    Cgroup, CgroupDir, Warden, case, child, inherited_cgroup, or_skip, report, wait_for_end,
+    Cgroup, CgroupDir, Warden, await_reaping, case, child, inherited_cgroup, or_skip, report,
+    wait_for_end,
 };
 
 /// How often the cgroup has refused.
@@ -38,13 +39,24 @@ fn run(case: &str) {
             assert!(refusals(&cgroup) > before);
         }
         "default" => {
-            fill(&cgroup);
-            // Nobody of ours ends meanwhile, so nothing about it is transient.
-            std::thread::sleep(Duration::from_millis(50));
+            let (end, wait) = std::sync::mpsc::channel::<()>();
+            let living = nptl::spawn(move || wait.recv()).expect("a thread");
+            nptl::spawn(|| ())
+                .expect("a thread")
+                .join()
+                .expect("its end");
+            // The kernel has reaped it, so nothing is transient, however short ago that was.
+            while cgroup.tasks() > 3 {
+                std::thread::yield_now();
+            }
+            await_reaping();
+            cgroup.set("pids.max", cgroup.get("pids.current").trim());
             let error = spawn(RetryPolicy::default()).expect_err("a full cgroup");
             report("attempts", error.attempts());
             report("cause", error.cause().kind());
             report("transient", error.is_transient());
+            drop(end);
+            drop(living.join());
         }
         "held in exit" => {
             if !support::kernel_at_least(6, 9) {
