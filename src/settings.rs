@@ -40,7 +40,7 @@ use crate::sys;
 /// # Ok::<(), nptl::SpawnError>(())
 /// ```
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Scheduler {
     /// SCHED_OTHER, the default policy.
     Other {
@@ -165,7 +165,7 @@ impl Scheduler {
 ///
 /// [prctl(2)]: https://man7.org/linux/man-pages/man2/prctl.2.html
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CoreScheduling {
     /// Those that take this thread's cookie from it.
     New,

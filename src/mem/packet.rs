@@ -42,7 +42,7 @@ const CANCELLED: u8 = 3;
 /// assert!(payload.is::<nptl::Cancelled>());
 /// # Ok::<(), nptl::SpawnError>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("the start gate of the thread was cancelled")]
 pub struct Cancelled;
 

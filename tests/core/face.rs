@@ -274,10 +274,12 @@ mod bounds {
     use nptl::diagnose::{
         self, CauseKind, Causes, Explanation, Headroom, HeadroomLimit, InlinePath,
     };
+    use nptl::seccomp::{Phase, SystemCall};
     use nptl::{
-        Builder, Cause, Certainty, Errno, JoinHandle, Refused, RetryPolicy, Scope,
-        ScopedJoinHandle, SpawnError, StackCache, StackCacheConfig, StackCacheStats, StackFate,
-        StackInfo, StackOrigin, StackOutcome, Step,
+        Builder, Cancelled, Cause, Certainty, CoreScheduling, Errno, JoinHandle, Refused,
+        RetryPolicy, Scheduler, Scope, ScopedJoinHandle, SetupError, SpawnError, StackCache,
+        StackCacheConfig, StackCacheStats, StackFate, StackInfo, StackOrigin, StackOutcome,
+        StartGate, Step,
     };
     use std::cell::Cell;
     use std::error::Error;
@@ -314,6 +316,15 @@ mod bounds {
         unwinds::<Explanation>();
         threads::<Headroom>();
         unwinds::<Headroom>();
+
+        threads::<StartGate>();
+        unwinds::<StartGate>();
+        error::<Cancelled>();
+        plain::<Cancelled>();
+        plain::<Scheduler>();
+        plain::<CoreScheduling>();
+        plain::<Phase>();
+        plain::<SystemCall>();
 
         plain::<Errno>();
         plain::<Step>();
@@ -362,5 +373,35 @@ mod bounds {
         let _: std::io::Result<std::time::Duration> = handle.cpu_time();
         let _: bool = handle.wait_timeout(std::time::Duration::ZERO) || handle.is_finished();
         let _: Option<&str> = handle.name();
+        let _: Option<&std::thread::Thread> = handle.thread();
+        let _: std::io::Result<Vec<usize>> = handle.cpu_affinity();
+        let _: std::io::Result<()> = handle.set_cpu_affinity(0..2);
+        let _: std::io::Result<Scheduler> = handle.scheduler();
+        let _: std::io::Result<()> = handle.set_scheduler(Scheduler::Idle);
+    }
+
+    #[expect(dead_code, reason = "its types are checked")]
+    fn builder(gate: StartGate, directory: std::fs::File) {
+        let builder = Builder::new()
+            .cpu_affinity([0])
+            .scheduler(Scheduler::Other { nice: 0 })
+            .blocked_signals([libc::SIGTERM])
+            .cgroup(directory)
+            .core_scheduling(CoreScheduling::New)
+            .lock_stack(true)
+            .prefault_stack(0)
+            .start_gate(&gate)
+            .publish_std_thread(true);
+        let _: Result<JoinHandle<i32>, Refused<u8>> = builder.clone().spawn_with(1, i32::from);
+        // What a setup makes need not leave its thread.
+        let setup = || Ok::<_, String>(std::rc::Rc::new(1));
+        let spawned: Result<JoinHandle<i32>, SetupError<String>> =
+            builder.spawn_with_setup(setup, |made| *made);
+        match spawned {
+            Ok(_) => gate.open(),
+            Err(SetupError::Refused(_) | SetupError::Failed(_) | SetupError::Panicked(_)) => {
+                gate.cancel();
+            }
+        }
     }
 }
