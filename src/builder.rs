@@ -294,7 +294,7 @@ impl Builder {
     }
 
     /// Makes the handle that std gives the thread available as [`JoinHandle::thread`], so that it can be unparked. It is made
-    /// in the new thread, with memory and a thread-local destructor, so spawn waits for it: do not ask for it in the
+    /// in the new thread, with memory and a thread-local destructor, so spawn waits for it: do not use it in the
     /// constructor of a shared object, which holds the lock of the loader.
     ///
     /// ```

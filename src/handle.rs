@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::thread::Result as Outcome;
 use std::time::Duration;
 
-/// A running, or ended, thread and its stack: whoever holds this sees to it that the stack goes back.
+/// A running, or ended, thread and its stack: its owner gives the stack back.
 pub(crate) struct Running {
     stack: &'static Stack,
     cache: StackCache,
@@ -215,7 +215,7 @@ macro_rules! shared_methods {
 
         /// Sends a signal to this thread and to no other, however often its id was given away since: tgkill(2)
         /// under a lock that the thread takes before it ends. Real-time signals (`libc::SIGRTMIN() + n`) can be sent,
-        /// too; 0 sends nothing and tells whether a signal could be sent. (A thread that dies without its last frames,
+        /// too; 0 sends nothing and checks whether a signal could be sent. (A thread that dies without its last frames,
         /// by a bare exit(2) or a filter, takes no lock: its end in the very moment of the call is not excluded.)
         ///
         /// # Errors
@@ -498,9 +498,9 @@ impl<T> JoinHandle<T> {
     /// thread; the memory that held both is freed when the thread's stack is used again or unmapped.
     ///
     /// ```
-    /// let (tell, told) = std::sync::mpsc::channel();
-    /// nptl::spawn(move || tell.send("alive"))?.detach();
-    /// assert_eq!(told.recv(), Ok("alive"));
+    /// let (send, receive) = std::sync::mpsc::channel();
+    /// nptl::spawn(move || send.send("alive"))?.detach();
+    /// assert_eq!(receive.recv(), Ok("alive"));
     /// # Ok::<(), nptl::SpawnError>(())
     /// ```
     pub fn detach(self) {}

@@ -56,7 +56,7 @@ pub enum Phase {
     Join,
     /// `kill`, `pidfd` and `cpu_time`, and what all methods that use the thread's id have in common.
     Control,
-    /// The amount of stack that was used, as the handle tells it.
+    /// [`stack_high_water_mark`](crate::JoinHandle::stack_high_water_mark).
     HighWaterMark,
     /// `trim`, `clear` and `set_config` of a cache, and the drop of a private one.
     Trim,

@@ -3,13 +3,13 @@
 //! ```text
 //!  creator                             new thread
 //!  clone ────────────────────────────► cgroup, affinity, scheduler, core scheduling: set, and read back
-//!  waits, if something was asked       the caller's own setup
+//!  waits, if there is something        the caller's own setup
 //!  that can be refused       ◄──────── the report
 //!  JoinHandle, or the error            the gate, if there is one
 //!                                      the closure
 //! ```
 //! In this order, because a cpuset decides which CPUs the affinity may name, and a deadline is refused to a thread whose
-//! affinity is narrower than its domain. A thread of which none of this is asked has no [`Stages`].
+//! affinity is narrower than its domain. A thread without any of this has no [`Stages`].
 
 use crate::errno::Errno;
 use crate::mem::{Body, Shared};
@@ -47,24 +47,24 @@ pub enum Scheduler {
         /// From −20, the most favoured, to 19.
         nice: i32,
     },
-    /// SCHED_BATCH: as `Other`, but taken for a thread that computes all the time.
+    /// SCHED_BATCH: like `Other`, except that the scheduler takes the thread for one that computes all the time.
     Batch {
         /// From −20 to 19.
         nice: i32,
     },
-    /// SCHED_IDLE: only where nothing else runs.
+    /// SCHED_IDLE: runs only where nothing else does.
     Idle,
-    /// SCHED_FIFO: real time, until it waits.
+    /// SCHED_FIFO: real time. Runs until it waits, or until a higher priority runs.
     Fifo {
         /// From 1 to 99, the highest.
         priority: u32,
     },
-    /// SCHED_RR: real time, in turns with those of its priority.
+    /// SCHED_RR: real time. Takes turns with the threads of its priority.
     RoundRobin {
         /// From 1 to 99, the highest.
         priority: u32,
     },
-    /// SCHED_DEADLINE: `runtime` of every `period`, in `deadline` from its beginning. A thread under it can create no
+    /// SCHED_DEADLINE: `runtime` in every `period`, within `deadline` from its beginning. A thread under it can create no
     /// thread ([`Cause::DeadlineScheduling`](crate::Cause::DeadlineScheduling)).
     Deadline {
         /// At least 1024 ns.
@@ -111,7 +111,7 @@ impl Scheduler {
         attributes
     }
 
-    /// `None`: a policy that this crate does not name.
+    /// Returns `None` for a policy that this crate does not name.
     pub(crate) fn of(attributes: &libc::sched_attr) -> Option<Scheduler> {
         let (nice, priority) = (attributes.sched_nice, attributes.sched_priority);
         let all = [
@@ -130,7 +130,7 @@ impl Scheduler {
             .find(|scheduler| scheduler.policy() == attributes.sched_policy)
     }
 
-    /// What no kernel accepts, and the value.
+    /// Returns what no kernel accepts, and the value.
     pub(crate) fn invalid(self) -> Option<(&'static str, u64)> {
         match self {
             Scheduler::Other { nice } | Scheduler::Batch { nice } => {
@@ -182,7 +182,7 @@ pub(crate) struct Cpus {
 }
 
 impl Cpus {
-    /// `Err`: a number that no kernel has, or that there is none.
+    /// Returns `Err` for a number that no kernel has, and for an empty set.
     pub(crate) fn new(cpus: impl IntoIterator<Item = usize>) -> Result<Cpus, (&'static str, u64)> {
         let mut words = Vec::new();
         for cpu in cpus {
@@ -219,7 +219,7 @@ impl Cpus {
     }
 }
 
-/// What few threads ask for. In a box of its own, so that the others carry a null pointer.
+/// What few threads need. In a box of its own, so that the others carry a null pointer.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Special {
     /// What no kernel accepts, and the value.
@@ -234,7 +234,7 @@ pub(crate) struct Special {
     pub gate: Option<Option<Shared<Entrance>>>,
     pub publish: bool,
     pub setup: bool,
-    /// Of the thread that is being made.
+    /// Shared with the thread that is being created.
     pub stages: Option<Shared<Stages>>,
     /// There was no memory for these.
     pub unshared: bool,
@@ -259,7 +259,7 @@ pub(crate) struct Owner {
 }
 
 impl Special {
-    /// What creator and thread are to share, if there is something.
+    /// Returns what creator and thread share, or `None` if the thread needs none of it.
     pub(crate) fn stages_to_share(&mut self) -> Option<Stages> {
         self.has_stages().then(|| Stages {
             affinity: self.affinity.take(),
@@ -275,7 +275,7 @@ impl Special {
         })
     }
 
-    /// Something but a mask, which the thread starts with.
+    /// Returns `true` if there is more than a mask, which the thread starts with.
     fn has_stages(&self) -> bool {
         self.affinity.is_some()
             || self.scheduler.is_some()
@@ -315,12 +315,12 @@ impl Special {
     }
 
     /// For the analysis of a refused setting.
-    pub(crate) fn asked(&self) -> Asked<'_> {
+    pub(crate) fn requested(&self) -> Requested<'_> {
         let affinity = self
             .stages
             .as_ref()
             .and_then(|stages| stages.affinity.as_ref());
-        Asked {
+        Requested {
             cpus: affinity.map_or(&[], Cpus::words),
             scheduler: self.scheduler.map(Scheduler::attributes),
             cookie_of: match self.core {
@@ -332,9 +332,9 @@ impl Special {
     }
 }
 
-/// What a thread was to have.
+/// What was requested for a thread.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct Asked<'a> {
+pub(crate) struct Requested<'a> {
     /// Bits: which CPUs.
     pub cpus: &'a [u64],
     pub scheduler: Option<libc::sched_attr>,
@@ -418,7 +418,7 @@ pub(crate) struct Stages {
     gate: Option<Shared<Entrance>>,
     thread: OnceLock<Thread>,
     report: AtomicU32,
-    /// How often this process had been forked: the gate of a parent is none of a child's.
+    /// How often this process had been forked: a child does not open the gate of its parent.
     forks: u32,
 }
 

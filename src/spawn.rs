@@ -176,7 +176,10 @@ fn unsettled(error: StepError, special: &Special) -> Refusal {
         return explained(error);
     }
     let _cancellation = NoCancellation::new();
-    Refusal::new(error, diagnose::explain_setting(&error, &special.asked()))
+    Refusal::new(
+        error,
+        diagnose::explain_setting(&error, &special.requested()),
+    )
 }
 
 #[cold]

@@ -1,7 +1,7 @@
 //! What settings, a setup and a start gate cost, against std's threads with the same made by hand.
 //!
-//! By hand nobody waits for a thread to be set up, so a creator cannot know that it is: the cheapest that std's threads
-//! can be. Ours report before spawn returns.
+//! By hand no creator waits for a thread to be set up, so it cannot know that it is: the cheapest that std's threads can
+//! be. Ours report before spawn returns.
 
 use nptl::StartGate;
 use std::convert::Infallible;

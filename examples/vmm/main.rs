@@ -115,7 +115,7 @@ fn in_a_cgroup() -> ExitCode {
     }
 }
 
-/// What a vCPU thread is told while it runs.
+/// What a vCPU thread reads while it runs.
 #[derive(Default)]
 struct Control {
     pause: AtomicBool,

@@ -139,7 +139,7 @@ impl Round {
             *cgroup = Some(match error.cgroup {
                 -1 => Hierarchy::of_thread(b"pids"),
                 // Which is charged in place of the creator's.
-                asked => Some(hierarchy_of(asked, calls)),
+                requested => Some(hierarchy_of(requested, calls)),
             });
         }
         let hierarchy = match first.may_be_cgroup() {

@@ -52,7 +52,7 @@ pub use crate::mem::text::InlinePath;
 use crate::proc::status::Calls;
 use crate::proc::status::Status;
 use crate::proc::{machine, task};
-use crate::settings::Asked;
+use crate::settings::Requested;
 pub use crate::step::CloneCall;
 #[cfg(feature = "interpose")]
 use crate::step::Task;
@@ -212,10 +212,10 @@ pub(crate) fn diagnose_once(error: &StepError) -> Verdict {
 }
 
 /// Like [`explain`], for a setting of the new thread.
-pub(crate) fn explain_setting(error: &StepError, asked: &Asked<'_>) -> Verdict {
+pub(crate) fn explain_setting(error: &StepError, requested: &Requested<'_>) -> Verdict {
     let start = Instant::now();
     let status = Status::read();
-    let mut verdict = settings::diagnose(error, asked, &status);
+    let mut verdict = settings::diagnose(error, requested, &status);
     if verdict.certainty == Certainty::Unknown {
         verdict.cause = Cause::Unknown(Unknown {
             seccomp: status.seccomp,

@@ -1,4 +1,4 @@
-//! A setting that was refused: what was asked for, against what the machine has.
+//! A setting that was refused: what was requested, against what the machine has.
 
 use std::fmt::Write as _;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,7 +15,7 @@ use crate::proc::limits::{Limit, Limited};
 use crate::proc::parse::list_has;
 use crate::proc::status::{CAP_SYS_NICE, Calls, Status};
 use crate::proc::{file, task};
-use crate::settings::Asked;
+use crate::settings::Requested;
 use crate::step::{Step, StepError};
 use crate::sys;
 use crate::sys::sched::{self, SCHED_DEADLINE};
@@ -34,16 +34,16 @@ pub(super) fn hierarchy_of(directory: RawFd, calls: Calls) -> Hierarchy {
     Hierarchy::of_directory(directory, name)
 }
 
-impl Asked<'_> {
+impl Requested<'_> {
     fn hierarchy(&self, calls: Calls) -> Option<Hierarchy> {
         Some(hierarchy_of(self.cgroup?.as_raw_fd(), calls))
     }
 
     /// The first CPU that a list does not have, and whether it has others.
     fn missing_from(&self, list: &[u8]) -> (Option<usize>, bool) {
-        let asked = sched::list(self.cpus);
+        let cpus = sched::list(self.cpus);
         let (mut missing, mut partly) = (None, false);
-        for cpu in asked {
+        for cpu in cpus {
             match list_has(list, cpu as u64) {
                 true => partly = true,
                 false => missing = missing.or(Some(cpu)),
@@ -53,17 +53,17 @@ impl Asked<'_> {
     }
 }
 
-pub(super) fn diagnose(error: &StepError, asked: &Asked<'_>, status: &Status) -> Verdict {
+pub(super) fn diagnose(error: &StepError, requested: &Requested<'_>, status: &Status) -> Verdict {
     if error.ended {
         let during = error.step;
         return Verdict::proven(EndedEarly { during });
     }
     let calls = status.calls();
     let verdict = match error.step {
-        Step::Affinity => affinity(error.errno, asked, calls),
-        Step::Scheduler => scheduler(error.errno, asked, status),
-        Step::Cgroup => cgroup(error.errno, asked, calls),
-        Step::CoreScheduling => core(error.errno, asked, status),
+        Step::Affinity => affinity(error.errno, requested, calls),
+        Step::Scheduler => scheduler(error.errno, requested, status),
+        Step::Cgroup => cgroup(error.errno, requested, calls),
+        Step::CoreScheduling => core(error.errno, requested, status),
         _ => Verdict::UNKNOWN,
     };
     // A filter, or a tracer, can have answered.
@@ -85,18 +85,18 @@ fn believed(cause: impl Into<Cause>, proven: bool) -> Verdict {
     verdict
 }
 
-fn affinity(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
+fn affinity(errno: Errno, requested: &Requested<'_>, calls: Calls) -> Verdict {
     if errno != Errno::EINVAL {
         return Verdict::UNKNOWN;
     }
-    let missing = |list: &[u8]| Some(asked.missing_from(list));
+    let missing = |list: &[u8]| Some(requested.missing_from(list));
     let cpuset = |hierarchy: Hierarchy| {
         const FILES: [&[u8]; 2] = [b"/cpuset.effective_cpus", b"/cpuset.cpus.effective"];
         let mut files = FILES.into_iter();
         files.find_map(|file| hierarchy.nearest_in(file, missing))
     };
-    // That of the cgroup asked for, if it has the controller; else the thread has kept its creator's.
-    let found = asked
+    // That of the cgroup requested, if it has the controller; else the thread has kept its creator's.
+    let found = requested
         .hierarchy(calls)
         .and_then(cpuset)
         .or_else(|| Hierarchy::of_thread(b"cpuset").and_then(cpuset));
@@ -115,8 +115,8 @@ fn affinity(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
     believed(cause, !directory.is_empty())
 }
 
-fn scheduler(errno: Errno, asked: &Asked<'_>, status: &Status) -> Verdict {
-    let Some(attributes) = asked.scheduler else {
+fn scheduler(errno: Errno, requested: &Requested<'_>, status: &Status) -> Verdict {
+    let Some(attributes) = requested.scheduler else {
         return Verdict::UNKNOWN;
     };
     let calls = status.calls();
@@ -174,7 +174,7 @@ fn scheduler(errno: Errno, asked: &Asked<'_>, status: &Status) -> Verdict {
         let is_zero = hierarchy.first_in(b"/cpu.rt_runtime_us", runtime)?;
         Some((is_zero, hierarchy.own_directory()))
     };
-    let found = asked
+    let found = requested
         .hierarchy(calls)
         .and_then(runtime)
         .or_else(|| Hierarchy::of_thread(b"cpu").and_then(runtime));
@@ -187,8 +187,8 @@ fn scheduler(errno: Errno, asked: &Asked<'_>, status: &Status) -> Verdict {
     }
 }
 
-fn cgroup(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
-    let hierarchy = asked.hierarchy(calls);
+fn cgroup(errno: Errno, requested: &Requested<'_>, calls: Calls) -> Verdict {
+    let hierarchy = requested.hierarchy(calls);
     let directory = hierarchy.map_or(InlinePath::EMPTY, |found| found.own_directory());
     match errno {
         Errno::EACCES | Errno::EPERM => Verdict::proven(NotPermitted {
@@ -200,7 +200,7 @@ fn cgroup(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
         }),
         Errno::ENOTDIR => Verdict::proven(InvalidAttribute {
             what: "cgroup: the descriptor is not a directory of a cgroup file system",
-            value: asked
+            value: requested
                 .cgroup
                 .map_or(0, |fd| fd.as_raw_fd().unsigned_abs().into()),
         }),
@@ -214,7 +214,7 @@ fn cgroup(errno: Errno, asked: &Asked<'_>, calls: Calls) -> Verdict {
     }
 }
 
-fn core(errno: Errno, asked: &Asked<'_>, status: &Status) -> Verdict {
+fn core(errno: Errno, requested: &Requested<'_>, status: &Status) -> Verdict {
     let smt = || {
         let active = file::number_in(c"/sys/devices/system/cpu/smt/active");
         active.map(|active| active != 0)
@@ -233,7 +233,7 @@ fn core(errno: Errno, asked: &Asked<'_>, status: &Status) -> Verdict {
         }),
         Errno::ESRCH => Verdict::proven(InvalidAttribute {
             what: "core_scheduling: no thread has this id",
-            value: asked.cookie_of.unsigned_abs().into(),
+            value: requested.cookie_of.unsigned_abs().into(),
         }),
         _ => Verdict::UNKNOWN,
     }

@@ -96,7 +96,7 @@ impl<F, T> Packet<F, T> {
     #[inline]
     pub(super) fn run_with(&self, run: impl FnOnce(F) -> T) {
         if let Some(work) = self.take_work() {
-            // As in std: join tells the one that looks at the data afterwards that it panicked.
+            // As in std: the caller of join learns that it panicked before it looks at the data.
             let outcome = catch_unwind(AssertUnwindSafe(|| run(work)));
             // SAFETY: the work was inside until now, so no result was announced before.
             unsafe { *self.result.get() = Some(outcome) };

@@ -117,7 +117,7 @@ where
 
 impl<S, A, E, F, T> Drop for SetupPacket<S, A, E, F, T> {
     fn drop(&mut self) {
-        // Of a thread that was not made, or died before; in which thread ever, its panic stays here.
+        // Left by a thread that was not created, or died before its setup. A panic of a destructor stays here.
         drop_quietly(self.setup.get_mut().take());
         drop_quietly(self.failure.get_mut().take());
     }

@@ -64,10 +64,10 @@ fn send(sender: i32, kick: Kick, enough: impl Fn(usize) -> bool) -> Sent {
     for generation in 0.. {
         let signal = first + generation % SIGNALS;
         let ready = Arc::new(AtomicI32::new(0));
-        let (tell, kicks) = (Arc::clone(&ready), generation % 20);
+        let (started, kicks) = (Arc::clone(&ready), generation % 20);
         let thread = Builder::new().stack_size(64 << 10).spawn(move || {
             MINE.set(signal);
-            tell.store(signal, Ordering::Release);
+            started.store(signal, Ordering::Release);
             // For some kicks, or none.
             (0..kicks * 100).for_each(|_| std::hint::spin_loop());
         });
@@ -111,7 +111,7 @@ fn storm(kick: Kick, enough: impl Fn(usize) -> bool + Copy + Send + Sync) -> Vec
     }
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        // Threads that nobody kicks, of this crate and of std.
+        // Threads that are not kicked, of this crate and of std.
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 nptl::spawn(|| ()).unwrap().join().unwrap();

@@ -362,9 +362,9 @@ fn cpus_outside_of_the_cpuset_are_refused_wholly_and_partly() {
     );
 }
 
-/// First the cgroup, then the affinity: the cpuset is that of the cgroup asked for.
+/// First the cgroup, then the affinity: the cpuset is that of the requested cgroup.
 #[test]
-fn the_cpuset_of_the_cgroup_asked_for_counts() {
+fn the_cpuset_of_the_requested_cgroup_counts() {
     let cgroup = or_skip!(Cgroup::cpuset());
     if cgroup.is_unified() {
         skip!("that of v2 is tried in unified.rs");
@@ -372,7 +372,7 @@ fn the_cpuset_of_the_cgroup_asked_for_counts() {
     // A cpuset without memory nodes takes no thread.
     alone_in(
         &cgroup,
-        "settings::the_cpuset_of_the_cgroup_asked_for_counts",
+        "settings::the_cpuset_of_the_requested_cgroup_counts",
         |path| {
             let builder = Builder::new().cgroup(open(path));
             let error = refused(&builder, Step::Cgroup, libc::ENOSPC);
@@ -576,13 +576,13 @@ fn core_scheduling_is_in_force_or_refused_for_what_the_machine_lacks() {
                 (answer, cookie)
             };
             let start = |core| {
-                let ((tell, told), (end, wait)) = (channel(), channel::<()>());
+                let ((send, receive), (end, wait)) = (channel(), channel::<()>());
                 let body = move || {
-                    tell.send(cookie()).unwrap();
+                    send.send(cookie()).unwrap();
                     let _ = wait.recv();
                 };
                 let thread = Builder::new().core_scheduling(core).spawn(body)?;
-                Ok::<_, SpawnError>((thread, told.recv().unwrap(), end))
+                Ok::<_, SpawnError>((thread, receive.recv().unwrap(), end))
             };
             let (first, seen, end) = match start(CoreScheduling::New) {
                 Ok(first) => first,

@@ -38,10 +38,10 @@ fn expect_full(error: &SpawnError, directory: &Path, place: CgroupPlace) {
     }
 }
 
-/// The limit that counts is that of the cgroup asked for; the one of the creator has room.
+/// The limit that counts is that of the requested cgroup; the one of the creator has room.
 #[test]
-fn a_full_cgroup_that_was_asked_for_is_named_with_its_directory() {
-    const TEST: &str = "unified::a_full_cgroup_that_was_asked_for_is_named_with_its_directory";
+fn a_full_cgroup_that_was_requested_is_named_with_its_directory() {
+    const TEST: &str = "unified::a_full_cgroup_that_was_requested_is_named_with_its_directory";
     in_a_threaded_domain(TEST, Cgroup::pids, |cgroup| {
         let set = |value: &str| std::fs::write(cgroup.join("pids.max"), value).unwrap();
         let builder = Builder::new().cgroup(open(cgroup));
@@ -77,8 +77,8 @@ fn a_full_cgroup_that_was_asked_for_is_named_with_its_directory() {
 }
 
 #[test]
-fn the_cpuset_of_the_cgroup_asked_for_counts() {
-    const TEST: &str = "unified::the_cpuset_of_the_cgroup_asked_for_counts";
+fn the_cpuset_of_the_requested_cgroup_counts() {
+    const TEST: &str = "unified::the_cpuset_of_the_requested_cgroup_counts";
     in_a_threaded_domain(TEST, Cgroup::cpuset, |cgroup| {
         let cpus = affinity();
         std::fs::write(cgroup.join("cpuset.cpus"), cpus[0].to_string()).unwrap();
@@ -88,8 +88,8 @@ fn the_cpuset_of_the_cgroup_asked_for_counts() {
             [cpus[0]]
         );
         let Some(other) = cpus.get(1) else { return };
-        for (asked, partly) in [(vec![*other], false), (vec![cpus[0], *other], true)] {
-            let builder = builder.clone().cpu_affinity(asked);
+        for (requested, partly) in [(vec![*other], false), (vec![cpus[0], *other], true)] {
+            let builder = builder.clone().cpu_affinity(requested);
             let error = refused(&builder, Step::Affinity, libc::EINVAL);
             match error.cause() {
                 Cause::OutsideCpuset(cpuset) => {

@@ -9,7 +9,7 @@ use crate::mem::text::InlinePath;
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CgroupPlace {
-    /// The cgroup of the calling thread, or the one asked for by [`Builder::cgroup`](crate::Builder::cgroup).
+    /// The cgroup of the calling thread, or the one requested by [`Builder::cgroup`](crate::Builder::cgroup).
     Own,
     /// A cgroup around it; the directory is named.
     Ancestor,

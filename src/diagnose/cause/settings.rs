@@ -10,15 +10,15 @@ use crate::step::Step;
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NotPermitted {
-    /// What was asked for.
+    /// What was requested.
     pub what: &'static str,
     /// Whether CAP_SYS_NICE is effective, and in the initial user namespace, where alone it counts.
     pub cap_sys_nice: Option<bool>,
-    /// Soft RLIMIT_RTPRIO, where a real-time policy was asked for; soft RLIMIT_NICE, where a nice value was.
+    /// Soft RLIMIT_RTPRIO, where a real-time policy was requested; soft RLIMIT_NICE, where a nice value was.
     pub limit: Option<u64>,
     /// The least value of that limit that allows it.
     pub needed: Option<u64>,
-    /// Directory of the cgroup, where entering one was asked for; else empty.
+    /// Directory of the cgroup, where entering one was requested; else empty.
     pub directory: InlinePath,
 }
 
@@ -70,15 +70,15 @@ impl Evidence for NotPermitted {
     }
 }
 
-/// A CPU that was asked for is not in the cpuset, or does not exist.
+/// A requested CPU is not in the cpuset, or does not exist.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OutsideCpuset {
     /// Directory of the cpuset; empty if not visible, and then the CPUs that are online were looked at.
     pub directory: InlinePath,
-    /// The first CPU asked for that is not in it.
+    /// The first requested CPU that is not in it.
     pub missing: usize,
-    /// Whether others that were asked for are in it: the kernel narrows the affinity to these, and says nothing.
+    /// Whether other requested CPUs are in it: the kernel narrows the affinity to these, and says nothing.
     pub partly: bool,
 }
 
@@ -91,12 +91,12 @@ impl Evidence for OutsideCpuset {
         match self.partly {
             true => write!(
                 f,
-                "CPU {} is not {place}, others asked for are",
+                "CPU {} is not {place}, others that were requested are",
                 self.missing
             ),
             false => write!(
                 f,
-                "none of the CPUs asked for is {place}, such as {}",
+                "none of the requested CPUs is {place}, such as {}",
                 self.missing
             ),
         }
@@ -193,8 +193,8 @@ impl Evidence for DeadlineAdmission {
     }
 
     fn report(&self, f: &mut Formatter<'_>) -> Result {
-        line(f, "runtime asked for (ns)", self.runtime)?;
-        line(f, "period asked for (ns)", self.period)?;
+        line(f, "runtime requested (ns)", self.runtime)?;
+        line(f, "period requested (ns)", self.period)?;
         line(
             f,
             "sched_setattr",
