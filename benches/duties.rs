@@ -12,7 +12,7 @@ use std::time::Duration;
 use measure::gate::Gate;
 use measure::summary::Figure;
 use measure::workload::{self, COLD_TUNABLE, Row, Workload};
-use measure::{Body, Runner, Subject, floor, pthread, rust};
+use measure::{Load, Runner, Subject, floor, pthread, rust};
 
 const PAGE: usize = 4096;
 /// What stays resident of a stack: the cache's default.
@@ -23,12 +23,12 @@ const RSEQ_SIGNATURE: usize = 0x5305_3053;
 /// A system call of the child; a number below 0 ends a list.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Call {
+struct ChildCall {
     number: libc::c_long,
     arguments: [usize; 6],
 }
 
-const END: Call = Call {
+const END: ChildCall = ChildCall {
     number: -1,
     arguments: [0; 6],
 };
@@ -38,8 +38,8 @@ const END: Call = Call {
 struct Plan {
     gate: *const Gate,
     touch: usize,
-    before: [Call; 6],
-    after: [Call; 4],
+    before: [ChildCall; 6],
+    after: [ChildCall; 4],
 }
 
 /// The calls, by bit.
@@ -97,17 +97,17 @@ const COLD_SUBJECTS: [(&str, Duties); 5] = [
 ];
 
 /// A mapping as nptl's, guard and stack, with a last page for what libc keeps in the block.
-struct Slot {
+struct DutyStack {
     base: usize,
     length: usize,
     plan: Box<Plan>,
 }
 
 // SAFETY: a slot is memory with one owner; the kernel's only write to it is the atomic tid word.
-unsafe impl Send for Slot {}
+unsafe impl Send for DutyStack {}
 
-impl Slot {
-    fn new(stack_bytes: usize, duties: Duties) -> io::Result<Slot> {
+impl DutyStack {
+    fn new(stack_bytes: usize, duties: Duties) -> io::Result<DutyStack> {
         let warm = !duties.has(Duties::MAPPING);
         let length = PAGE + stack_bytes + PAGE;
         // SAFETY: a new mapping, of which the guard is never touched.
@@ -135,7 +135,7 @@ impl Slot {
             before: [END; 6],
             after: [END; 4],
         });
-        let slot = Slot { base, length, plan };
+        let slot = DutyStack { base, length, plan };
         if !warm {
             return Ok(slot);
         }
@@ -177,7 +177,8 @@ impl Slot {
             });
             (set as *mut u64).write(0);
         }
-        let call = |bit, number, arguments| duties.has(bit).then_some(Call { number, arguments });
+        let call =
+            |bit, number, arguments| duties.has(bit).then_some(ChildCall { number, arguments });
         let mask = [libc::SIG_SETMASK as usize, set, 0, 8, 0, 0];
         let before = [
             call(
@@ -203,7 +204,7 @@ impl Slot {
             call(Duties::MASKS_OF_CHILD, libc::SYS_rt_sigprocmask, mask),
             call(Duties::DISCARD, libc::SYS_madvise, discard),
         ];
-        fn fill(list: &mut [Call], calls: &[Option<Call>]) {
+        fn fill(list: &mut [ChildCall], calls: &[Option<ChildCall>]) {
             list.fill(END);
             for (to, from) in list.iter_mut().zip(calls.iter().flatten()) {
                 *to = *from;
@@ -237,7 +238,7 @@ impl Slot {
     }
 }
 
-impl Drop for Slot {
+impl Drop for DutyStack {
     fn drop(&mut self) {
         self.wait_for_exit();
         // SAFETY: mapped in `new`, and no child uses it any more.
@@ -250,7 +251,7 @@ struct Dutiful {
     name: &'static str,
     duties: Duties,
     stack_bytes: usize,
-    ready: Mutex<Vec<Slot>>,
+    ready: Mutex<Vec<DutyStack>>,
 }
 
 /// rt_sigprocmask(2), without libc's filtering of its own signals.
@@ -270,28 +271,28 @@ fn set_mask(mask: u64) -> u64 {
 }
 
 impl Subject for Dutiful {
-    type Handle = Slot;
+    type Handle = DutyStack;
 
     fn name(&self) -> &'static str {
         self.name
     }
 
-    fn start(&self, body: Body) -> io::Result<Slot> {
+    fn start(&self, body: Load) -> io::Result<DutyStack> {
         let gate = match body {
-            Body::Empty => std::ptr::null(),
-            Body::Park(gate) => std::ptr::from_ref(gate),
-            Body::Heap => return Err(io::ErrorKind::Unsupported.into()),
+            Load::Empty => std::ptr::null(),
+            Load::Park(gate) => std::ptr::from_ref(gate),
+            Load::Heap => return Err(io::ErrorKind::Unsupported.into()),
         };
         let slot = self.ready.lock().expect("no panic before").pop();
         let mut slot = match slot {
             Some(slot) => slot,
-            None => Slot::new(self.stack_bytes, self.duties)?,
+            None => DutyStack::new(self.stack_bytes, self.duties)?,
         };
         slot.prepare(self.duties, gate);
         let masks = self.duties.has(Duties::MASKS_OF_CREATOR);
         // All but glibc's own two.
         let old = masks.then(|| set_mask(!(3 << 31)));
-        // SAFETY: the slot outlives the child (`Slot::drop` waits for it), and no other child uses it.
+        // SAFETY: the slot outlives the child (`DutyStack::drop` waits for it), and no other child uses it.
         let tid = unsafe {
             let page = slot.page();
             clone_child(
@@ -311,7 +312,7 @@ impl Subject for Dutiful {
         }
     }
 
-    fn join(&self, slot: Slot) {
+    fn join(&self, slot: DutyStack) {
         slot.wait_for_exit();
         if self.duties.has(Duties::DISCARD_AT_JOIN) {
             let (start, length) = slot.discarded();
@@ -399,7 +400,7 @@ unsafe extern "C" fn clone_child(
         touch = const std::mem::offset_of!(Plan, touch),
         before = const std::mem::offset_of!(Plan, before),
         after = const std::mem::offset_of!(Plan, after),
-        size = const size_of::<Call>(),
+        size = const size_of::<ChildCall>(),
     )
 }
 

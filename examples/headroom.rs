@@ -41,7 +41,7 @@ fn bytes(text: &str) -> Result<usize, String> {
 
 /// One line of the table. `null` in JSON: it cannot be told; the largest number: there is no limit.
 #[derive(Serialize)]
-struct Row {
+struct LimitRow {
     limit: String,
     unit: String,
     /// At least.
@@ -60,7 +60,7 @@ struct Table {
     stack_bytes: usize,
     /// Index of the limit that is reached first, and after how many threads at least and at most.
     first: Option<(usize, u64, u64)>,
-    limits: Vec<Row>,
+    limits: Vec<LimitRow>,
 }
 
 impl Table {
@@ -70,7 +70,7 @@ impl Table {
             let index = limits.iter().position(|limit| std::ptr::eq(limit, first))?;
             Some((index, *threads.start(), *threads.end()))
         });
-        let row = |limit: &HeadroomLimit| Row {
+        let row = |limit: &HeadroomLimit| LimitRow {
             limit: limit.cause.title().to_owned(),
             unit: limit.unit.to_string(),
             in_use: limit.in_use,
@@ -91,7 +91,7 @@ impl Table {
 
     fn print(&self) {
         let heads = ["limit", "in use", "maximum", "left", "threads", "unit"];
-        let cells: Vec<[String; 6]> = self.limits.iter().map(Row::cells).collect();
+        let cells: Vec<[String; 6]> = self.limits.iter().map(LimitRow::cells).collect();
         let width = |column: usize| {
             let widths = cells.iter().map(|row| row[column].chars().count());
             widths.max().unwrap_or(0).max(heads[column].len())
@@ -137,7 +137,7 @@ fn between(least: u64, most: u64) -> String {
     }
 }
 
-impl Row {
+impl LimitRow {
     fn cells(&self) -> [String; 6] {
         let shown = |value: Option<u64>, none: &str| match value {
             None => "?".to_owned(),

@@ -22,7 +22,7 @@ const NAME: usize = 64;
 
 /// One refusal. The layout is read by `gdb/nptl.py`.
 #[repr(C)]
-struct Failure {
+struct RingEntry {
     /// Number of the refusal, from 1; 0: the entry is empty, or being written.
     number: AtomicU64,
     /// Seconds since 1970 (CLOCK_REALTIME).
@@ -35,9 +35,9 @@ struct Failure {
     refusal: Option<Refusal>,
 }
 
-impl Failure {
-    const fn empty() -> Failure {
-        Failure {
+impl RingEntry {
+    const fn empty() -> RingEntry {
+        RingEntry {
             number: AtomicU64::new(0),
             seconds: 0,
             nanoseconds: 0,
@@ -51,7 +51,7 @@ impl Failure {
 pub(crate) struct Ring {
     /// Refusals so far.
     count: u64,
-    entries: [Failure; KEPT],
+    entries: [RingEntry; KEPT],
 }
 
 impl Ring {
@@ -59,13 +59,13 @@ impl Ring {
     pub(crate) const LAYOUT: [usize; 3] = [
         Lock::<Ring>::VALUE_OFFSET + std::mem::offset_of!(Ring, entries),
         KEPT,
-        size_of::<Failure>(),
+        size_of::<RingEntry>(),
     ];
 }
 
 impl Ring {
-    fn newest(&self) -> Option<&Failure> {
-        let number = |entry: &&Failure| entry.number.load(Ordering::Acquire);
+    fn newest(&self) -> Option<&RingEntry> {
+        let number = |entry: &&RingEntry| entry.number.load(Ordering::Acquire);
         let newest = self.entries.iter().max_by_key(number)?;
         (number(&newest) > 0).then_some(newest)
     }
@@ -74,7 +74,7 @@ impl Ring {
 /// A forked child resets the lock: an entry that another thread was writing has the number 0.
 pub(crate) static FAILURES: Lock<Ring> = Lock::new(Ring {
     count: 0,
-    entries: [const { Failure::empty() }; KEPT],
+    entries: [const { RingEntry::empty() }; KEPT],
 });
 
 /// The stack on which a refusal of the program's own calls is explained is in use. Here, because a forked child resets it

@@ -24,7 +24,7 @@ use crate::errno::Errno;
 use crate::stack::cache::StackCache;
 use crate::stack::{Settings, Stack, overflow};
 use crate::sync::notice_fork;
-use crate::sys::{self, Entry};
+use crate::sys::{self, EntryPoint};
 use crate::tcb::Runtime;
 use std::cell::Cell;
 use std::sync::atomic::{Ordering, fence};
@@ -83,7 +83,7 @@ pub fn with_current_name<R>(f: impl FnOnce(Option<&str>) -> R) -> R {
 /// Where every thread of this crate begins.
 pub(crate) struct Begin;
 
-impl Entry for Begin {
+impl EntryPoint for Begin {
     /// # Safety
     /// `record` is the `&'static Stack` this thread runs on, with its message in place.
     unsafe extern "C" fn main(record: *mut libc::c_void) -> ! {

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use nptl::diagnose::CauseKind;
 use nptl::{Builder, Cause, Certainty, RetryPolicy, SpawnError, diagnose};
-use scenarios::Verdict;
-use scenarios::guardian::Guarded;
+use scenarios::Judged;
+use scenarios::guardian::GuardedFile;
 use support::{
     Cgroup, Child, Sleepers, become_unused_user, case, child, inherited_cgroup, or_skip, report,
     set_rlimit,
@@ -36,7 +36,7 @@ fn check(test: &str, name: &str) {
     let scenario = scenarios::by_name(name).expect("a scenario");
     let outcome = scenarios::run(scenario, ROUNDS, false, None, &start);
     match outcome.verdict {
-        Verdict::Right => {
+        Judged::Right => {
             let asked = outcome.nptl_granted + outcome.answers.len() as u64;
             let least = match name {
                 "dying-pid-namespace" => scenarios::clone::DYING_ROUNDS,
@@ -44,7 +44,7 @@ fn check(test: &str, name: &str) {
             };
             assert!(asked >= least as u64, "asked {asked} times only");
             // Each answer may be that it cannot be told, but not all of them.
-            let named = |answer: &scenarios::Answer| answer.cause == "SiblingExec";
+            let named = |answer: &scenarios::Reply| answer.cause == "SiblingExec";
             if name == "sibling-exec-no-retry" {
                 let count = outcome
                     .answers
@@ -55,8 +55,8 @@ fn check(test: &str, name: &str) {
                 assert!(count > 0, "never named: {:?}", outcome.answers);
             }
         }
-        Verdict::Skipped => support::announce_skip(&outcome.why.join("; ")),
-        Verdict::Wrong => panic!("{name}:\n{}", outcome.why.join("\n")),
+        Judged::Skipped => support::announce_skip(&outcome.why.join("; ")),
+        Judged::Wrong => panic!("{name}:\n{}", outcome.why.join("\n")),
     }
 }
 
@@ -143,7 +143,7 @@ fn a_storm_makes_no_answer_wrong() {
         let scenario = scenarios::by_name(name).expect("a scenario");
         let time = Some(Duration::from_millis(200));
         let outcome = scenarios::run(scenario, 1, false, time, &start);
-        if outcome.verdict == scenarios::Verdict::Skipped {
+        if outcome.verdict == scenarios::Judged::Skipped {
             support::announce_skip(&outcome.why.join("; "));
             continue;
         }
@@ -438,7 +438,8 @@ fn a_guarded_value_comes_back_however_its_process_ends() {
             }
         }
         Some(name) => {
-            let guarded = Guarded::change(PATH.as_ref(), "500", longest(name)).expect("a change");
+            let guarded =
+                GuardedFile::change(PATH.as_ref(), "500", longest(name)).expect("a change");
             println!("CHANGED {}", value());
             let _ = std::io::stdin().read_line(&mut String::new());
             match name {

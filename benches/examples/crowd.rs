@@ -23,9 +23,9 @@ use measure::floor::Floor;
 use measure::gate::Gate;
 use measure::proc;
 use measure::pthread::{self, Pthread};
-use measure::refusal::{Refusal, shown};
+use measure::refusal::{RefusedThread, shown};
 use measure::rust::{self, Nptl};
-use measure::{Body, Subject};
+use measure::{Load, Subject};
 
 /// Start N live threads and say what they cost, or what stopped them.
 #[derive(Parser)]
@@ -53,7 +53,7 @@ struct Arguments {
 const BALLAST: usize = 100 * 1024;
 
 #[derive(Serialize, Deserialize)]
-struct Report {
+struct Started {
     subject: String,
     wanted: usize,
     started: usize,
@@ -62,7 +62,7 @@ struct Report {
     join_ns_per_thread: f64,
     maps_lines: usize,
     resident_bytes_per_thread: f64,
-    refusal: Option<Refusal>,
+    refusal: Option<RefusedThread>,
 }
 
 fn main() -> ExitCode {
@@ -126,7 +126,7 @@ fn obstacles(threads: usize, stack_bytes: usize) -> Vec<String> {
 }
 
 /// One process a crowd: neither the mappings nor the heap of one may change what the other costs.
-fn run_child(subject: &str, arguments: &Arguments) -> Result<Report, Box<dyn Error>> {
+fn run_child(subject: &str, arguments: &Arguments) -> Result<Started, Box<dyn Error>> {
     let output = Command::new("/proc/self/exe")
         .arg(arguments.threads.to_string())
         .args([
@@ -147,13 +147,13 @@ fn run_child(subject: &str, arguments: &Arguments) -> Result<Report, Box<dyn Err
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Result<Report> {
+fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Result<Started> {
     static GATE: Gate = Gate::new();
     // What the first thread costs once (calibration, heap arenas) is not a price of each.
-    let first = subject.start(Body::Empty);
+    let first = subject.start(Load::Empty);
     let mut refused = first.map(|handle| subject.join(handle)).err();
     let floor = Floor::new();
-    if let Ok(child) = floor.start(Body::Empty) {
+    if let Ok(child) = floor.start(Load::Empty) {
         floor.join(child);
     }
     let mut handles = Vec::new();
@@ -169,7 +169,7 @@ fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Resu
     while handles.len() < wanted && refused.is_none() {
         // Without the one that is refused, which may have been tried again for a while.
         spent = begin.elapsed();
-        match subject.start(Body::Park(&GATE)) {
+        match subject.start(Load::Park(&GATE)) {
             Ok(handle) => handles.push(handle),
             Err(error) => refused = Some(error),
         }
@@ -193,7 +193,7 @@ fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Resu
     let join = begin.elapsed();
 
     let per_thread = |total: f64| total / started.max(1) as f64;
-    Ok(Report {
+    Ok(Started {
         subject: subject.name().to_owned(),
         wanted,
         started,
@@ -206,10 +206,10 @@ fn crowd<S: Subject>(subject: &S, wanted: usize, stack_bytes: usize) -> io::Resu
     })
 }
 
-fn print(reports: &[Report]) {
-    type Line = (&'static str, fn(&Report) -> String);
+fn print(reports: &[Started]) {
+    type Line = (&'static str, fn(&Started) -> String);
     // A crowd of none has no price.
-    fn each(report: &Report, value: String) -> String {
+    fn each(report: &Started, value: String) -> String {
         match report.started {
             0 => "–".to_owned(),
             _ => value,

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::gate::Gate;
-use super::{Body, Subject};
+use super::{Load, Subject};
 
 /// The subject's name.
 pub const NAME: &str = "floor";
@@ -119,11 +119,11 @@ impl Subject for Floor {
         NAME
     }
 
-    fn start(&self, body: Body) -> io::Result<Slot> {
+    fn start(&self, body: Load) -> io::Result<Slot> {
         let gate = match body {
-            Body::Empty => std::ptr::null(),
-            Body::Park(gate) => std::ptr::from_ref(gate),
-            Body::Heap => return Err(io::ErrorKind::Unsupported.into()),
+            Load::Empty => std::ptr::null(),
+            Load::Park(gate) => std::ptr::from_ref(gate),
+            Load::Heap => return Err(io::ErrorKind::Unsupported.into()),
         };
         let slot = self.ready().pop();
         let slot = slot.unwrap_or_else(Slot::new);

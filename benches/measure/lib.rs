@@ -21,7 +21,7 @@ use workload::{Row, Workload};
 
 /// What a started thread does before it ends.
 #[derive(Clone, Copy)]
-pub enum Body {
+pub enum Load {
     /// Nothing: what is left is the price of a thread.
     Empty,
     /// Allocates and frees 20 small vectors; [`floor::Floor`] cannot, having no thread-local
@@ -40,7 +40,7 @@ pub trait Subject: Sync {
     fn name(&self) -> &'static str;
 
     /// Starts one thread.
-    fn start(&self, body: Body) -> io::Result<Self::Handle>;
+    fn start(&self, body: Load) -> io::Result<Self::Handle>;
 
     /// Returns once the thread has ended.
     fn join(&self, handle: Self::Handle);

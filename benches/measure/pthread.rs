@@ -6,7 +6,7 @@ use std::io;
 use std::mem::MaybeUninit;
 
 use super::gate::Gate;
-use super::{Body, Subject};
+use super::{Load, Subject};
 
 /// The subject's name.
 pub const NAME: &str = "pthread";
@@ -64,11 +64,11 @@ impl Subject for Pthread {
         NAME
     }
 
-    fn start(&self, body: Body) -> io::Result<libc::pthread_t> {
+    fn start(&self, body: Load) -> io::Result<libc::pthread_t> {
         let (routine, argument): (extern "C" fn(*mut c_void) -> *mut c_void, _) = match body {
-            Body::Empty => (empty, std::ptr::null_mut()),
-            Body::Heap => (heap, std::ptr::null_mut()),
-            Body::Park(gate) => (park, std::ptr::from_ref(gate).cast_mut().cast()),
+            Load::Empty => (empty, std::ptr::null_mut()),
+            Load::Heap => (heap, std::ptr::null_mut()),
+            Load::Park(gate) => (park, std::ptr::from_ref(gate).cast_mut().cast()),
         };
         let mut thread = MaybeUninit::uninit();
         // SAFETY: initialised attributes, and an argument as the routine expects it.

@@ -8,7 +8,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
 use crate::floor::{self, Floor};
-use crate::{Body, Subject, proc};
+use crate::{Load, Subject, proc};
 
 /// Bytes that thread-local storage and a signal stack add to a stack, or more: a stack that is asked for
 /// again, to learn why it was refused, must not be smaller than it was.
@@ -16,7 +16,7 @@ const BESIDES: usize = 64 * 1024;
 
 /// A refused thread, and why it was refused.
 #[derive(Serialize, Deserialize)]
-pub struct Refusal {
+pub struct RefusedThread {
     /// What the subject said.
     pub error: String,
     /// Its errno.
@@ -28,9 +28,9 @@ pub struct Refusal {
 }
 
 /// To be called while the crowd stands.
-pub fn explain(error: &io::Error, floor: &Floor, stack_bytes: usize) -> Refusal {
-    let seen = Seen::look(floor, stack_bytes + BESIDES);
-    Refusal {
+pub fn explain(error: &io::Error, floor: &Floor, stack_bytes: usize) -> RefusedThread {
+    let seen = Surroundings::look(floor, stack_bytes + BESIDES);
+    RefusedThread {
         error: error.to_string(),
         errno: error.raw_os_error(),
         verdict: seen.verdict(),
@@ -44,7 +44,7 @@ pub fn shown<N: Display>(number: Option<N>) -> String {
 }
 
 /// What a look around found.
-struct Seen {
+struct Surroundings {
     stack_bytes: usize,
     /// A stack alone.
     stack: io::Result<()>,
@@ -65,13 +65,13 @@ struct Seen {
     cgroups: Vec<(String, usize, usize)>,
 }
 
-impl Seen {
-    fn look(floor: &Floor, stack_bytes: usize) -> Seen {
-        Seen {
+impl Surroundings {
+    fn look(floor: &Floor, stack_bytes: usize) -> Surroundings {
+        Surroundings {
             stack_bytes,
             stack: map_stack(stack_bytes),
             task: match floor::AVAILABLE {
-                true => floor.start(Body::Empty).map(|child| floor.join(child)),
+                true => floor.start(Load::Empty).map(|child| floor.join(child)),
                 false => Err(io::ErrorKind::Unsupported.into()),
             },
             in_allocation: probe_set_tid(),

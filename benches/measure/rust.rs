@@ -4,7 +4,7 @@ use std::io;
 
 use nptl::{StackCache, StackCacheConfig};
 
-use super::{Body, Subject, allocate_and_free};
+use super::{Load, Subject, allocate_and_free};
 
 /// The name of [`Std`].
 pub const STD: &str = "std";
@@ -30,12 +30,12 @@ impl Subject for Std {
         STD
     }
 
-    fn start(&self, body: Body) -> io::Result<Self::Handle> {
+    fn start(&self, body: Load) -> io::Result<Self::Handle> {
         let builder = std::thread::Builder::new().stack_size(self.stack_bytes);
         match body {
-            Body::Empty => builder.spawn(|| ()),
-            Body::Heap => builder.spawn(allocate_and_free),
-            Body::Park(gate) => builder.spawn(|| gate.wait()),
+            Load::Empty => builder.spawn(|| ()),
+            Load::Heap => builder.spawn(allocate_and_free),
+            Load::Park(gate) => builder.spawn(|| gate.wait()),
         }
     }
 
@@ -77,14 +77,14 @@ impl Nptl {
     }
 
     /// As [`Subject::start`], with our own error.
-    pub fn spawn(&self, body: Body) -> Result<nptl::JoinHandle<()>, nptl::SpawnError> {
+    pub fn spawn(&self, body: Load) -> Result<nptl::JoinHandle<()>, nptl::SpawnError> {
         let builder = nptl::Builder::new()
             .stack_size(self.stack_bytes)
             .stack_cache(&self.cache);
         match body {
-            Body::Empty => builder.spawn(|| ()),
-            Body::Heap => builder.spawn(allocate_and_free),
-            Body::Park(gate) => builder.spawn(|| gate.wait()),
+            Load::Empty => builder.spawn(|| ()),
+            Load::Heap => builder.spawn(allocate_and_free),
+            Load::Park(gate) => builder.spawn(|| gate.wait()),
         }
     }
 }
@@ -96,7 +96,7 @@ impl Subject for Nptl {
         NPTL
     }
 
-    fn start(&self, body: Body) -> io::Result<Self::Handle> {
+    fn start(&self, body: Load) -> io::Result<Self::Handle> {
         Ok(self.spawn(body)?)
     }
 

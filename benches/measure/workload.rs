@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::gate::Gate;
-use super::{Body, Subject, floor, pthread, rust};
+use super::{Load, Subject, floor, pthread, rust};
 
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
@@ -204,9 +204,9 @@ fn warm_up(iterations: u64) -> u64 {
 pub fn run<S: Subject>(subject: &S, row: &Row, iterations: u64) -> io::Result<Duration> {
     match row.workload {
         Workload::Hot | Workload::Cold | Workload::Lean => {
-            one_at_a_time(subject, Body::Empty, iterations)
+            one_at_a_time(subject, Load::Empty, iterations)
         }
-        Workload::HeapWarm => one_at_a_time(subject, Body::Heap, iterations),
+        Workload::HeapWarm => one_at_a_time(subject, Load::Heap, iterations),
         Workload::Burst | Workload::CrowdAgain => burst(subject, row.threads, iterations),
         Workload::SpawnCall => spawn_call(subject, iterations),
         Workload::Contended => contended(subject, row.threads, iterations),
@@ -215,7 +215,7 @@ pub fn run<S: Subject>(subject: &S, row: &Row, iterations: u64) -> io::Result<Du
     }
 }
 
-fn one_at_a_time<S: Subject>(subject: &S, body: Body, iterations: u64) -> io::Result<Duration> {
+fn one_at_a_time<S: Subject>(subject: &S, body: Load, iterations: u64) -> io::Result<Duration> {
     let begin = Instant::now();
     for _ in 0..iterations {
         subject.join(subject.start(body)?);
@@ -227,7 +227,7 @@ fn spawn_call<S: Subject>(subject: &S, iterations: u64) -> io::Result<Duration> 
     let mut total = Duration::ZERO;
     for _ in 0..iterations {
         let begin = Instant::now();
-        let handle = subject.start(Body::Empty)?;
+        let handle = subject.start(Load::Empty)?;
         total += begin.elapsed();
         subject.join(handle);
     }
@@ -262,7 +262,7 @@ fn start_all<S: Subject>(
     handles: &mut Vec<S::Handle>,
 ) -> io::Result<()> {
     for _ in 0..threads {
-        handles.push(subject.start(Body::Park(gate))?);
+        handles.push(subject.start(Load::Park(gate))?);
     }
     Ok(())
 }
@@ -272,7 +272,7 @@ fn contended<S: Subject>(subject: &S, spawners: usize, iterations: u64) -> io::R
     let spawner = || {
         together.wait();
         let begin = Instant::now();
-        let result = one_at_a_time(subject, Body::Empty, iterations);
+        let result = one_at_a_time(subject, Load::Empty, iterations);
         result.map(|_| (begin, Instant::now()))
     };
     let spans = thread::scope(|scope| {
@@ -300,8 +300,8 @@ fn live<S: Subject>(subject: &S, threads: usize, iterations: u64) -> io::Result<
     let started = start_all(subject, threads, &GATE, &mut handles);
     let result = started.and_then(|()| {
         GATE.await_arrivals(threads);
-        one_at_a_time(subject, Body::Empty, warm_up(iterations))?;
-        one_at_a_time(subject, Body::Empty, iterations)
+        one_at_a_time(subject, Load::Empty, warm_up(iterations))?;
+        one_at_a_time(subject, Load::Empty, iterations)
     });
     GATE.open();
     for handle in handles {

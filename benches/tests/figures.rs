@@ -8,7 +8,7 @@ use measure::gate::Gate;
 use measure::pthread::Pthread;
 use measure::summary::Figure;
 use measure::workload::{COLD_TUNABLE, Row, Workload, rows};
-use measure::{Body, SUBJECTS, Subject, proc, pthread, subjects};
+use measure::{Load, SUBJECTS, Subject, proc, pthread, subjects};
 use serde_json::Value;
 use support::{
     Cgroup, Mappings, become_unused_user, case, child, deny_guard_marks, inherited_cgroup, or_skip,
@@ -148,8 +148,8 @@ fn the_limit_that_stops_a_crowd_is_named() {
     if let Some(name) = case() {
         static GATE: Gate = Gate::new();
         let (floor, pthread) = (Floor::new(), Pthread::new(STACK).expect("attributes"));
-        floor.join(floor.start(Body::Empty).expect("a task"));
-        pthread.join(pthread.start(Body::Empty).expect("a thread"));
+        floor.join(floor.start(Load::Empty).expect("a task"));
+        pthread.join(pthread.start(Load::Empty).expect("a thread"));
         let mut threads = Vec::with_capacity(1000);
         let mut ballast = None;
         match name.as_str() {
@@ -169,7 +169,7 @@ fn the_limit_that_stops_a_crowd_is_named() {
             }
             _ => {}
         }
-        let error = (0..1000).find_map(|_| match pthread.start(Body::Park(&GATE)) {
+        let error = (0..1000).find_map(|_| match pthread.start(Load::Park(&GATE)) {
             Ok(thread) => {
                 threads.push(thread);
                 None

@@ -16,7 +16,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use scenarios::storm::Counts;
-use scenarios::{Outcome, Scenario, Verdict};
+use scenarios::{Judged, Outcome, Scenario};
 
 const HELP: &str = "\
 Provoke every cause of a refused thread for real, each in a process of its own, and ask pthread_create, std::thread and
@@ -160,9 +160,9 @@ fn main() -> ExitCode {
     }
     let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
     let summary = Summary {
-        right: count(Verdict::Right),
-        wrong: count(Verdict::Wrong),
-        skipped: count(Verdict::Skipped),
+        right: count(Judged::Right),
+        wrong: count(Judged::Wrong),
+        skipped: count(Judged::Skipped),
         scenarios: &outcomes,
     };
     if arguments.json {
@@ -256,7 +256,7 @@ fn list(chosen: &[&Scenario]) -> io::Result<()> {
 
 fn print(outcome: &Outcome, report: bool) {
     match outcome.verdict {
-        Verdict::Skipped => println!("  skipped: {}\n", outcome.why.join("; ")),
+        Judged::Skipped => println!("  skipped: {}\n", outcome.why.join("; ")),
         verdict => {
             println!("  pthread_create  {}", outcome.pthread_create);
             println!("  std::thread     {}", outcome.std_thread);
@@ -265,7 +265,7 @@ fn print(outcome: &Outcome, report: bool) {
                 println!("  note            {note}");
             }
             match verdict {
-                Verdict::Right => println!("  right\n"),
+                Judged::Right => println!("  right\n"),
                 _ => println!("  WRONG: {}\n", outcome.why.join("\n    ")),
             }
         }
@@ -281,7 +281,7 @@ fn print_nptl(outcome: &Outcome, report: bool) {
     }
     let mut rest: Vec<_> = outcome.answers.iter().collect();
     while let Some(&first) = rest.first() {
-        let key = |a: &scenarios::Answer| (a.step.clone(), a.cause.clone(), a.certainty.clone());
+        let key = |a: &scenarios::Reply| (a.step.clone(), a.cause.clone(), a.certainty.clone());
         let (alike, others): (Vec<_>, Vec<_>) =
             rest.into_iter().partition(|a| key(a) == key(first));
         rest = others;
@@ -324,9 +324,9 @@ fn summarise(summary: &Summary<'_>) {
     );
     for outcome in summary.scenarios {
         match outcome.verdict {
-            Verdict::Right => {}
-            Verdict::Skipped => println!("skipped: {}: {}", outcome.name, outcome.why.join("; ")),
-            Verdict::Wrong => println!("wrong: {}: {}", outcome.name, outcome.why.join("; ")),
+            Judged::Right => {}
+            Judged::Skipped => println!("skipped: {}: {}", outcome.name, outcome.why.join("; ")),
+            Judged::Wrong => println!("wrong: {}: {}", outcome.name, outcome.why.join("; ")),
         }
     }
 }

@@ -19,7 +19,7 @@ static TID_WORD: AtomicI32 = AtomicI32::new(0);
 static mut STACK: [u8; 16384] = [0; 16384];
 
 #[derive(Clone, Copy)]
-struct Report {
+struct Finding {
     skipped: Option<&'static str>,
     failed: Option<&'static str>,
     count: usize,
@@ -28,7 +28,7 @@ struct Report {
     last: Option<Verdict>,
 }
 
-impl Report {
+impl Finding {
     fn record(&mut self, verdict: Result<(), Verdict>) {
         if let Some(kind) = self.kinds.get_mut(self.count) {
             *kind = verdict
@@ -48,11 +48,11 @@ impl Report {
 static SERIAL: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 /// Runs `body` in a forked child and hands its report back through shared memory.
-fn in_child(name: &str, body: impl FnOnce(&mut Report)) -> Option<Report> {
+fn in_child(name: &str, body: impl FnOnce(&mut Finding)) -> Option<Finding> {
     let _serial = SERIAL
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
-    let bytes = size_of::<Report>();
+    let bytes = size_of::<Finding>();
     // SAFETY: a new shared mapping of the report's size, written by the child and read once it has ended; the child
     // never returns from here.
     let (report, status) = unsafe {
@@ -64,8 +64,8 @@ fn in_child(name: &str, body: impl FnOnce(&mut Report)) -> Option<Report> {
             -1,
             0,
         )
-        .cast::<Report>();
-        shared.write(Report {
+        .cast::<Finding>();
+        shared.write(Finding {
             skipped: None,
             failed: Some("died"),
             count: 0,
@@ -100,7 +100,7 @@ fn in_child(name: &str, body: impl FnOnce(&mut Report)) -> Option<Report> {
 }
 
 /// Refused clones, `ROUNDS` times.
-fn clones(report: &mut Report, call: CloneCall, repeat: bool) {
+fn clones(report: &mut Finding, call: CloneCall, repeat: bool) {
     let mut granted = 0_u64;
     while report.count < ROUNDS {
         match real_clone(call) {
@@ -119,7 +119,7 @@ fn clones(report: &mut Report, call: CloneCall, repeat: bool) {
 
 /// Calls of mmap or mprotect, all refused.
 fn mappings(
-    report: &mut Report,
+    report: &mut Finding,
     step: Step,
     bytes: usize,
     mut refused: impl FnMut() -> Result<(), Errno>,
@@ -179,7 +179,7 @@ fn real_clone(call: CloneCall) -> Result<(), StepError> {
 }
 
 #[track_caller]
-fn expect(report: Option<Report>, kind: CauseKind, certainty: Certainty) {
+fn expect(report: Option<Finding>, kind: CauseKind, certainty: Certainty) {
     if let Some(report) = report {
         assert_eq!(report.kinds, [Some((kind, certainty)); ROUNDS]);
     }
@@ -295,7 +295,7 @@ fn nproc_in_a_user_namespace() {
 }
 
 /// Runs `body` as init of a new pid namespace with /proc of its own.
-fn in_pid_namespace(report: &mut Report, pid_max: Option<u32>, body: impl FnOnce(&mut Report)) {
+fn in_pid_namespace(report: &mut Finding, pid_max: Option<u32>, body: impl FnOnce(&mut Finding)) {
     // SAFETY: namespaces of a child process of its own; what forks in it either never returns or runs `body` and
     // exits; paths are NUL-terminated.
     unsafe {
@@ -443,7 +443,7 @@ fn without_a_repetition_nothing_is_proven() {
     for (outer, level) in [(false, PidLevel::Own), (true, PidLevel::Ancestor)] {
         let report = in_child("pid_max", |report| {
             in_pid_namespace(report, Some(400), |report| {
-                let fill = |report: &mut Report| {
+                let fill = |report: &mut Finding| {
                     while sleeper().is_ok() {}
                     clones(report, CloneCall::Clone3, false);
                 };

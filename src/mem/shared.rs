@@ -189,9 +189,9 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    struct Counts(Arc<AtomicUsize>);
+    struct CountsDrops(Arc<AtomicUsize>);
 
-    impl Drop for Counts {
+    impl Drop for CountsDrops {
         fn drop(&mut self) {
             self.0.fetch_add(1, Ordering::Relaxed);
         }
@@ -207,7 +207,7 @@ mod tests {
                 let dropped = &dropped;
                 scope.spawn(move || {
                     for index in 0..EACH {
-                        let value = Counts(Arc::clone(dropped));
+                        let value = CountsDrops(Arc::clone(dropped));
                         let one = Shared::try_new(value).unwrap_or_else(|_| panic!("memory"));
                         let other = one.clone();
                         assert!(other.leave().is_none());

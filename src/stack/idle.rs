@@ -9,7 +9,7 @@ use super::{caps, mapping};
 use crate::errno::Errno;
 use crate::step::{StackFate, StackOrigin, StackOutcome, Step, StepError};
 use crate::sync::forked_bare;
-use crate::sys::{self, Entry, Signals};
+use crate::sys::{self, EntryPoint, Signals};
 use crate::tcb::{Enlisted, Runtime};
 use std::cell::Cell;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -276,7 +276,7 @@ impl Idle {
     ///
     /// On refusal the message comes back, and the error with it.
     #[inline(always)]
-    pub(crate) fn clone_thread<E: Entry>(
+    pub(crate) fn clone_thread<E: EntryPoint>(
         &self,
         start: Start,
         cgroup: Option<BorrowedFd<'_>>,

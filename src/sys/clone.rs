@@ -1,7 +1,7 @@
 //! Making a thread: clone3(2), or clone(2) where that is not available.
 
 use super::arch;
-use super::entry::Entry;
+use super::entry::EntryPoint;
 use crate::errno::Errno;
 use crate::step::CloneCall;
 use libc::{c_void, pid_t};
@@ -33,7 +33,7 @@ pub(crate) struct CloneRequest {
     pub thread_pointer: usize,
     /// Set to the thread id before the thread runs, cleared and woken when the kernel has let go.
     pub tid: *mut pid_t,
-    /// The argument of [`Entry::main`].
+    /// The argument of [`EntryPoint::main`].
     pub start: *mut c_void,
     /// The directory of the cgroup (v2) that the thread is made in.
     pub cgroup: Option<RawFd>,
@@ -52,7 +52,9 @@ static NO_CLONE3: AtomicBool = AtomicBool::new(false);
 /// # Safety
 /// The stack, the TLS block and `start` belong to the new thread alone from here on, unless this
 /// returns an error (A1, A2).
-pub(crate) unsafe fn thread<E: Entry>(request: &CloneRequest) -> Result<pid_t, (Errno, CloneCall)> {
+pub(crate) unsafe fn thread<E: EntryPoint>(
+    request: &CloneRequest,
+) -> Result<pid_t, (Errno, CloneCall)> {
     if !NO_CLONE3.load(Ordering::Relaxed) || request.cgroup.is_some() {
         // SAFETY: all-zero is a valid clone_args: no pidfd, no exit signal, no set_tid.
         let mut args: libc::clone_args = unsafe { std::mem::zeroed() };

@@ -3,7 +3,7 @@
 use libc::c_void;
 
 /// Where new threads begin.
-pub(crate) trait Entry {
+pub(crate) trait EntryPoint {
     /// Called by the entry routine with every signal but SIGSETXID blocked, as a thread's first frame.
     ///
     /// # Safety

@@ -29,7 +29,7 @@ pub(crate) use cancel::{
 };
 #[cfg(feature = "interpose")]
 pub(crate) use entry::Routine;
-pub(crate) use entry::{Entry, Faults, Next};
+pub(crate) use entry::{EntryPoint, Faults, Next};
 pub(crate) use page::page_size;
 #[cfg(feature = "interpose")]
 pub(crate) use signals::Quiet;

@@ -47,18 +47,18 @@ fn scoped(count: usize) {
 }
 
 /// A place among a limited number, given back when dropped.
-struct Place(&'static (Mutex<usize>, Condvar));
+struct Permit(&'static (Mutex<usize>, Condvar));
 
-impl Place {
-    fn take() -> Place {
+impl Permit {
+    fn take() -> Permit {
         static FREE: (Mutex<usize>, Condvar) = (Mutex::new(DETACHED), Condvar::new());
         let free = FREE.0.lock().unwrap();
         *FREE.1.wait_while(free, |free| *free == 0).unwrap() -= 1;
-        Place(&FREE)
+        Permit(&FREE)
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         *self.0.0.lock().unwrap() += 1;
         self.0.1.notify_one();
@@ -67,7 +67,7 @@ impl Drop for Place {
 
 fn detached(count: usize) {
     for number in 0..count {
-        let place = Place::take();
+        let place = Permit::take();
         let body = move || {
             black_box(body(number));
             drop(place);

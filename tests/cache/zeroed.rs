@@ -118,7 +118,7 @@ fn look(stack: StackInfo) -> Found {
 
 /// How the first thread ends.
 #[derive(Clone, Copy, PartialEq)]
-enum End {
+enum ThreadEnd {
     Joined,
     Detached,
     /// By a bare exit(2), which skips its last frames.
@@ -127,13 +127,18 @@ enum End {
     DetachedExit,
 }
 
-const ENDS: [End; 4] = [End::Joined, End::Detached, End::Exit, End::DetachedExit];
+const ENDS: [ThreadEnd; 4] = [
+    ThreadEnd::Joined,
+    ThreadEnd::Detached,
+    ThreadEnd::Exit,
+    ThreadEnd::DetachedExit,
+];
 
 /// One thread leaves secrets, the next one looks for them.
-fn next_thread_finds(cache: &StackCache, builder: &Builder, end: End) -> (StackInfo, Found) {
+fn next_thread_finds(cache: &StackCache, builder: &Builder, end: ThreadEnd) -> (StackInfo, Found) {
     let first = builder.clone().spawn(move || {
         leave_secrets();
-        if matches!(end, End::Exit | End::DetachedExit) {
+        if matches!(end, ThreadEnd::Exit | ThreadEnd::DetachedExit) {
             // SAFETY: ends this thread.
             unsafe { libc::syscall(libc::SYS_exit, 0) };
         }
@@ -141,7 +146,7 @@ fn next_thread_finds(cache: &StackCache, builder: &Builder, end: End) -> (StackI
     let first = first.expect("a thread");
     let base = first.stack().base;
     match end {
-        End::Detached | End::DetachedExit => {
+        ThreadEnd::Detached | ThreadEnd::DetachedExit => {
             first.detach();
             // It counts as live until the kernel has let go of it and somebody has seen that.
             while cache.stats().live_stacks > 0 {
@@ -149,8 +154,8 @@ fn next_thread_finds(cache: &StackCache, builder: &Builder, end: End) -> (StackI
                 std::thread::yield_now();
             }
         }
-        End::Joined => first.join().expect("its end"),
-        End::Exit => drop(first.join()),
+        ThreadEnd::Joined => first.join().expect("its end"),
+        ThreadEnd::Exit => drop(first.join()),
     }
     look_again(builder, base)
 }
@@ -258,7 +263,7 @@ fn a_zeroed_stack_in_locked_memory_holds_nothing() {
 #[test]
 fn zeroing_can_be_turned_on() {
     let (cache, builder) = private(StackCacheConfig::default());
-    let (_, found) = next_thread_finds(&cache, &builder, End::Joined);
+    let (_, found) = next_thread_finds(&cache, &builder, ThreadEnd::Joined);
     assert!(found.stack > 0);
     let handle = builder.clone().spawn(leave_secrets).expect("a thread");
     let base = handle.stack().base;

@@ -86,9 +86,9 @@ fn results_arrive_whole_whatever_their_size() {
 #[test]
 fn the_stack_is_aligned_as_the_abi_demands() {
     #[repr(align(64))]
-    struct Line([u8; 64]);
+    struct CacheLine([u8; 64]);
     let handle = nptl::spawn(|| {
-        let line = Line([1; 64]);
+        let line = CacheLine([1; 64]);
         (
             std::ptr::from_ref(&line).addr() % 64,
             format!("{:.3}", 1.5 * f64::from(line.0[0])),

@@ -424,18 +424,18 @@ fn a_backtrace_in_a_handler_reaches_the_fault() {
 /// All that a function can have in registers of the FPU, and below its stack pointer.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct State {
+struct FpuState {
     vectors: [[u32; 16]; 32],
     red_zone: [u64; 16],
     x87: [u8; 16],
     mxcsr: u32,
 }
 
-/// A function that loads a [`State`], writes to an address, and stores what it then has.
+/// A function that loads a [`FpuState`], writes to an address, and stores what it then has.
 macro_rules! with_state {
     ($name:ident, $registers:literal, $move:literal, $register:literal) => {
         #[unsafe(naked)]
-        extern "C" fn $name(_address: usize, _state: *mut State) {
+        extern "C" fn $name(_address: usize, _state: *mut FpuState) {
             naked_asm!(
                 "push rax",
                 "stmxcsr [rsp]",
@@ -496,8 +496,8 @@ fn spoil_registers() {
     unsafe { std::arch::asm!("fninit") };
 }
 
-fn state(seed: u32) -> State {
-    let mut state = State {
+fn state(seed: u32) -> FpuState {
+    let mut state = FpuState {
         vectors: [[0; 16]; 32],
         red_zone: std::array::from_fn(|at| u64::from(seed) << 32 | at as u64),
         // Pi, in 80 bits.
@@ -513,8 +513,8 @@ fn state(seed: u32) -> State {
     state
 }
 
-fn functions_with_state() -> Vec<extern "C" fn(usize, *mut State)> {
-    let mut functions: Vec<extern "C" fn(usize, *mut State)> = vec![with_sse];
+fn functions_with_state() -> Vec<extern "C" fn(usize, *mut FpuState)> {
+    let mut functions: Vec<extern "C" fn(usize, *mut FpuState)> = vec![with_sse];
     if std::arch::is_x86_feature_detected!("avx") {
         functions.push(with_avx);
     }

@@ -55,18 +55,18 @@ struct Functions {
     initial: i32,
 }
 
-struct Library {
+struct Loaded {
     handle: *mut libc::c_void,
     functions: Functions,
 }
 
-impl Library {
-    fn open(path: &Path, initial: i32) -> Library {
-        Library::open_in(path, initial, libc::LM_ID_BASE)
+impl Loaded {
+    fn open(path: &Path, initial: i32) -> Loaded {
+        Loaded::open_in(path, initial, libc::LM_ID_BASE)
     }
 
     /// In a link namespace of its own, or in the program's.
-    fn open_in(path: &Path, initial: i32, namespace: libc::Lmid_t) -> Library {
+    fn open_in(path: &Path, initial: i32, namespace: libc::Lmid_t) -> Loaded {
         let name = CString::new(path.as_os_str().as_bytes()).expect("a path");
         let flags = libc::RTLD_NOW | libc::RTLD_LOCAL;
         // SAFETY: a library of this test, without constructors.
@@ -92,7 +92,7 @@ impl Library {
                 initial,
             }
         };
-        Library { handle, functions }
+        Loaded { handle, functions }
     }
 
     fn close(self) {
@@ -164,7 +164,7 @@ fn every_living_thread_gets_its_images() {
         let built = or_skip!(Built::new(LIBRARIES as i32));
         let open = |index: usize| {
             let (path, initial) = &built.libraries[index];
-            Library::open(path, *initial).functions
+            Loaded::open(path, *initial).functions
         };
         static PUBLISHED: [AtomicPtr<Functions>; LIBRARIES] =
             [const { AtomicPtr::new(std::ptr::null_mut()) }; LIBRARIES];
@@ -316,7 +316,7 @@ fn images_are_fresh_after_each_dlopen() {
                     break;
                 }
                 let (path, initial) = &built.libraries[cycle % built.libraries.len()];
-                let library = Library::open(path, *initial);
+                let library = Loaded::open(path, *initial);
                 let before = checked.load(Ordering::Acquire);
                 *current.write().expect("no panic") = Some((library.functions, cycle));
                 if cycle % 4 == 0 {
@@ -362,7 +362,7 @@ fn tls_of_a_cached_stack_is_initialised_anew() {
         let run = |body| spawn(body).expect("a thread").join().expect("its end");
         run(Box::new(|| ()));
         let (path, initial) = &built.libraries[0];
-        let library = Library::open(path, *initial);
+        let library = Loaded::open(path, *initial);
         let functions = library.functions;
         COUNTED.store(tid(), Ordering::Relaxed);
         for mark in 0..3 {
@@ -374,7 +374,7 @@ fn tls_of_a_cached_stack_is_initialised_anew() {
         drop(built);
         let built = or_skip!(Built::with_model(1, "global-dynamic"));
         let (path, initial) = &built.libraries[0];
-        let library = Library::open(path, *initial);
+        let library = Loaded::open(path, *initial);
         let functions = library.functions;
         run(Box::new(move || functions.check_fresh(0)));
         REFUSED.store(tid(), Ordering::Relaxed);
@@ -410,7 +410,7 @@ fn dynamic_tls_does_not_reach_the_next_thread() {
         run(Box::new(|| ()));
         run(Box::new(|| ()));
         let (path, initial) = &built.libraries[0];
-        let library = Library::open(path, *initial);
+        let library = Loaded::open(path, *initial);
         let functions = library.functions;
         let mut in_use = 0;
         for mark in 0..200 {
@@ -446,7 +446,7 @@ fn images_of_another_namespace_are_fresh_in_every_thread() {
         };
         run(Box::new(|| ()));
         let (path, initial) = &built.libraries[0];
-        let functions = Library::open_in(path, *initial, libc::LM_ID_NEWLM).functions;
+        let functions = Loaded::open_in(path, *initial, libc::LM_ID_NEWLM).functions;
         for mark in 0..10 {
             run(Box::new(move || functions.check_fresh(mark)));
         }

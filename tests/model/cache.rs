@@ -36,7 +36,7 @@ const LOOK: usize = 4;
 const LOOK_ON_MISS: usize = 8;
 
 #[derive(Clone, Copy, Debug)]
-enum End {
+enum ThreadEnd {
     Joined,
     /// Its handle is dropped first.
     Detached,
@@ -49,7 +49,7 @@ enum End {
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum Action {
     /// A thread that uses so many pages of its stack.
     Spawn {
         kind: usize,
@@ -57,7 +57,7 @@ enum Step {
     },
     Exit {
         which: usize,
-        end: End,
+        end: ThreadEnd,
     },
     Trim(usize),
     Clear,
@@ -65,22 +65,22 @@ enum Step {
     Config(Option<(usize, usize, bool)>),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = Action> {
     let end = prop_oneof![
-        8 => Just(End::Joined),
-        5 => Just(End::Detached),
-        3 => Just(End::Dropped),
-        1 => Just(End::Died),
-        1 => Just(End::Orphaned),
+        8 => Just(ThreadEnd::Joined),
+        5 => Just(ThreadEnd::Detached),
+        3 => Just(ThreadEnd::Dropped),
+        1 => Just(ThreadEnd::Died),
+        1 => Just(ThreadEnd::Orphaned),
     ];
     let config = (0usize..3000, 0usize..100, any::<bool>())
         .prop_map(|(budget, keep, zeroed)| (budget * KIB, keep * KIB, zeroed));
     prop_oneof![
-        20 => (0..KINDS.len(), 1usize..200).prop_map(|(kind, pages)| Step::Spawn { kind, pages }),
-        18 => (any::<usize>(), end).prop_map(|(which, end)| Step::Exit { which, end }),
-        2 => (0usize..2000).prop_map(|kib| Step::Trim(kib * KIB)),
-        1 => Just(Step::Clear),
-        2 => prop_oneof![6 => config.prop_map(Some), 1 => Just(None)].prop_map(Step::Config),
+        20 => (0..KINDS.len(), 1usize..200).prop_map(|(kind, pages)| Action::Spawn { kind, pages }),
+        18 => (any::<usize>(), end).prop_map(|(which, end)| Action::Exit { which, end }),
+        2 => (0usize..2000).prop_map(|kib| Action::Trim(kib * KIB)),
+        1 => Just(Action::Clear),
+        2 => prop_oneof![6 => config.prop_map(Some), 1 => Just(None)].prop_map(Action::Config),
     ]
 }
 
@@ -368,24 +368,24 @@ impl Both {
         }
     }
 
-    fn run(&mut self, step: &Step) {
+    fn run(&mut self, step: &Action) {
         match *step {
-            Step::Spawn { kind, pages } => self.spawn(kind, pages),
-            Step::Exit { which, end } => {
+            Action::Spawn { kind, pages } => self.spawn(kind, pages),
+            Action::Exit { which, end } => {
                 if !self.threads.is_empty() {
                     let which = which % self.threads.len();
                     self.exit(which, end);
                 }
             }
-            Step::Trim(bytes) => {
+            Action::Trim(bytes) => {
                 self.cache.trim(bytes);
                 self.model.shrink(Some(bytes));
             }
-            Step::Clear => {
+            Action::Clear => {
                 self.cache.clear();
                 self.model.clear();
             }
-            Step::Config(config) => {
+            Action::Config(config) => {
                 let config = self.model.configure(config);
                 self.cache.set_config(config);
                 // Orphans are looked for by trim and clear only.
@@ -441,19 +441,22 @@ impl Both {
         });
     }
 
-    fn exit(&mut self, which: usize, end: End) {
+    fn exit(&mut self, which: usize, end: ThreadEnd) {
         let mut thread = self.threads.swap_remove(which);
         let stack = thread.stack;
         let handle = thread.handle.take().expect("nobody took it");
-        let dies = matches!(end, End::Died | End::Orphaned);
-        let keeps_handle = matches!(end, End::Joined | End::Dropped | End::Died);
+        let dies = matches!(end, ThreadEnd::Died | ThreadEnd::Orphaned);
+        let keeps_handle = matches!(
+            end,
+            ThreadEnd::Joined | ThreadEnd::Dropped | ThreadEnd::Died
+        );
         // Detached before it ends, unless the handle is still to be used.
         let handle = Some(handle).filter(|_| keeps_handle);
         thread.end.send(dies).expect("it waits");
         wait_for_end(&thread.pidfd);
         match (end, handle) {
-            (End::Joined, Some(handle)) => handle.join().expect("it does not panic"),
-            (End::Died, Some(handle)) => assert!(handle.join().is_err()),
+            (ThreadEnd::Joined, Some(handle)) => handle.join().expect("it does not panic"),
+            (ThreadEnd::Died, Some(handle)) => assert!(handle.join().is_err()),
             (_, handle) => drop(handle),
         }
         let stack = Stack {
@@ -461,10 +464,10 @@ impl Both {
             ..stack
         };
         match end {
-            End::Orphaned => self.model.orphans.push(stack),
+            ThreadEnd::Orphaned => self.model.orphans.push(stack),
             // The thread unmaps nothing.
-            End::Detached => self.model.pending.push_back(stack),
-            End::Joined | End::Dropped | End::Died => {
+            ThreadEnd::Detached => self.model.pending.push_back(stack),
+            ThreadEnd::Joined | ThreadEnd::Dropped | ThreadEnd::Died => {
                 self.model.settle(LOOK);
                 self.model.shelve(stack);
                 self.model.evict_some();
@@ -600,7 +603,7 @@ fn the_cache_agrees_with_its_model() {
         // Whatever is allocated once by the first of each kind of step.
         let mut first = Both::new(overhead);
         first.spawn(0, 1);
-        first.exit(0, End::Detached);
+        first.exit(0, ThreadEnd::Detached);
         drop(first);
         StackCache::global().clear();
 
@@ -619,7 +622,7 @@ fn the_cache_agrees_with_its_model() {
                 both.run(step);
             }
             while !both.threads.is_empty() {
-                both.exit(0, End::Joined);
+                both.exit(0, ThreadEnd::Joined);
                 both.check();
             }
             both.cache.clear();

@@ -104,7 +104,7 @@ fn leaked(budget: Budget) -> &'static Ledger<Stack> {
 const CLASSES: usize = 3;
 
 #[derive(Clone, Debug)]
-enum Step {
+enum Action {
     Adopt {
         class: Option<usize>,
         bytes: usize,
@@ -143,34 +143,34 @@ fn budget() -> impl Strategy<Value = Budget> {
     ]
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = Action> {
     // Most of the time munmap works.
     let fails = || prop_oneof![5 => Just(0), 1 => any::<u32>(), 1 => Just(u32::MAX)];
     let class = prop_oneof![12 => (0..CLASSES).prop_map(Some), 1 => Just(None)];
     prop_oneof![
         16 => (class, 1usize..200, 0usize..40)
-            .prop_map(|(class, bytes, resident)| Step::Adopt { class, bytes, resident }),
-        20 => (0..CLASSES, fails()).prop_map(|(class, fails)| Step::Take(class, fails)),
-        14 => any::<usize>().prop_map(Step::Start),
-        18 => any::<usize>().prop_map(Step::Release),
-        26 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Step::Give(pick, fails)),
-        6 => any::<usize>().prop_map(Step::GiveRunning),
-        1 => any::<usize>().prop_map(Step::GiveTwice),
-        2 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Step::Retire(pick, fails)),
-        2 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Step::RetireHeld(pick, fails)),
-        3 => (any::<usize>(), 0usize..60).prop_map(|(pick, bytes)| Step::Resident(pick, bytes)),
-        2 => (0usize..300, fails()).prop_map(|(bytes, fails)| Step::Trim(bytes, fails)),
-        1 => fails().prop_map(Step::Clear),
-        2 => (budget(), fails()).prop_map(|(budget, fails)| Step::SetBudget(budget, fails)),
-        2 => any::<usize>().prop_map(Step::Die),
-        2 => fails().prop_map(Step::Sweep),
-        1 => fails().prop_map(Step::HandOver),
-        1 => (0usize..300, 0usize..4).prop_map(|(bytes, n)| Step::TrimPartly(bytes, n)),
+            .prop_map(|(class, bytes, resident)| Action::Adopt { class, bytes, resident }),
+        20 => (0..CLASSES, fails()).prop_map(|(class, fails)| Action::Take(class, fails)),
+        14 => any::<usize>().prop_map(Action::Start),
+        18 => any::<usize>().prop_map(Action::Release),
+        26 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Action::Give(pick, fails)),
+        6 => any::<usize>().prop_map(Action::GiveRunning),
+        1 => any::<usize>().prop_map(Action::GiveTwice),
+        2 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Action::Retire(pick, fails)),
+        2 => (any::<usize>(), fails()).prop_map(|(pick, fails)| Action::RetireHeld(pick, fails)),
+        3 => (any::<usize>(), 0usize..60).prop_map(|(pick, bytes)| Action::Resident(pick, bytes)),
+        2 => (0usize..300, fails()).prop_map(|(bytes, fails)| Action::Trim(bytes, fails)),
+        1 => fails().prop_map(Action::Clear),
+        2 => (budget(), fails()).prop_map(|(budget, fails)| Action::SetBudget(budget, fails)),
+        2 => any::<usize>().prop_map(Action::Die),
+        2 => fails().prop_map(Action::Sweep),
+        1 => fails().prop_map(Action::HandOver),
+        1 => (0usize..300, 0usize..4).prop_map(|(bytes, n)| Action::TrimPartly(bytes, n)),
     ]
 }
 
 #[derive(Clone, Copy)]
-enum Limit {
+enum Bound {
     Budget,
     Resident(usize),
     Nothing,
@@ -295,23 +295,23 @@ impl Model {
         }
     }
 
-    fn next(&mut self, limit: Limit) -> Option<Next> {
+    fn next(&mut self, limit: Bound) -> Option<Victim> {
         let most = match limit {
-            Limit::Budget => self.budget,
-            Limit::Resident(resident) => Budget {
+            Bound::Budget => self.budget,
+            Bound::Resident(resident) => Budget {
                 resident: resident.min(self.budget.resident),
                 ..self.budget
             },
-            Limit::Nothing => Budget::NOTHING,
+            Bound::Nothing => Budget::NOTHING,
         };
         let cached = self.tally(State::Cached);
         let memory = cached.resident > most.resident;
         let others = cached.stacks > most.stacks || cached.bytes > most.bytes;
-        if memory && !others && matches!(limit, Limit::Budget) {
+        if memory && !others && matches!(limit, Bound::Budget) {
             let small = |id: usize| self.resident[id] <= most.resident / 64;
             match self.unmeasured.back() {
                 Some(&id) if self.unmeasured.len() > 1 || !small(id) => {
-                    return Some(Next::Measure(id));
+                    return Some(Victim::Measure(id));
                 }
                 _ => {}
             }
@@ -326,7 +326,7 @@ impl Model {
         let resident = self.resident[id];
         self.set(id, State::Unmapping);
         self.resident[id] = resident;
-        Some(Next::Unmap(id))
+        Some(Victim::Unmap(id))
     }
 
     fn measure(&mut self, id: usize) {
@@ -338,8 +338,8 @@ impl Model {
     }
 
     /// Of all that is cached, or that a thread has left.
-    fn round(&self, limit: Limit) -> Round {
-        Round {
+    fn round(&self, limit: Bound) -> ModelVictims {
+        ModelVictims {
             limit,
             left: 2 * (self.pending.len() + self.unmeasured.len() + self.measured.len())
                 + self.doomed.len(),
@@ -349,14 +349,14 @@ impl Model {
     }
 
     /// What a `give` or a `take` makes its caller unmap.
-    fn round_of_few(&mut self) -> Round {
-        let (left, first) = match self.next(Limit::Budget) {
-            Some(Next::Unmap(id)) => (EVICT - 1, Some(id)),
-            Some(Next::Measure(_)) => (EVICT, None),
+    fn round_of_few(&mut self) -> ModelVictims {
+        let (left, first) = match self.next(Bound::Budget) {
+            Some(Victim::Unmap(id)) => (EVICT - 1, Some(id)),
+            Some(Victim::Measure(_)) => (EVICT, None),
             None => (0, None),
         };
-        Round {
-            limit: Limit::Budget,
+        ModelVictims {
+            limit: Bound::Budget,
             left,
             look: 0,
             first,
@@ -369,14 +369,14 @@ impl Model {
     }
 }
 
-enum Next {
+enum Victim {
     Unmap(usize),
     Measure(usize),
 }
 
 /// What the model expects of a `Victims`.
-struct Round {
-    limit: Limit,
+struct ModelVictims {
+    limit: Bound,
     left: usize,
     look: usize,
     /// Found when the round began.
@@ -384,16 +384,22 @@ struct Round {
 }
 
 /// The ledger and its model, side by side.
-struct Pair {
+struct SideBySide {
     ledger: &'static Ledger<Stack>,
     spare: &'static Ledger<Stack>,
     model: Model,
 }
 
-impl Pair {
+impl SideBySide {
     /// Unmaps what `victims` yields, and compares each with what the model expects.
-    fn unmap(&mut self, mut victims: Victims<'_, Stack>, round: Round, fails: u32, stop: usize) {
-        let Round {
+    fn unmap(
+        &mut self,
+        mut victims: Victims<'_, Stack>,
+        round: ModelVictims,
+        fails: u32,
+        stop: usize,
+    ) {
+        let ModelVictims {
             limit,
             mut left,
             mut look,
@@ -406,11 +412,11 @@ impl Pair {
                 *look -= n;
                 model.settle(n);
                 match model.next(limit) {
-                    Some(Next::Unmap(id)) => {
+                    Some(Victim::Unmap(id)) => {
                         *left -= 1;
                         return Some(id);
                     }
-                    Some(Next::Measure(id)) => {
+                    Some(Victim::Measure(id)) => {
                         *left -= 1;
                         model.measure(id);
                     }
@@ -455,11 +461,11 @@ impl Pair {
         }
     }
 
-    fn step(&mut self, step: Step) {
+    fn step(&mut self, step: Action) {
         let ledger = self.ledger;
         let model = &mut self.model;
         match step {
-            Step::Adopt {
+            Action::Adopt {
                 class,
                 bytes,
                 resident,
@@ -481,7 +487,7 @@ impl Pair {
                 ledger.adopt(model.stacks[id]);
                 model.set(id, State::Live);
             }
-            Step::Take(class, fails) => {
+            Action::Take(class, fails) => {
                 let before = model.pending.len();
                 model.settle(LOOK);
                 if model.classes[class].is_empty() {
@@ -505,7 +511,7 @@ impl Pair {
                 assert_eq!(ledger.stats(), model.stats());
                 self.unmap(victims, round, fails, usize::MAX);
             }
-            Step::GiveRunning(n) => {
+            Action::GiveRunning(n) => {
                 let running = |id: usize| {
                     model.state[id] == State::Live
                         && !model.stacks[id].released()
@@ -517,17 +523,17 @@ impl Pair {
                     model.pending.push_back(id);
                 }
             }
-            Step::Start(n) => {
+            Action::Start(n) => {
                 if let Some(id) = model.pick(n, |id| model.state[id] == State::Live) {
                     model.stacks[id].held.store(true, SeqCst);
                 }
             }
-            Step::Release(n) => {
+            Action::Release(n) => {
                 if let Some(id) = model.pick(n, |id| !model.stacks[id].released()) {
                     model.stacks[id].held.store(false, SeqCst);
                 }
             }
-            Step::Give(n, fails) | Step::RetireHeld(n, fails) => {
+            Action::Give(n, fails) | Action::RetireHeld(n, fails) => {
                 let alive = |id: usize| {
                     model.state[id] == State::Live && !model.stacks[id].detached.load(SeqCst)
                 };
@@ -537,7 +543,7 @@ impl Pair {
                 let held = !model.stacks[id].released();
                 let victims = match step {
                     // A2 comes before the wish to unmap.
-                    Step::RetireHeld(..) if held => ledger.retire(model.stacks[id]),
+                    Action::RetireHeld(..) if held => ledger.retire(model.stacks[id]),
                     _ => ledger.give(model.stacks[id]),
                 };
                 model.settle(LOOK);
@@ -551,13 +557,13 @@ impl Pair {
                 assert_eq!(ledger.stats(), model.stats());
                 self.unmap(victims, round, fails, usize::MAX);
             }
-            Step::GiveTwice(n) => {
+            Action::GiveTwice(n) => {
                 if let Some(id) = model.pick(n, |id| model.state[id] != State::Live) {
                     assert!(ledger.give(model.stacks[id]).pop().is_none());
                     model.refused += 1;
                 }
             }
-            Step::Retire(n, fails) => {
+            Action::Retire(n, fails) => {
                 let free =
                     |id: usize| model.state[id] == State::Live && model.stacks[id].released();
                 if let Some(id) = model.pick(n, free) {
@@ -566,8 +572,8 @@ impl Pair {
                     model.stacks[id].detached.store(false, SeqCst);
                     self.unmap(
                         victims,
-                        Round {
-                            limit: Limit::Budget,
+                        ModelVictims {
+                            limit: Bound::Budget,
                             left: 0,
                             look: 0,
                             first: Some(id),
@@ -577,13 +583,13 @@ impl Pair {
                     );
                 }
             }
-            Step::Resident(n, bytes) => {
+            Action::Resident(n, bytes) => {
                 if let Some(id) = model.pick(n, |id| model.state[id] == State::Live) {
                     model.stacks[id].resident.store(bytes, SeqCst);
                 }
             }
-            Step::Trim(bytes, fails) => {
-                let round = model.round(Limit::Resident(bytes));
+            Action::Trim(bytes, fails) => {
+                let round = model.round(Bound::Resident(bytes));
                 self.unmap(ledger.trim(bytes), round, fails, usize::MAX);
                 if fails == 0 {
                     assert!(
@@ -592,12 +598,12 @@ impl Pair {
                     );
                 }
             }
-            Step::TrimPartly(bytes, stop) => {
-                let round = model.round(Limit::Resident(bytes));
+            Action::TrimPartly(bytes, stop) => {
+                let round = model.round(Bound::Resident(bytes));
                 self.unmap(ledger.trim(bytes), round, 0, stop);
             }
-            Step::Clear(fails) => {
-                let round = model.round(Limit::Nothing);
+            Action::Clear(fails) => {
+                let round = model.round(Bound::Nothing);
                 self.unmap(ledger.clear(), round, fails, usize::MAX);
                 if fails == 0 {
                     let stats = ledger.stats();
@@ -608,13 +614,13 @@ impl Pair {
                     );
                 }
             }
-            Step::SetBudget(budget, fails) => {
-                let round = model.round(Limit::Budget);
+            Action::SetBudget(budget, fails) => {
+                let round = model.round(Bound::Budget);
                 ledger.set_budget(budget);
                 model.budget = budget;
                 self.unmap(ledger.keep_budget(), round, fails, usize::MAX);
             }
-            Step::Die(n) => {
+            Action::Die(n) => {
                 let running =
                     |id: usize| model.state[id] == State::Live && !model.stacks[id].released();
                 if let Some(id) = model.pick(n, running) {
@@ -622,7 +628,7 @@ impl Pair {
                     model.stacks[id].held.store(false, SeqCst);
                 }
             }
-            Step::Sweep(fails) => {
+            Action::Sweep(fails) => {
                 let (mut found, mut buried) = (Vec::new(), Vec::new());
                 let orphaned = |stack: &Stack| {
                     let orphan = stack.detached.swap(false, SeqCst);
@@ -650,8 +656,8 @@ impl Pair {
                 assert_eq!(model.pick(0, missed), None, "not swept");
                 self.unmap(
                     victims,
-                    Round {
-                        limit: Limit::Budget,
+                    ModelVictims {
+                        limit: Bound::Budget,
                         left: found.len(),
                         look: 0,
                         first: None,
@@ -660,7 +666,7 @@ impl Pair {
                     usize::MAX,
                 );
             }
-            Step::HandOver(fails) => {
+            Action::HandOver(fails) => {
                 self.spare.set_budget(model.budget);
                 let before = self.spare.stats();
                 let victims = ledger.hand_over(self.spare);
@@ -692,8 +698,8 @@ impl Pair {
                 (self.ledger, self.spare) = (self.spare, self.ledger);
                 self.unmap(
                     victims,
-                    Round {
-                        limit: Limit::Budget,
+                    ModelVictims {
+                        limit: Bound::Budget,
                         left,
                         look: 0,
                         first: None,
@@ -740,7 +746,7 @@ proptest! {
     #[test]
     fn agrees_with_the_model(budget in budget(), steps in prop::collection::vec(step(), 1..800)) {
         let (ledger, spare) = (leaked(budget), leaked(budget));
-        let mut pair = Pair { ledger, spare, model: Model::new(budget) };
+        let mut pair = SideBySide { ledger, spare, model: Model::new(budget) };
         for step in steps {
             pair.step(step);
             pair.check();

@@ -62,25 +62,25 @@ mod futex {
 }
 
 /// What the creator writes before it opens, and what was moved into each thread.
-struct Shared {
+struct Prepared {
     entrance: entrance::Entrance,
     prepared: UnsafeCell<u32>,
 }
 
 // SAFETY: `prepared` is written before the decision and read behind it, which is what loom checks.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for Prepared {}
 // SAFETY: plain data.
-unsafe impl Send for Shared {}
+unsafe impl Send for Prepared {}
 
-fn shared() -> Arc<Shared> {
-    Arc::new(Shared {
+fn shared() -> Arc<Prepared> {
+    Arc::new(Prepared {
         entrance: entrance::Entrance::new(),
         prepared: UnsafeCell::new(0),
     })
 }
 
 /// A thread's way through the gate. Returns whether it was let in, and drops its reference.
-fn pass(shared: Arc<Shared>) -> bool {
+fn pass(shared: Arc<Prepared>) -> bool {
     let open = shared.entrance.wait();
     if open {
         // SAFETY: written before the gate was opened.

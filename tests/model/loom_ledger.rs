@@ -204,21 +204,21 @@ impl Stack {
     }
 }
 
-type Shared = &'static Ledger<Stack>;
+type SharedLedger = &'static Ledger<Stack>;
 
-fn leaked(budget: Budget) -> Shared {
+fn leaked(budget: Budget) -> SharedLedger {
     Box::leak(Box::new(Ledger::new(budget)))
 }
 
 /// A live stack that a thread runs on.
-fn running(ledger: Shared, id: usize) -> &'static Stack {
+fn running(ledger: SharedLedger, id: usize) -> &'static Stack {
     let stack = free(ledger, id);
     stack.run();
     stack
 }
 
 /// A live stack without a thread.
-fn free(ledger: Shared, id: usize) -> &'static Stack {
+fn free(ledger: SharedLedger, id: usize) -> &'static Stack {
     let stack: &'static Stack = Box::leak(Box::new(Stack {
         id,
         links: Links::new(),
@@ -252,7 +252,7 @@ fn fail_to_unmap(mut victims: Victims<'_, Stack>) {
 }
 
 /// A thread starts on a cached stack, if there is one, ends, and is joined.
-fn spawn_and_join(ledger: Shared) {
+fn spawn_and_join(ledger: SharedLedger) {
     let (found, victims) = ledger.take(class(), true);
     unmap(victims);
     if let Some(stack) = found {
@@ -262,7 +262,7 @@ fn spawn_and_join(ledger: Shared) {
     }
 }
 
-fn add_up(ledger: Shared, all: &[&'static Stack]) {
+fn add_up(ledger: SharedLedger, all: &[&'static Stack]) {
     let mapped = all.iter().filter(|stack| stack.mapped.load(SeqCst)).count();
     let stats = ledger.stats();
     assert_eq!(

@@ -25,7 +25,7 @@ const SIZE: usize = 512 << 10;
 /// More than `BOUND`, and less than `SIZE`.
 const REFUSED_STACK: usize = 64 << 20;
 
-struct Measured {
+struct Measurement {
     /// Address of a local of the function that spawns.
     frame: usize,
     error: Option<SpawnError>,
@@ -34,7 +34,7 @@ struct Measured {
 extern "C" fn spawn_once(measured: *mut c_void) -> *mut c_void {
     let here = 0_u8;
     // SAFETY: the creator's value, which it does not touch until this thread is joined.
-    let measured = unsafe { &mut *measured.cast::<Measured>() };
+    let measured = unsafe { &mut *measured.cast::<Measurement>() };
     measured.frame = black_box(&raw const here).addr();
     let builder = Builder::new().name("vcpu0").stack_size(REFUSED_STACK);
     measured.error = builder.spawn(|| ()).err();
@@ -50,7 +50,7 @@ fn measure(obstruct: impl FnOnce() -> Result<(), String>) -> Result<(usize, Spaw
         GATE.wait();
         spawn_once(measured)
     }
-    let mut measured = Measured {
+    let mut measured = Measurement {
         frame: 0,
         error: None,
     };
@@ -92,27 +92,27 @@ fn measure(obstruct: impl FnOnce() -> Result<(), String>) -> Result<(usize, Spaw
 }
 
 /// A limit, and what must be named, so that the whole analysis has run.
-struct Limit {
+struct LimitCase {
     name: &'static str,
     kind: CauseKind,
     sandbox: fn(Child) -> Result<Child, String>,
     obstruct: fn() -> Result<(), String>,
 }
 
-const LIMITS: [Limit; 8] = [
-    Limit {
+const LIMITS: [LimitCase; 8] = [
+    LimitCase {
         name: "first spawn",
         kind: CauseKind::UserProcesses,
         sandbox: Ok,
         obstruct: user,
     },
-    Limit {
+    LimitCase {
         name: "RLIMIT_NPROC",
         kind: CauseKind::UserProcesses,
         sandbox: Ok,
         obstruct: user,
     },
-    Limit {
+    LimitCase {
         name: "pid numbers",
         kind: CauseKind::PidNumbers,
         sandbox: |child| Ok(child.pid_namespace(Some(400))),
@@ -123,7 +123,7 @@ const LIMITS: [Limit; 8] = [
             Ok(())
         },
     },
-    Limit {
+    LimitCase {
         name: "pids cgroup",
         kind: CauseKind::PidsCgroup,
         // As many levels as a container has: each is read.
@@ -134,7 +134,7 @@ const LIMITS: [Limit; 8] = [
             Ok(())
         },
     },
-    Limit {
+    LimitCase {
         name: "seccomp",
         kind: CauseKind::Seccomp,
         sandbox: Ok,
@@ -144,7 +144,7 @@ const LIMITS: [Limit; 8] = [
             Ok(())
         },
     },
-    Limit {
+    LimitCase {
         name: "RLIMIT_AS",
         kind: CauseKind::AddressSpace,
         sandbox: Ok,
@@ -153,7 +153,7 @@ const LIMITS: [Limit; 8] = [
             Ok(())
         },
     },
-    Limit {
+    LimitCase {
         name: "RLIMIT_DATA",
         kind: CauseKind::DataSegment,
         sandbox: Ok,
@@ -162,7 +162,7 @@ const LIMITS: [Limit; 8] = [
             Ok(())
         },
     },
-    Limit {
+    LimitCase {
         name: "nothing readable",
         kind: CauseKind::Unknown,
         sandbox: |child| Ok(child.hide_proc()),

@@ -216,7 +216,7 @@ impl Child {
     }
 
     /// Starts the child with pipes to its standard streams. It is killed when the calling thread ends.
-    pub fn spawn(self) -> Result<Running, String> {
+    pub fn spawn(self) -> Result<StartedChild, String> {
         if self.pid_namespaces.iter().any(Option::is_some) && !kernel_at_least(6, 14) {
             return Err("kernel.pid_max is machine-wide before kernel 6.14".to_owned());
         }
@@ -239,7 +239,7 @@ impl Child {
         // SAFETY: pidfd_open takes a process id and flags; the child is ours and not reaped yet.
         let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, group, 0) };
         let pidfd = i32::try_from(pidfd).ok().filter(|&fd| fd >= 0);
-        Ok(Running {
+        Ok(StartedChild {
             // SAFETY: a new descriptor that nobody else owns.
             pidfd: pidfd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
             stdout: Stream::new(child.stdout.take().map(OwnedFd::from)),
@@ -610,7 +610,7 @@ impl Stream {
 }
 
 /// A child that was started. Dropping it kills it.
-pub struct Running {
+pub struct StartedChild {
     child: std::process::Child,
     /// None where there is no such call: valgrind 3.19 knows none.
     pidfd: Option<OwnedFd>,
@@ -624,7 +624,7 @@ pub struct Running {
     _cgroups: Vec<Cgroup>,
 }
 
-impl Running {
+impl StartedChild {
     /// The process id as seen from here; with pid namespaces, that of the outermost relay.
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
@@ -738,7 +738,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for StartedChild {
     fn drop(&mut self) {
         self.kill();
     }

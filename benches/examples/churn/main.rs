@@ -95,7 +95,7 @@ impl Maker {
     }
 }
 
-struct State {
+struct PoolState {
     /// When each request was due.
     waiting: VecDeque<Instant>,
     idle: usize,
@@ -107,7 +107,7 @@ struct State {
 }
 
 struct Pool {
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
     request: Condvar,
     idle_time: Duration,
     work: Duration,
@@ -116,7 +116,7 @@ struct Pool {
 impl Pool {
     fn new(arguments: &Arguments) -> Result<Pool, Box<dyn Error>> {
         Ok(Pool {
-            state: Mutex::new(State {
+            state: Mutex::new(PoolState {
                 waiting: VecDeque::new(),
                 idle: 0,
                 workers: 0,
@@ -130,7 +130,7 @@ impl Pool {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PoolState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

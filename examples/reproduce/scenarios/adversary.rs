@@ -199,7 +199,7 @@ fn notify_filter(ask: &mut Asker<'_>) -> Result<(), String> {
 }
 
 /// What the traced process and its tracer share.
-struct Signals {
+struct TracerState {
     inject: AtomicBool,
     tracer: AtomicI32,
 }
@@ -219,7 +219,7 @@ fn tracer(ask: &mut Asker<'_>) -> Result<(), String> {
         if page == libc::MAP_FAILED {
             return Err(io::Error::last_os_error().to_string());
         }
-        &*page.cast::<Signals>()
+        &*page.cast::<TracerState>()
     };
     // SAFETY: plain numbers; the child makes system calls only and never returns.
     unsafe {
@@ -254,7 +254,7 @@ fn tracer(ask: &mut Asker<'_>) -> Result<(), String> {
 ///
 /// # Safety
 /// Runs alone in a forked child.
-unsafe fn trace(pid: libc::pid_t, shared: &Signals) {
+unsafe fn trace(pid: libc::pid_t, shared: &TracerState) {
     const CLONE3: u64 = libc::SYS_clone3 as u64;
     // SAFETY: requests on a process that this one traces, with places of the right type.
     unsafe {

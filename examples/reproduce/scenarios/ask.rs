@@ -13,7 +13,7 @@ use nptl::diagnose::CauseKind;
 use nptl::{Builder, Cause, Certainty, RetryPolicy, SpawnError, StackCache, Step};
 use serde::{Deserialize, Serialize};
 
-use super::Start;
+use super::StartCase;
 use super::storm::{self, Heard, Spawners};
 use support::report;
 
@@ -75,7 +75,7 @@ impl fmt::Display for Outcomes {
 
 /// One refusal by nptl, and what is wrong with what it says.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct Answer {
+pub struct Reply {
     pub step: String,
     pub errno: String,
     pub pthread_errno: String,
@@ -94,9 +94,9 @@ pub struct Answer {
     pub wrong: Option<String>,
 }
 
-impl Answer {
-    pub fn new(error: &SpawnError, judgement: Result<(), String>) -> Answer {
-        Answer {
+impl Reply {
+    pub fn new(error: &SpawnError, judgement: Result<(), String>) -> Reply {
+        Reply {
             step: error.step().to_string(),
             errno: format!("{:?}", error.errno()),
             pthread_errno: format!("{:?}", error.pthread_errno()),
@@ -165,7 +165,7 @@ pub fn tell_note(note: impl fmt::Display) {
 }
 
 pub fn tell_answer(error: &SpawnError, judgement: Result<(), String>) {
-    tell_json("answer", &Answer::new(error, judgement));
+    tell_json("answer", &Reply::new(error, judgement));
 }
 
 pub fn tell_pthread(errno: i32) {
@@ -257,7 +257,7 @@ pub struct Asker<'a> {
     /// How often nptl is asked; the others are asked once.
     pub rounds: usize,
     /// Starts this program again, for a scenario of several processes.
-    pub start: &'a Start<'a>,
+    pub start: &'a StartCase<'a>,
     stack: usize,
     prefault: usize,
     retry: RetryPolicy,
@@ -275,7 +275,7 @@ pub struct Asker<'a> {
 const MOST: usize = 10_000;
 
 impl<'a> Asker<'a> {
-    pub fn new(rounds: usize, start: &'a Start<'a>) -> Asker<'a> {
+    pub fn new(rounds: usize, start: &'a StartCase<'a>) -> Asker<'a> {
         Asker {
             rounds,
             start,

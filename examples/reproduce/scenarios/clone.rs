@@ -860,18 +860,18 @@ fn join_then_spawn_no_retry(ask: &mut Asker<'_>) -> Result<(), String> {
 
 /// What the processes of a dying namespace tell the one outside.
 #[derive(Default)]
-struct Seen {
+struct NamespaceReport {
     ready: AtomicU64,
     nptl: AtomicU64,
 }
 
 /// A page shared with every process forked from here on.
-fn shared_page() -> Result<&'static Seen, String> {
+fn shared_page() -> Result<&'static NamespaceReport, String> {
     // SAFETY: a new anonymous mapping that is never unmapped; zeroes are a valid value.
     unsafe {
         let page = libc::mmap(
             std::ptr::null_mut(),
-            size_of::<Seen>(),
+            size_of::<NamespaceReport>(),
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED | libc::MAP_ANONYMOUS,
             -1,
@@ -879,7 +879,7 @@ fn shared_page() -> Result<&'static Seen, String> {
         );
         match page == libc::MAP_FAILED {
             true => Err(io::Error::last_os_error().to_string()),
-            false => Ok(&*page.cast::<Seen>()),
+            false => Ok(&*page.cast::<NamespaceReport>()),
         }
     }
 }
@@ -967,7 +967,7 @@ fn pin(cpu: Option<&usize>) {
     }
 }
 
-fn init_of_dying_namespace(seen: &'static Seen, members: usize) {
+fn init_of_dying_namespace(seen: &'static NamespaceReport, members: usize) {
     // The members that are woken to be killed must not push the last one, which asks, off its CPU.
     let cpus = allowed_cpus();
     let several = cpus.len() > 1;
@@ -1012,7 +1012,7 @@ fn until_cgroup() -> Errno {
 }
 
 /// Ends by SIGKILL.
-fn ask_while_dying(seen: &'static Seen) {
+fn ask_while_dying(seen: &'static NamespaceReport) {
     const STACK: usize = 256 << 10;
     let namespace = inode("/proc/self/ns/pid");
     let expected = Expected {

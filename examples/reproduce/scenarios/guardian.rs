@@ -14,7 +14,7 @@ use nix::unistd::{Pid, pipe2};
 ///
 /// A second process, the guardian, writes the old value back as well: when the first one is gone, however it
 /// ended, or when the longest time is over. It stands outside the process group, and no signal but SIGKILL ends it.
-pub struct Guarded {
+pub struct GuardedFile {
     file: File,
     old: String,
     guardian: Pid,
@@ -22,12 +22,12 @@ pub struct Guarded {
     alive: Option<OwnedFd>,
 }
 
-impl Guarded {
-    pub fn change(path: &Path, value: &str, longest: Duration) -> Result<Guarded, String> {
-        Guarded::prepare(path, value, longest).map_err(|e| format!("{}: {e}", path.display()))
+impl GuardedFile {
+    pub fn change(path: &Path, value: &str, longest: Duration) -> Result<GuardedFile, String> {
+        GuardedFile::prepare(path, value, longest).map_err(|e| format!("{}: {e}", path.display()))
     }
 
-    fn prepare(path: &Path, value: &str, longest: Duration) -> io::Result<Guarded> {
+    fn prepare(path: &Path, value: &str, longest: Duration) -> io::Result<GuardedFile> {
         let old = std::fs::read_to_string(path)?.trim_end().to_owned();
         // Not created or cut: it is a file of the kernel's.
         let file = File::options().write(true).open(path)?;
@@ -41,7 +41,7 @@ impl Guarded {
             pid => Pid::from_raw(pid),
         };
         drop((alive_end, ready_end));
-        let guarded = Guarded {
+        let guarded = GuardedFile {
             file,
             old,
             guardian,
@@ -55,7 +55,7 @@ impl Guarded {
     }
 }
 
-impl Drop for Guarded {
+impl Drop for GuardedFile {
     fn drop(&mut self) {
         // At the start: further on the kernel takes it for a part of what was written before, and ignores it.
         let written = self.file.write_all_at(self.old.as_bytes(), 0);

@@ -8,7 +8,7 @@ use nptl::diagnose::CauseKind;
 use nptl::{Cause, Certainty, Step, diagnose};
 
 use super::ask::{Asker, Expected, Right, other_cause, reports, same, tell_note};
-use super::guardian::Guarded;
+use super::guardian::GuardedFile;
 use super::memory::kilobytes;
 use super::{Need, Scenario, plain};
 
@@ -44,7 +44,7 @@ fn threads_max(ask: &mut Asker<'_>) -> Result<(), String> {
     let tasks = tasks()?;
     let most = tasks.saturating_sub(ENDING).max(LEAST);
     let path = Path::new("/proc/sys/kernel/threads-max");
-    let guarded = Guarded::change(path, &most.to_string(), LONGEST)?;
+    let guarded = GuardedFile::change(path, &most.to_string(), LONGEST)?;
     let began = std::time::Instant::now();
     ask.ask();
     drop(guarded);
@@ -107,7 +107,7 @@ fn overcommit_2(ask: &mut Asker<'_>) -> Result<(), String> {
     }
     ask.stack_size(stack as usize);
     let path = Path::new("/proc/sys/vm/overcommit_memory");
-    let guarded = Guarded::change(path, "2", LONGEST)?;
+    let guarded = GuardedFile::change(path, "2", LONGEST)?;
     ask.ask();
     drop(guarded);
     ask.tell(Right::Refused, |error| {

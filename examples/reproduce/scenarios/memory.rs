@@ -108,11 +108,11 @@ pub(super) fn kilobytes(file: &str, field: &str) -> Result<u64, String> {
 }
 
 /// What a cause says was requested, in use, and allowed.
-type Numbers = (u64, Option<u64>, Option<u64>);
+type Figures = (u64, Option<u64>, Option<u64>);
 
 /// The numbers must explain the refusal, and be those of now.
 fn explains(
-    (requested, in_use, limit): Numbers,
+    (requested, in_use, limit): Figures,
     true_use: u64,
     true_limit: u64,
 ) -> Result<(), String> {
@@ -188,7 +188,7 @@ fn process_limit(
     resource: Resource,
     field: &str,
     kind: CauseKind,
-    numbers: fn(&Cause) -> Option<Numbers>,
+    numbers: fn(&Cause) -> Option<Figures>,
     remedies: [&str; 2],
 ) -> Result<(), String> {
     ask.calibrate()?;
@@ -348,17 +348,17 @@ fn memory_cgroup(ask: &mut Asker<'_>) -> Result<(), String> {
 }
 
 /// Threads of pthread_create that wait for the end of a pipe; dropped, they are joined.
-struct Crowd {
+struct Waiters {
     threads: Vec<libc::pthread_t>,
     wait: OwnedFd,
     /// Held open until they are to end.
     end: Option<OwnedFd>,
 }
 
-impl Crowd {
-    fn new() -> Result<Crowd, String> {
+impl Waiters {
+    fn new() -> Result<Waiters, String> {
         let (wait, end) = nix::unistd::pipe().map_err(|e| e.to_string())?;
-        Ok(Crowd {
+        Ok(Waiters {
             threads: Vec::with_capacity(1000),
             wait,
             end: Some(end),
@@ -396,7 +396,7 @@ impl Crowd {
     }
 }
 
-impl Drop for Crowd {
+impl Drop for Waiters {
     fn drop(&mut self) {
         self.end = None;
         for &thread in &self.threads {
@@ -429,7 +429,7 @@ fn ask_in_memory_cgroup(ask: &mut Asker<'_>, inner: &Path, outer: &Path) -> Resu
     write(&limit, allowed)?;
     // Threads that stay until there is no room for one more; bare ones, because one of std's aborts the
     // process where it is granted but its signal stack is not.
-    let mut crowd = Crowd::new()?;
+    let mut crowd = Waiters::new()?;
     while crowd.len() < MOST && crowd.grow() {}
     // Less than a task is left, and more than some files need.
     let mut full = false;

@@ -73,7 +73,7 @@ fn provoke(ask: &mut Asker<'_>, member: &Path, limited: &Path) -> Result<(), Str
     }
     write("/proc/self/oom_score_adj", -1000)?;
     ask.calibrate()?;
-    let limit = Limit::prepare(limited)?;
+    let limit = MemoryMax::prepare(limited)?;
     let _known = files_of_the_evidence(member);
     ask_all(ask);
     touch_everything()?;
@@ -227,22 +227,22 @@ fn touch_everything() -> Result<(), String> {
 }
 
 /// `memory.max` of a cgroup, with everything opened that reading and writing it at the limit takes.
-struct Limit {
+struct MemoryMax {
     maximum: File,
     current: File,
     rescuer: Rescuer,
 }
 
-impl Limit {
+impl MemoryMax {
     /// Called in another cgroup, which the rescuer stays in.
-    fn prepare(cgroup: &Path) -> Result<Limit, String> {
+    fn prepare(cgroup: &Path) -> Result<MemoryMax, String> {
         let maximum = File::options()
             .write(true)
             .open(cgroup.join("memory.max"))
             .map_err(|error| format!("memory.max: {error}"))?;
         let current = File::open(cgroup.join("memory.current"))
             .map_err(|error| format!("memory.current: {error}"))?;
-        Ok(Limit {
+        Ok(MemoryMax {
             rescuer: Rescuer::start(&maximum)?,
             maximum,
             current,
@@ -304,7 +304,7 @@ impl Limit {
     }
 }
 
-impl Drop for Limit {
+impl Drop for MemoryMax {
     /// Before the rescuer goes, whatever failed meanwhile.
     fn drop(&mut self) {
         let _ = self.lift();
@@ -315,11 +315,11 @@ impl Drop for Limit {
 /// limit is repeated until there is room.
 struct Rescuer {
     pid: libc::pid_t,
-    shared: NonNull<Shared>,
+    shared: NonNull<SharedPage>,
 }
 
 /// In a page that both processes have.
-struct Shared {
+struct SharedPage {
     beats: AtomicU32,
     rescues: AtomicU32,
 }
@@ -331,14 +331,14 @@ impl Rescuer {
         let page = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                size_of::<Shared>(),
+                size_of::<SharedPage>(),
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_ANONYMOUS,
                 -1,
                 0,
             )
         };
-        let shared = NonNull::new(page.cast::<Shared>())
+        let shared = NonNull::new(page.cast::<SharedPage>())
             .filter(|_| page != libc::MAP_FAILED)
             .ok_or_else(|| failed("a shared page"))?;
         // SAFETY: zeroes are valid atomics, and the page stays in both processes as long as they use it. The child
@@ -351,7 +351,7 @@ impl Rescuer {
         }
     }
 
-    fn shared(&self) -> &Shared {
+    fn shared(&self) -> &SharedPage {
         // SAFETY: mapped until this is dropped.
         unsafe { self.shared.as_ref() }
     }
@@ -371,13 +371,13 @@ impl Drop for Rescuer {
         unsafe {
             libc::kill(self.pid, libc::SIGKILL);
             libc::waitpid(self.pid, std::ptr::null_mut(), 0);
-            libc::munmap(self.shared.as_ptr().cast(), size_of::<Shared>());
+            libc::munmap(self.shared.as_ptr().cast(), size_of::<SharedPage>());
         }
     }
 }
 
 /// The rescuer's whole life.
-fn watch(shared: &Shared, limit: &File) -> ! {
+fn watch(shared: &SharedPage, limit: &File) -> ! {
     const TICK: u32 = 50_000;
     /// 10 seconds. The round of an emulated machine takes one at most.
     const PATIENCE: u32 = 200;

@@ -2,7 +2,7 @@
 //! the answers by what it knows of the limit.
 //!
 //! Shared by the example `reproduce` and the test of that name: both start themselves again for each process
-//! of a scenario, each in its own way ([`Start`]).
+//! of a scenario, each in its own way ([`StartCase`]).
 
 mod adversary;
 pub mod ask;
@@ -19,13 +19,13 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub use ask::{Answer, Outcomes};
+pub use ask::{Outcomes, Reply};
 
 use ask::{Asker, tell_failure, tell_skip};
 use support::{Child, Output, is_root};
 
 /// Starts this program again for the case of that name.
-pub type Start<'a> = dyn Fn(&str) -> Child + Sync + 'a;
+pub type StartCase<'a> = dyn Fn(&str) -> Child + Sync + 'a;
 
 /// How often nptl is asked under one limit, for the processes of a scenario.
 const ROUNDS_VARIABLE: &str = "NPTL_REPRODUCE_ROUNDS";
@@ -72,7 +72,7 @@ impl Need {
     }
 }
 
-type Sandbox = fn(Child) -> Result<Child, String>;
+type SetUp = fn(Child) -> Result<Child, String>;
 type Provoke = fn(&mut Asker<'_>) -> Result<(), String>;
 
 pub struct Scenario {
@@ -81,7 +81,7 @@ pub struct Scenario {
     pub what: &'static str,
     pub needs: &'static [Need],
     /// Describes the process's surroundings. `Err`: why they cannot be had.
-    sandbox: Sandbox,
+    sandbox: SetUp,
     /// Runs inside. `Err`: why the limit cannot be met here.
     provoke: Provoke,
 }
@@ -117,7 +117,7 @@ pub fn by_name(name: &str) -> Option<&'static Scenario> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Verdict {
+pub enum Judged {
     Right,
     Wrong,
     Skipped,
@@ -129,7 +129,7 @@ pub struct Outcome {
     pub name: &'static str,
     pub what: &'static str,
     pub needs: &'static [Need],
-    pub verdict: Verdict,
+    pub verdict: Judged,
     /// What is wrong, or why it was skipped.
     pub why: Vec<String>,
     pub pthread_create: Outcomes,
@@ -137,7 +137,7 @@ pub struct Outcome {
     /// Threads that nptl created under the limit.
     pub nptl_granted: u64,
     /// Its refusals.
-    pub answers: Vec<Answer>,
+    pub answers: Vec<Reply>,
     pub notes: Vec<String>,
     pub seconds: f64,
     /// Where there was a storm under the limit.
@@ -145,7 +145,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    fn of(scenario: &Scenario, verdict: Verdict, why: Vec<String>) -> Outcome {
+    fn of(scenario: &Scenario, verdict: Judged, why: Vec<String>) -> Outcome {
         Outcome {
             name: scenario.name,
             what: scenario.what,
@@ -169,12 +169,12 @@ pub fn run(
     rounds: usize,
     machine_wide: bool,
     storm: Option<Duration>,
-    start: &Start<'_>,
+    start: &StartCase<'_>,
 ) -> Outcome {
     let began = Instant::now();
     if scenario.needs.contains(&Need::MachineWide) && !machine_wide {
         let why = "it changes what the whole machine shares: needs --machine-wide".to_owned();
-        return Outcome::of(scenario, Verdict::Skipped, vec![why]);
+        return Outcome::of(scenario, Judged::Skipped, vec![why]);
     }
     let mut child = start(scenario.name)
         .env(ROUNDS_VARIABLE, rounds.to_string())
@@ -185,7 +185,7 @@ pub fn run(
     let output = (scenario.sandbox)(child).and_then(Child::run);
     let mut outcome = match output {
         Ok(output) => judge(scenario, &output),
-        Err(why) => Outcome::of(scenario, Verdict::Skipped, vec![with_needs(scenario, &why)]),
+        Err(why) => Outcome::of(scenario, Judged::Skipped, vec![with_needs(scenario, &why)]),
     };
     outcome.seconds = began.elapsed().as_secs_f64();
     outcome
@@ -200,7 +200,7 @@ fn with_needs(scenario: &Scenario, why: &str) -> String {
 
 fn judge(scenario: &'static Scenario, output: &Output) -> Outcome {
     let mut wrong: Vec<String> = Vec::new();
-    let mut outcome = Outcome::of(scenario, Verdict::Right, Vec::new());
+    let mut outcome = Outcome::of(scenario, Judged::Right, Vec::new());
     // Each line was made by `report` in one write, so that processes of one scenario do not mix theirs.
     let tally = |key: &str, wrong: &mut Vec<String>| {
         let mut sum = Outcomes::default();
@@ -215,7 +215,7 @@ fn judge(scenario: &'static Scenario, output: &Output) -> Outcome {
     outcome.pthread_create = tally("pthread_create", &mut wrong);
     outcome.std_thread = tally("std::thread", &mut wrong);
     for text in output.all("answer") {
-        match serde_json::from_str::<Answer>(text) {
+        match serde_json::from_str::<Reply>(text) {
             Ok(answer) => {
                 wrong.extend(answer.wrong.clone());
                 outcome.answers.push(answer);
@@ -248,17 +248,17 @@ fn judge(scenario: &'static Scenario, output: &Output) -> Outcome {
         wrong.push(format!("the scenario asked nothing: {output}"));
     }
     if !wrong.is_empty() {
-        outcome.verdict = Verdict::Wrong;
+        outcome.verdict = Judged::Wrong;
         outcome.why = wrong;
     } else if let Some(why) = skipped {
-        outcome.verdict = Verdict::Skipped;
+        outcome.verdict = Judged::Skipped;
         outcome.why = vec![with_needs(scenario, why)];
     }
     outcome
 }
 
 /// In a process that was started for `case`: does its part.
-pub fn play(case: &str, start: &Start<'_>) {
+pub fn play(case: &str, start: &StartCase<'_>) {
     let (name, role) = case.split_once('/').unwrap_or((case, ""));
     let rounds = std::env::var(ROUNDS_VARIABLE).ok();
     let rounds = rounds.and_then(|text| text.parse().ok()).unwrap_or(1);

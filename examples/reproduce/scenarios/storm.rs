@@ -67,7 +67,7 @@ impl Counts {
 }
 
 /// Answers that say the same.
-struct Class {
+struct Alike {
     first: SpawnError,
     count: u64,
 }
@@ -75,7 +75,7 @@ struct Class {
 /// What one thread has been told. Its memory is there before the limit is.
 pub struct Heard {
     granted: u64,
-    classes: Vec<Class>,
+    classes: Vec<Alike>,
     /// Those for which there was no room.
     lost: u64,
     times: Vec<u64>,
@@ -97,12 +97,12 @@ impl Heard {
             return;
         };
         self.times[bucket(error.time_spent())] += 1;
-        let same = |class: &&mut Class| is_same(&class.first, &error);
+        let same = |class: &&mut Alike| is_same(&class.first, &error);
         let is_full = self.classes.len() == self.classes.capacity();
         match self.classes.iter_mut().find(same) {
             Some(class) => class.count += 1,
             None if is_full => self.lost += 1,
-            None => self.classes.push(Class {
+            None => self.classes.push(Alike {
                 first: error,
                 count: 1,
             }),
@@ -130,7 +130,7 @@ impl Heard {
             times: self.times.clone(),
             ..Counts::default()
         };
-        for Class { first, count } in &self.classes {
+        for Alike { first, count } in &self.classes {
             match first.certainty() {
                 Certainty::Proven => counts.proven += count,
                 Certainty::Inferred => counts.inferred += count,
@@ -177,9 +177,9 @@ fn is_same(one: &SpawnError, other: &SpawnError) -> bool {
 }
 
 /// Threads that wait for the storm.
-pub struct Spawners(Arc<Shared>);
+pub struct Spawners(Arc<StormState>);
 
-struct Shared {
+struct StormState {
     rages: AtomicBool,
     still: AtomicUsize,
     stack: AtomicUsize,
@@ -190,7 +190,7 @@ impl Spawners {
     /// Started before the limit is there.
     pub fn new() -> Result<Spawners, String> {
         let spawners = spawners();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(StormState {
             rages: AtomicBool::new(false),
             still: AtomicUsize::new(0),
             stack: AtomicUsize::new(0),

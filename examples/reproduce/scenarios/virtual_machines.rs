@@ -17,7 +17,7 @@ use super::ask::{
     tell_note,
 };
 use super::{Need, Scenario, privileged, write};
-use support::{Running, report};
+use support::{StartedChild, report};
 
 pub(super) const SCENARIOS: &[Scenario] = &[Scenario {
     name: NAME,
@@ -44,7 +44,7 @@ const RUNNING: &str = "@@settled=running";
 const REFUSED: &str = "@@settled=refused";
 
 fn virtual_machines(ask: &mut Asker<'_>) -> Result<(), String> {
-    let mut machines: Vec<Running> = Vec::new();
+    let mut machines: Vec<StartedChild> = Vec::new();
     let mut refused = None;
     for number in 1..=MACHINES {
         let child = (ask.start)(&format!("{NAME}/{number}"));
@@ -94,12 +94,12 @@ fn virtual_machines(ask: &mut Asker<'_>) -> Result<(), String> {
 
 /// Where all threads of a machine wait for its end.
 #[derive(Default)]
-struct End {
+struct MachineEnd {
     over: Mutex<bool>,
     changed: Condvar,
 }
 
-impl End {
+impl MachineEnd {
     fn wait(&self) {
         let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
         while !*over {
@@ -117,7 +117,7 @@ impl End {
 }
 
 /// A virtual machine with some memory and a program in it.
-struct Kernel {
+struct GuestProgram {
     _vm: VmFd,
     /// The guest's memory outlives its vCPUs.
     _memory: MmapMut,
@@ -132,7 +132,7 @@ const PROGRAM: &[u8] = &[
 ];
 const PROGRAM_ADDRESS: u64 = 0x1000;
 
-fn virtual_machine() -> Result<(Kernel, Vec<VcpuFd>), String> {
+fn virtual_machine() -> Result<(GuestProgram, Vec<VcpuFd>), String> {
     let io = |error: kvm_ioctls::Error| error.to_string();
     let kvm = Kvm::new().map_err(|error| format!("/dev/kvm: {error}"))?;
     let vm = kvm.create_vm().map_err(io)?;
@@ -145,7 +145,7 @@ fn virtual_machine() -> Result<(Kernel, Vec<VcpuFd>), String> {
         memory_size: memory.len() as u64,
         userspace_addr: memory.as_ptr() as u64,
     };
-    // SAFETY: the range is mapped for as long as the machine: `Kernel` holds both.
+    // SAFETY: the range is mapped for as long as the machine: `GuestProgram` holds both.
     unsafe { vm.set_user_memory_region(region) }.map_err(io)?;
     let vcpus = (0..VCPUS as u64).map(|number| {
         let vcpu = vm.create_vcpu(number)?;
@@ -158,7 +158,7 @@ fn virtual_machine() -> Result<(Kernel, Vec<VcpuFd>), String> {
         Ok(vcpu)
     });
     let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(io)?;
-    let kernel = Kernel {
+    let kernel = GuestProgram {
         _vm: vm,
         _memory: memory,
     };
@@ -179,13 +179,13 @@ fn run_guest(mut vcpu: VcpuFd, bytes: &AtomicU32) -> Result<(), String> {
     }
 }
 
-struct Machine<'a> {
+struct VirtualMachine<'a> {
     number: &'a str,
     rounds: usize,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Machine<'_> {
+impl VirtualMachine<'_> {
     /// A thread, if need be after somebody has made room. The closure of a refused one comes back.
     fn thread(&mut self, name: String, mut work: impl FnOnce() + Send + 'static) {
         loop {
@@ -259,9 +259,9 @@ fn next_line() -> String {
 
 /// The process of one machine: like QEMU, a process with a thread for each vCPU and many more.
 pub(super) fn play(number: &str, rounds: usize) {
-    let end = Arc::new(End::default());
+    let end = Arc::new(MachineEnd::default());
     let bytes = Arc::new(AtomicU32::new(0));
-    let mut machine = Machine {
+    let mut machine = VirtualMachine {
         number,
         rounds,
         threads: Vec::new(),

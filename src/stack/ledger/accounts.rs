@@ -1,6 +1,6 @@
 //! How many stacks there are, what they take, and how much of it is kept.
 
-use super::entry::Facts;
+use super::entry::Details;
 
 /// Most that a cache keeps; `usize::MAX` for no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ impl Tally {
         resident: 0,
     };
 
-    pub(super) const fn of(facts: Facts) -> Self {
+    pub(super) const fn of(facts: Details) -> Self {
         Tally {
             stacks: 1,
             bytes: facts.bytes,

@@ -73,7 +73,7 @@ pub(crate) struct Links<E: 'static> {
     /// A [`State`], written under that lock, after everything that it says is true of the entry: a forked child
     /// believes it.
     pub(super) state: AtomicU8,
-    facts: Guarded<Facts>,
+    facts: Guarded<Details>,
     /// Neighbours in the list of the entry's state; for a cached entry, in the list of its class.
     home: Pair<E>,
     /// Neighbours by age, for cached entries only.
@@ -91,7 +91,7 @@ impl<E> Links<E> {
         Links {
             owner: AtomicUsize::new(NOBODY),
             state: AtomicU8::new(State::Gone as u8),
-            facts: Guarded::new(Facts {
+            facts: Guarded::new(Details {
                 evicted: false,
                 measured: Measured::No,
                 class: None,
@@ -107,7 +107,7 @@ impl<E> Links<E> {
 /// What the ledger knows of an entry. Sizes are kept, not asked for again, so that what is
 /// subtracted is what was added.
 #[derive(Clone, Copy)]
-pub(super) struct Facts {
+pub(super) struct Details {
     /// Was cached before it became `Unmapping`.
     pub(super) evicted: bool,
     /// What `resident` is of a cached stack.
@@ -172,13 +172,13 @@ impl Key {
 }
 
 impl<E: Entry> Links<E> {
-    pub(super) fn facts(&self, _key: &Key) -> Facts {
+    pub(super) fn facts(&self, _key: &Key) -> Details {
         // SAFETY: the key's lock is held, and it guards this cell: entries are reached through the
         // lists behind that lock, or by `Ledger::enter`, which has compared `owner`.
         unsafe { self.facts.get() }
     }
 
-    pub(super) fn set_facts(&self, _key: &mut Key, facts: Facts) {
+    pub(super) fn set_facts(&self, _key: &mut Key, facts: Details) {
         // SAFETY: the key's lock is held, and no reference to the cell exists: `facts` copies.
         unsafe { self.facts.set(facts) }
     }

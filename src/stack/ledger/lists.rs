@@ -2,7 +2,7 @@
 
 use super::accounts::{Budget, Stats, Tally};
 use super::class::{CLASSES, Class};
-use super::entry::{End, Entry, Facts, Key, List, Measured, State};
+use super::entry::{Details, End, Entry, Key, List, Measured, State};
 use crate::sync::lock::{Guard, Lock};
 use std::sync::atomic::Ordering;
 
@@ -48,7 +48,7 @@ impl<E: Entry> Lists<E> {
         }
     }
 
-    pub(super) fn facts(&self, e: &E) -> Facts {
+    pub(super) fn facts(&self, e: &E) -> Details {
         e.links().facts(&self.key)
     }
 
@@ -58,7 +58,7 @@ impl<E: Entry> Lists<E> {
     pub(super) fn put(&mut self, e: &'static E, state: State, resident: usize, end: End) {
         let old = self.facts(e);
         let old_state = e.links().state();
-        let new = Facts {
+        let new = Details {
             evicted: old_state == State::Cached,
             measured: Measured::No,
             resident,
@@ -76,7 +76,7 @@ impl<E: Entry> Lists<E> {
         &mut self,
         e: &'static E,
         state: State,
-        facts: Facts,
+        facts: Details,
         entering: bool,
         end: End,
     ) {
@@ -119,7 +119,7 @@ impl<E: Entry> Lists<E> {
 
     /// Enters a stack that the ledger does not know, or no longer.
     pub(super) fn admit(&mut self, e: &'static E, class: Option<Class>, bytes: usize) {
-        let facts = Facts {
+        let facts = Details {
             evicted: false,
             measured: Measured::No,
             class,
@@ -140,7 +140,7 @@ impl<E: Entry> Lists<E> {
     /// Dooming it at once, rather than caching it as the youngest, spares the older ones: they
     /// would all have to go before it does.
     pub(super) fn shelve(&mut self, e: &'static E, end: End) {
-        let facts = Facts {
+        let facts = Details {
             resident: e.resident(),
             ..self.facts(e)
         };
@@ -229,7 +229,7 @@ impl<E: Entry> Lists<E> {
         self.unmeasured.remove(&mut self.key, e);
         self.measured.push(&mut self.key, e, End::Front);
         let measured = Measured::Asked;
-        let facts = Facts {
+        let facts = Details {
             measured,
             ..self.facts(e)
         };
@@ -242,7 +242,7 @@ impl<E: Entry> Lists<E> {
         if e.links().state() != State::Cached || old.measured != Measured::Asked {
             return;
         }
-        let new = Facts {
+        let new = Details {
             measured: Measured::Yes,
             resident: resident.unwrap_or(old.resident).min(old.resident),
             ..old

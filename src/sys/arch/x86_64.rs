@@ -6,7 +6,7 @@
 //!  return address  ◄─ ret             ┌─────────────────────────────┐ ◄ rsp after the system call
 //!        ▲                            │ return address into         │ ◄ pushed by `call start`;
 //!        │ rax = tid or -errno        │   nptl_thread_entry         │   its CFI says: no caller
-//!   [ syscall ] ── rax = 0 ─────────► │ frames of Entry::main       │
+//!   [ syscall ] ── rax = 0 ─────────► │ frames of EntryPoint::main       │
 //!                  r9  = argument     │             ↓               │
 //! ```
 //!
@@ -20,7 +20,7 @@ use crate::sys::cancel::{
 };
 #[cfg(feature = "interpose")]
 use crate::sys::entry::Routine;
-use crate::sys::entry::{Entry, Faults};
+use crate::sys::entry::{EntryPoint, Faults};
 use core::arch::{asm, naked_asm};
 #[cfg(feature = "interpose")]
 use core::mem::offset_of;
@@ -59,9 +59,9 @@ pub(crate) unsafe fn syscall(number: libc::c_long, args: [usize; 6]) -> isize {
 ///
 /// # Safety
 /// `args` must describe a stack and a TLS block that nothing else uses, with a thread's flags;
-/// `start` is handed to [`Entry::main`] and must satisfy its contract.
+/// `start` is handed to [`EntryPoint::main`] and must satisfy its contract.
 #[unsafe(naked)]
-pub(crate) unsafe extern "C" fn clone3<E: Entry>(
+pub(crate) unsafe extern "C" fn clone3<E: EntryPoint>(
     args: *const clone_args,
     size: usize,
     start: *mut c_void,
@@ -83,9 +83,9 @@ pub(crate) unsafe extern "C" fn clone3<E: Entry>(
 ///
 /// # Safety
 /// The stack below `stack_top`, which is 16-byte aligned, the block at `thread_pointer` and `start` are what
-/// [`Entry::main`] asks for, and belong to the new thread alone.
+/// [`EntryPoint::main`] asks for, and belong to the new thread alone.
 #[unsafe(naked)]
-pub(crate) unsafe extern "C" fn clone<E: Entry>(
+pub(crate) unsafe extern "C" fn clone<E: EntryPoint>(
     flags: usize,
     stack_top: usize,
     parent_tid: *mut libc::pid_t,
@@ -181,7 +181,7 @@ pub(crate) use vfork;
 /// # Safety
 /// Jumped to by the child side of [`clone3`] and [`clone`], with the argument in `r9`.
 #[unsafe(naked)]
-unsafe extern "C" fn nptl_thread_entry<E: Entry>() -> ! {
+unsafe extern "C" fn nptl_thread_entry<E: EntryPoint>() -> ! {
     naked_asm!(
         ".cfi_startproc",
         ".cfi_undefined rip", // no return address: the unwinder's walk is over

@@ -134,7 +134,7 @@ impl Descriptor {
 }
 
 /// What the creator passes to the thread, and what the thread finds.
-struct Subject<'a> {
+struct CalibrationThread<'a> {
     symbols: &'a Symbols,
     list: &'a ThreadList,
     /// Where its descriptor has to be: that ends where the stack does.
@@ -154,9 +154,9 @@ struct Subject<'a> {
 unsafe extern "C" fn never_called(_: *mut c_void) {}
 
 /// # Safety
-/// `argument` is a `Subject` whose owner waits for this thread's end.
+/// `argument` is a `CalibrationThread` whose owner waits for this thread's end.
 unsafe extern "C" fn run(argument: *mut c_void) -> *mut c_void {
-    let subject = argument.cast::<Subject<'_>>();
+    let subject = argument.cast::<CalibrationThread<'_>>();
     // SAFETY: the creator looks at nothing but `done` before the end of this thread.
     unsafe {
         (*subject).tid = libc::gettid() as u32;
@@ -172,7 +172,7 @@ unsafe extern "C" fn run(argument: *mut c_void) -> *mut c_void {
 /// # Safety
 /// Called by a thread of glibc's that no other thread joins or detaches meanwhile, and that holds no resources. Its creator may
 /// hold any of the loader's locks, so that nothing in here may take one.
-unsafe fn examine(subject: &Subject<'_>) -> Result<Offsets, RuntimeError> {
+unsafe fn examine(subject: &CalibrationThread<'_>) -> Result<Offsets, RuntimeError> {
     let this = subject.descriptor;
     // Past the end of a descriptor of another size there need not be anything.
     let known = sys::thread_pointer() == this.start;
@@ -248,7 +248,7 @@ const TPP: usize = 32;
 const RESOLVER: usize = 40;
 
 /// The checks, in the order of the fields. The calling thread is the subject, whose descriptor is as large as said.
-impl Subject<'_> {
+impl CalibrationThread<'_> {
     fn is_known_to_glibc(&self) -> Result<(), RuntimeError> {
         let (symbols, this) = (self.symbols, self.descriptor);
         let listed = self.list.contains(this.start + symbols.list);
@@ -491,7 +491,7 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
         bytes: length,
     })?;
     let base = stack.as_ptr() as usize;
-    let mut subject = Subject {
+    let mut subject = CalibrationThread {
         symbols,
         list: &list,
         descriptor: Descriptor {
@@ -535,7 +535,7 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
     Ok((offsets, list))
 }
 
-impl Subject<'_> {
+impl CalibrationThread<'_> {
     /// What pthread_create was refused, which gives one errno for thread-local storage and for clone.
     fn refused(&self, errno: Errno) -> RuntimeError {
         let this = self.descriptor;
@@ -559,7 +559,7 @@ impl Subject<'_> {
 /// # Safety
 /// The subject and its stack are valid until the thread has ended, and nobody else uses the stack.
 unsafe fn run_to_the_end(
-    subject: *mut Subject<'_>,
+    subject: *mut CalibrationThread<'_>,
 ) -> Result<Option<(libc::pthread_t, *mut c_void)>, RuntimeError> {
     // pthread_join is a cancellation point, and what it would unwind through holds the stack.
     let _cancellation = sys::NoCancellation::new();
