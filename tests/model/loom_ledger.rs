@@ -129,6 +129,8 @@ struct Stack {
     // Not loom's: these only count, and shall order nothing.
     users: StdUsize,
     mapped: StdBool,
+    /// Bytes that mincore(2) would find, at most [`Entry::resident`].
+    touched: StdUsize,
 }
 
 // SAFETY: `memory` is what loom watches, the rest is Sync.
@@ -149,7 +151,7 @@ unsafe impl Entry for Stack {
         10
     }
     fn measure(&self) -> Option<usize> {
-        None
+        Some(self.touched.load(SeqCst))
     }
     fn released(&self) -> bool {
         !self.held.load(Ordering::Acquire)
@@ -227,6 +229,7 @@ fn free(ledger: SharedLedger, id: usize) -> &'static Stack {
         memory: UnsafeCell::new(0),
         users: StdUsize::new(0),
         mapped: StdBool::new(true),
+        touched: StdUsize::new(10),
     }));
     ledger.adopt(stack);
     stack
@@ -421,6 +424,43 @@ fn clear_twice_and_adopt_again() {
         }
         drop(victims);
         other.join().expect("did not panic");
+        add_up(ledger, &stacks);
+    });
+}
+
+/// A stack is measured while another thread takes it, uses more of it, gives it back, and has it measured as well. The
+/// first number is of another time: the accounts never say less than what is in memory.
+#[test]
+fn measured_while_it_is_taken() {
+    check(3, || {
+        let ledger = leaked(ROOMY);
+        let stacks = [free(ledger, 0), free(ledger, 1)];
+        for stack in stacks {
+            stack.touched.store(1, SeqCst);
+            unmap(ledger.give(stack));
+        }
+        ledger.set_budget(Budget::resident(15));
+        let measuring = spawn(move || unmap(ledger.keep_budget()));
+        let taken = [(); 2].map(|()| {
+            let (found, victims) = ledger.take(class(), true);
+            unmap(victims);
+            found.expect("two are cached, and fit the budget once one is measured")
+        });
+        for (stack, touched) in taken.into_iter().rev().zip([4, 10]) {
+            stack.run();
+            stack.touched.store(touched, SeqCst);
+            stack.clear_tid();
+            unmap(ledger.give(stack));
+        }
+        measuring.join().expect("did not panic");
+        let mut in_memory = 0;
+        ledger.for_each(|stack, _| in_memory += stack.touched.load(SeqCst));
+        let cached = ledger.stats().cached;
+        assert!(
+            cached.resident >= in_memory,
+            "{cached:?}, {in_memory} in memory"
+        );
+        assert!(cached.resident <= 15, "{cached:?} is over the budget");
         add_up(ledger, &stacks);
     });
 }

@@ -121,8 +121,9 @@ pub(super) struct Details {
 pub(super) enum Measured {
     /// An upper bound.
     No,
-    /// An upper bound; some thread is asking. Any change of the state ends this, so that its answer is dropped.
-    Asked,
+    /// An upper bound; some thread measures the stack, with this number. A change of the state ends this, and a
+    /// thread that measures it after that has another number: an answer that is out of date is dropped.
+    Asked(u16),
     Yes,
 }
 

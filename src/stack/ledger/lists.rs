@@ -27,6 +27,8 @@ pub(super) struct Lists<E: 'static> {
     pub(super) unmeasured: List<E, true>,
     /// The others, warmest first.
     pub(super) measured: List<E, true>,
+    /// Of the last measurement. That it comes round during one does no harm but to the accounts.
+    pub(super) asked: u16,
     /// `refused` and the rest of the accounts, kept as they are reported.
     pub(super) stats: Stats,
 }
@@ -44,6 +46,7 @@ impl<E: Entry> Lists<E> {
             classes: [const { List::EMPTY }; CLASSES],
             unmeasured: List::EMPTY,
             measured: List::EMPTY,
+            asked: 0,
             stats: Stats::ZERO,
         }
     }
@@ -224,22 +227,23 @@ impl<E: Entry> Lists<E> {
         (but_memory.holds(self.stats.cached) && !(single && small)).then_some(e)
     }
 
-    /// Some thread measures the cached stack `e`. It keeps its age.
-    pub(super) fn ask(&mut self, e: &'static E) {
+    /// Some thread measures the cached stack `e`, which keeps its age. The number of the measurement.
+    pub(super) fn ask(&mut self, e: &'static E) -> u16 {
         self.unmeasured.remove(&mut self.key, e);
         self.measured.push(&mut self.key, e, End::Front);
-        let measured = Measured::Asked;
+        self.asked = self.asked.wrapping_add(1);
         let facts = Details {
-            measured,
+            measured: Measured::Asked(self.asked),
             ..self.facts(e)
         };
         e.links().set_facts(&mut self.key, facts);
+        self.asked
     }
 
     /// The answer about a stack that is in this ledger, unless it is out of date. Without one the bound stays.
-    pub(super) fn answer(&mut self, e: &'static E, resident: Option<usize>) {
+    pub(super) fn answer(&mut self, e: &'static E, number: u16, resident: Option<usize>) {
         let old = self.facts(e);
-        if e.links().state() != State::Cached || old.measured != Measured::Asked {
+        if e.links().state() != State::Cached || old.measured != Measured::Asked(number) {
             return;
         }
         let new = Details {

@@ -99,13 +99,13 @@ impl<'a, E: Entry> Victims<'a, E> {
             let Some(e) = self.advance(&mut lists) else {
                 continue;
             };
-            lists.ask(e);
+            let number = lists.ask(e);
             drop(lists);
             self.left -= 1;
             let resident = e.measure();
             let mut lists = self.ledger.lists.lock();
             if self.ledger.owns(e) {
-                lists.answer(e, resident);
+                lists.answer(e, number, resident);
             }
         }
     }
