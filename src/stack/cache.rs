@@ -11,6 +11,7 @@ use crate::errno::Errno;
 use crate::mem::Shared;
 use crate::proc::status::{Calls, Status};
 use crate::step::{CloneCall, Step, StepError};
+use crate::sync::lock::{Guard, Guarded};
 use crate::sync::{Latch, Lock, forked_bare, notice_fork};
 use crate::sys::NoCancellation;
 use crate::sys::clone_probe::{Probe, probe};
@@ -24,10 +25,11 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering}
 /// forked child and a debugger can always look at it.
 pub(crate) struct Instance {
     ledger: Ledger<Stack>,
-    // The configuration, changed with `TOLD` held.
+    /// Read and changed with the lock of [`CAPS`] held.
+    config: Guarded<StackCacheConfig>,
+    // What each spawn reads of it.
     keep_resident: AtomicUsize,
     zeroed: AtomicBool,
-    resident_budget: AtomicUsize,
     enabled: AtomicBool,
     /// Number of [`StackCache`] handles, those in a `JoinHandle` included.
     handles: AtomicUsize,
@@ -43,9 +45,9 @@ impl Instance {
         let config = StackCacheConfig::DEFAULT;
         Instance {
             ledger: Ledger::new(Budget::resident(config.resident_budget)),
+            config: Guarded::new(config),
             keep_resident: AtomicUsize::new(config.keep_resident),
             zeroed: AtomicBool::new(config.zeroed),
-            resident_budget: AtomicUsize::new(config.resident_budget),
             enabled: AtomicBool::new(config.enabled),
             handles: AtomicUsize::new(1),
             unused: AtomicBool::new(false),
@@ -53,21 +55,23 @@ impl Instance {
         }
     }
 
-    /// Called with `TOLD` held, so that the budget is always that of the newest configuration and caps.
-    fn configure(&self, config: StackCacheConfig, told: Caps) {
+    /// With the lock of [`CAPS`], so that the budget is always that of the newest configuration and caps.
+    fn configure(&self, config: StackCacheConfig, caps: &Guard<'_, Caps>) {
         self.keep_resident.store(config.kept(), Ordering::Relaxed);
         self.zeroed.store(config.zeroed, Ordering::Relaxed);
-        self.resident_budget
-            .store(config.resident_budget, Ordering::Relaxed);
         self.enabled.store(config.enabled, Ordering::Relaxed);
-        self.cap(told);
+        // SAFETY: `caps` holds the one lock of its kind, `CAPS`, which guards this cell.
+        unsafe { self.config.set(config) };
+        self.cap(caps);
     }
 
-    /// Called with `TOLD` held. What is over the new budget stays until the next call that unmaps.
-    fn cap(&self, caps: Caps) {
-        let budget = if self.enabled.load(Ordering::Relaxed) {
+    /// What is over the new budget stays until the next call that unmaps.
+    fn cap(&self, caps: &Guard<'_, Caps>) {
+        // SAFETY: `caps` holds the one lock of its kind, `CAPS`, which guards this cell.
+        let config = unsafe { self.config.get() };
+        let budget = if config.enabled {
             Budget {
-                resident: self.resident_budget.load(Ordering::Relaxed),
+                resident: config.resident_budget,
                 bytes: caps.bytes,
                 stacks: caps.stacks,
             }
@@ -104,19 +108,19 @@ static IN_USE: AtomicUsize = AtomicUsize::new(1);
 /// See [`StackCache::reclaimed`].
 static RECLAIMED: AtomicUsize = AtomicUsize::new(0);
 
-/// The caps that the ledgers have been told. Held while an instance is added or configured, too.
-static TOLD: Lock<Caps> = Lock::new(Caps::NONE);
+/// The caps that the ledgers keep to. Locked while an instance is added or configured, too.
+static CAPS: Lock<Caps> = Lock::new(Caps::NONE);
 
 /// Sees to it that the caches keep to the limits of this moment: see `caps`. By a thread that spawns.
-pub(super) fn heed_limits(runtime: &Runtime) {
-    let caps = Caps::ask(IN_USE.load(Ordering::Relaxed));
-    let mut told = TOLD.lock();
-    if *told == caps {
+pub(super) fn apply_limits(runtime: &Runtime) {
+    let caps = Caps::read(IN_USE.load(Ordering::Relaxed));
+    let mut last = CAPS.lock();
+    if *last == caps {
         return;
     }
-    *told = caps;
-    instances().for_each(|instance| instance.cap(caps));
-    drop(told);
+    *last = caps;
+    instances().for_each(|instance| instance.cap(&last));
+    drop(last);
     for instance in instances() {
         let victims = instance.ledger.keep_budget();
         unmap_victims(victims, Some(runtime), std::ptr::null());
@@ -174,6 +178,11 @@ impl RefUnwindSafe for StackCache {}
 
 impl StackCache {
     /// The cache of every thread whose [`Builder`](crate::Builder) names no other.
+    ///
+    /// ```
+    /// let stats = nptl::StackCache::global().stats();
+    /// assert_eq!(stats.cached_stacks + stats.live_stacks, stats.mapped_stacks);
+    /// ```
     pub fn global() -> &'static StackCache {
         &GLOBAL
     }
@@ -183,6 +192,13 @@ impl StackCache {
     }
 
     /// A private cache.
+    ///
+    /// ```
+    /// use nptl::{StackCache, StackCacheConfig};
+    /// let cache = StackCache::new(StackCacheConfig::default().keep_resident(4096));
+    /// nptl::Builder::new().stack_cache(&cache).spawn(|| ())?.join().unwrap();
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn new(config: StackCacheConfig) -> StackCache {
         notice_fork();
         // In a child of _Fork(3) another thread can have held an unused ledger's lock.
@@ -201,14 +217,28 @@ impl StackCache {
             }
         }
         let instance: &'static Instance = Box::leak(Box::new(Instance::new()));
-        let told = TOLD.lock();
+        let caps = CAPS.lock();
         IN_USE.fetch_add(1, Ordering::Relaxed);
-        instance.configure(config, *told);
+        instance.configure(config, &caps);
         instance
             .next
             .store(INSTANCES.load(Ordering::Relaxed), Ordering::Relaxed);
         INSTANCES.store(std::ptr::from_ref(instance).cast_mut(), Ordering::Release);
         StackCache(instance)
+    }
+
+    /// What the cache may keep, as it was last set.
+    ///
+    /// ```
+    /// use nptl::{StackCache, StackCacheConfig};
+    /// let lean = StackCacheConfig::default().keep_resident(0);
+    /// assert_eq!(StackCache::new(lean).config(), lean);
+    /// ```
+    pub fn config(&self) -> StackCacheConfig {
+        notice_fork();
+        let _caps = CAPS.lock();
+        // SAFETY: the lock of `CAPS` is held, which guards this cell.
+        unsafe { self.0.config.get() }
     }
 
     /// Changes what the cache may keep from now on: what is over the new budget is unmapped, the coldest
@@ -223,13 +253,19 @@ impl StackCache {
         if !self.is_usable() {
             return;
         }
-        let told = TOLD.lock();
-        self.0.configure(config, *told);
-        drop(told);
+        self.0.configure(config, &CAPS.lock());
         self.unmap(self.0.ledger.keep_budget());
     }
 
     /// The accounts. All zero in a child of `_Fork(3)`, where caches are out of use.
+    ///
+    /// ```
+    /// use nptl::{StackCache, StackCacheConfig};
+    /// let cache = StackCache::new(StackCacheConfig::default());
+    /// nptl::Builder::new().stack_cache(&cache).spawn(|| ())?.join().unwrap();
+    /// assert_eq!((cache.stats().misses, cache.stats().cached_stacks), (1, 1));
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn stats(&self) -> StackCacheStats {
         if !self.is_usable() {
             return StackCacheStats::of(&Stats::ZERO);
@@ -254,6 +290,14 @@ impl StackCache {
     ///
     /// A process at `vm.max_map_count` may not unmap what lies between two stacks in use, because that
     /// makes two mappings of one: such a stack stays cached, without its memory.
+    ///
+    /// ```
+    /// let cache = nptl::StackCache::new(nptl::StackCacheConfig::default());
+    /// nptl::Builder::new().stack_cache(&cache).spawn(|| ())?.join().unwrap();
+    /// cache.trim(0);
+    /// assert_eq!(cache.stats().cached_resident_bytes, 0);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn trim(&self, resident_bytes: usize) {
         if !self.is_usable() {
             return;
@@ -268,6 +312,14 @@ impl StackCache {
 
     /// Unmaps every cached stack, with the exception that [`trim`](Self::trim) names, and gives back what malloc keeps
     /// for their threads, as that does.
+    ///
+    /// ```
+    /// let cache = nptl::StackCache::new(nptl::StackCacheConfig::default());
+    /// nptl::Builder::new().stack_cache(&cache).spawn(|| ())?.join().unwrap();
+    /// cache.clear();
+    /// assert_eq!(cache.stats().cached_stacks, 0);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn clear(&self) {
         if self.is_usable() {
             self.unmap_all();
@@ -585,7 +637,7 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
     // SAFETY: a forked child, where no other thread uses the crate: whoever holds either is of the parent.
     unsafe {
         record::SPARE.reset();
-        TOLD.reset();
+        CAPS.reset();
     }
     if bare {
         return;

@@ -1,10 +1,10 @@
-//! What the kernel's limits leave to cached stacks, as `StackCacheConfig` tells its users: address space that they hold
-//! is of no use to malloc or to anybody else who maps. Each cache gets an equal part, so that no common counter is
+//! What the kernel's limits leave to cached stacks, as `StackCacheConfig` documents: address space that they hold
+//! is of no use to malloc or to other code that maps. Each cache gets an equal part, so that no common counter is
 //! needed on the way of every thread.
 //!
-//! RLIMIT_AS changes at any time (`prlimit(1)` does it from outside), so it is asked for again wherever a stack is
+//! RLIMIT_AS changes at any time (`prlimit(1)` does it from outside), so it is read again wherever a stack is
 //! mapped, which costs far more, and at every [`EVERY`]th reuse of a stack. A thread that ends or joins
-//! never asks: its system-call filter need not know the call.
+//! never reads it: its system-call filter need not know the call.
 
 use nix::sys::resource::{Resource, getrlimit};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,7 +18,7 @@ const MAPPINGS_PARTS: usize = 4;
 /// A stack, the signal stack with the block, and a guard below each.
 const MAPPINGS_OF_A_STACK: usize = 4;
 
-/// Reuses of a stack between two questions: getrlimit(2) takes 0.1 µs, a thread some 40.
+/// Reuses of a stack between two looks: getrlimit(2) takes 0.1 µs, a thread some 40.
 pub(super) const EVERY: u32 = 16;
 
 /// The most that one cache keeps; `usize::MAX` for no limit.
@@ -36,7 +36,7 @@ impl Caps {
     };
 
     /// What holds now for each of so many caches. One system call.
-    pub(super) fn ask(caches: usize) -> Caps {
+    pub(super) fn read(caches: usize) -> Caps {
         let unlimited = u64::MAX;
         // Refused by a filter: then there is nothing known to keep to.
         let limit = getrlimit(Resource::RLIMIT_AS).map_or(unlimited, |(soft, _)| soft);

@@ -74,7 +74,7 @@ impl Stack {
         let uses = self.uses.load(Ordering::Relaxed).wrapping_add(1);
         self.uses.store(uses, Ordering::Relaxed);
         if uses.is_multiple_of(caps::EVERY) {
-            cache::heed_limits(runtime);
+            cache::apply_limits(runtime);
         }
         // The cache's configuration can have changed, and with it the bytes that are accounted for.
         let (before, keep) = (self.keep.load(Ordering::Relaxed), cache.keep_resident());
@@ -194,7 +194,7 @@ impl Idle {
                     cache.ledger().miss();
                 }
                 if cache.is_enabled() {
-                    cache::heed_limits(runtime);
+                    cache::apply_limits(runtime);
                 }
                 (Stack::map(cache, runtime, &layout, class)?, false)
             }
