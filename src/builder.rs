@@ -48,6 +48,12 @@ type Launched<F, T> = (Running, Shared<Packet<F, T>>);
 impl Builder {
     /// Default attributes: no name, 2 MiB of stack or RUST_MIN_STACK, one guard page, the global
     /// cache.
+    ///
+    /// ```
+    /// let handle = nptl::Builder::new().spawn(|| ())?;
+    /// assert_eq!(handle.name(), None);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     #[inline]
     pub fn new() -> Builder {
         Builder::default()
@@ -325,6 +331,12 @@ impl Builder {
     /// # Errors
     /// A [`SpawnError`] that names the refused step. The closure is dropped then:
     /// [`spawn_or_return`](Self::spawn_or_return) gives it back.
+    ///
+    /// ```
+    /// let handle = nptl::Builder::new().name("worker").spawn(|| 6 * 7)?;
+    /// assert_eq!(handle.join().unwrap(), 42);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn spawn<F, T>(self, f: F) -> Result<JoinHandle<T>, SpawnError>
     where
         F: FnOnce() -> T + Send + 'static,

@@ -95,6 +95,11 @@ impl Errno {
     }
 
     /// The number, such as `libc::EAGAIN`.
+    ///
+    /// ```
+    /// let refused = nptl::Builder::new().stack_size(usize::MAX).spawn(|| ()).unwrap_err();
+    /// assert_eq!(refused.errno().raw(), libc::EINVAL);
+    /// ```
     pub fn raw(self) -> i32 {
         self.0
     }

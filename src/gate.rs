@@ -35,16 +35,39 @@ pub struct StartGate(Option<Shared<Entrance>>);
 impl StartGate {
     /// A gate that is closed. Where there is no memory for it, the first thread is refused at
     /// [`Step::Allocate`](crate::Step::Allocate).
+    ///
+    /// ```
+    /// let gate = nptl::StartGate::new();
+    /// let vcpu = nptl::Builder::new().start_gate(&gate).spawn(|| ())?;
+    /// assert!(!vcpu.is_finished());
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn new() -> StartGate {
         StartGate(crate::spawn::share(Entrance::new()).ok())
     }
 
     /// Lets all threads run, those as well that a [`Builder`](crate::Builder) with this gate creates later.
+    ///
+    /// ```
+    /// let gate = nptl::StartGate::new();
+    /// let vcpu = nptl::Builder::new().start_gate(&gate).spawn(|| "runs")?;
+    /// gate.open();
+    /// assert_eq!(vcpu.join().unwrap(), "runs");
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn open(self) {
         self.decide(true);
     }
 
     /// Ends all threads without running their closures, like dropping the gate.
+    ///
+    /// ```
+    /// let gate = nptl::StartGate::new();
+    /// let vcpu = nptl::Builder::new().start_gate(&gate).spawn(|| "runs")?;
+    /// gate.cancel();
+    /// assert!(vcpu.join().unwrap_err().is::<nptl::Cancelled>());
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn cancel(self) {}
 
     fn decide(&self, open: bool) {

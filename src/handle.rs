@@ -359,6 +359,12 @@ macro_rules! shared_methods {
         }
 
         /// Where its stack lies, and how large it is. Makes no system call.
+        ///
+        /// ```
+        /// let handle = nptl::Builder::new().guard_size(4096).spawn(|| ())?;
+        /// assert_eq!(handle.stack().guard_size, 4096);
+        /// # Ok::<(), nptl::SpawnError>(())
+        /// ```
         pub fn stack(&self) -> StackInfo {
             self.0.running.stack.info()
         }
@@ -541,6 +547,13 @@ impl<'scope, T> ScopedJoinHandle<'scope, T> {
     ///
     /// # Panics
     /// Like std's, if the thread joins itself.
+    ///
+    /// ```
+    /// let word = String::from("borrowed");
+    /// let length = nptl::scope(|s| s.spawn(|| word.len()).map(|handle| handle.join().unwrap()))?;
+    /// assert_eq!(length, 8);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn join(self) -> Outcome<T> {
         self.0.join()
     }
@@ -549,6 +562,15 @@ impl<'scope, T> ScopedJoinHandle<'scope, T> {
     ///
     /// # Errors
     /// The handle, if the thread has not ended.
+    ///
+    /// ```
+    /// let word = String::from("borrowed");
+    /// let length = nptl::scope(|s| match s.spawn(|| word.len()).unwrap().try_join() {
+    ///     Ok(outcome) => outcome.unwrap(),
+    ///     Err(running) => running.join().unwrap(),
+    /// });
+    /// assert_eq!(length, 8);
+    /// ```
     pub fn try_join(self) -> Result<Outcome<T>, Self> {
         self.0.try_join().map_err(ScopedJoinHandle)
     }
@@ -557,6 +579,13 @@ impl<'scope, T> ScopedJoinHandle<'scope, T> {
     ///
     /// # Errors
     /// The handle, if the thread has not ended after `d`.
+    ///
+    /// ```
+    /// let word = String::from("borrowed");
+    /// let minute = std::time::Duration::from_secs(60);
+    /// let joined = nptl::scope(|s| s.spawn(|| word.len()).unwrap().join_timeout(minute).ok());
+    /// assert_eq!(joined.unwrap().unwrap(), 8);
+    /// ```
     pub fn join_timeout(self, d: Duration) -> Result<Outcome<T>, Self> {
         self.0.join_timeout(d).map_err(ScopedJoinHandle)
     }

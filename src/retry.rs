@@ -41,6 +41,12 @@ impl Default for RetryPolicy {
 impl RetryPolicy {
     /// Every step is tried once. The analysis then makes no call that could create a task, and a
     /// cause that needs a second refusal for its proof is inferred only.
+    ///
+    /// ```
+    /// use nptl::{Builder, RetryPolicy};
+    /// let impossible = Builder::new().retry(RetryPolicy::never()).stack_size(1 << 60);
+    /// assert_eq!(impossible.spawn(|| ()).unwrap_err().attempts(), 1);
+    /// ```
     pub fn never() -> RetryPolicy {
         RetryPolicy {
             within: Duration::ZERO,
@@ -50,6 +56,13 @@ impl RetryPolicy {
 
     /// Every refusal is tried again until `limit` has passed, except what no waiting can change: an
     /// invalid attribute, an unsupported C library.
+    ///
+    /// ```
+    /// use nptl::{Builder, RetryPolicy};
+    /// let second = std::time::Duration::from_secs(1);
+    /// Builder::new().retry(RetryPolicy::within(second)).spawn(|| ())?.join().unwrap();
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn within(limit: Duration) -> RetryPolicy {
         RetryPolicy {
             within: limit,

@@ -68,6 +68,11 @@ pub enum Phase {
 
 impl Phase {
     /// Whether the crate allocates or frees in this phase.
+    ///
+    /// ```
+    /// use nptl::seccomp::Phase;
+    /// assert!(Phase::Spawn.uses_heap() && !Phase::End.uses_heap());
+    /// ```
     pub const fn uses_heap(self) -> bool {
         matches!(
             self,
@@ -91,6 +96,11 @@ pub struct SystemCall {
 }
 
 /// The calls of some phases. A call that two of them make comes twice.
+///
+/// ```
+/// use nptl::seccomp::{Phase, calls};
+/// assert!(calls([Phase::HighWaterMark]).map(|call| call.name).eq(["mincore"]));
+/// ```
 pub fn calls<const N: usize>(phases: [Phase; N]) -> impl Iterator<Item = &'static SystemCall> {
     CALLS
         .iter()

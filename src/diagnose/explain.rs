@@ -21,31 +21,59 @@ pub struct Explanation {
 
 impl Explanation {
     /// The errno that was to be explained.
+    ///
+    /// ```
+    /// assert_eq!(nptl::explain(libc::EAGAIN).errno(), libc::EAGAIN);
+    /// ```
     pub fn errno(&self) -> Errno {
         self.errno
     }
 
     /// What refuses a task now, with the values that show it.
+    ///
+    /// ```
+    /// println!("{}", nptl::explain(libc::EAGAIN).cause());
+    /// ```
     pub fn cause(&self) -> &Cause {
         &self.verdict.cause
     }
 
     /// How sure the cause is: [`Certainty::Inferred`] or [`Certainty::Unknown`].
+    ///
+    /// ```
+    /// assert_ne!(nptl::explain(libc::EAGAIN).certainty(), nptl::Certainty::Proven);
+    /// ```
     pub fn certainty(&self) -> Certainty {
         self.verdict.certainty
     }
 
     /// What else it could be.
+    ///
+    /// ```
+    /// for cause in nptl::explain(libc::EAGAIN).alternatives() {
+    ///     println!("or {cause}");
+    /// }
+    /// ```
     pub fn alternatives(&self) -> Causes {
         self.verdict.alternatives
     }
 
     /// Whether the obstacle can be gone by itself within milliseconds.
+    ///
+    /// ```
+    /// if nptl::explain(libc::EAGAIN).is_transient() {
+    ///     println!("try again in some milliseconds");
+    /// }
+    /// ```
     pub fn is_transient(&self) -> bool {
         self.verdict.transient
     }
 
     /// Several lines: errno, cause, the evidence and the files it was read from, and what to change.
+    ///
+    /// ```
+    /// println!("{}", nptl::explain(libc::EAGAIN).report());
+    /// ```
     pub fn report(&self) -> impl fmt::Display + '_ {
         ExplanationReport(self)
     }

@@ -136,21 +136,45 @@ impl InlinePath {
     }
 
     /// The bytes that are kept.
+    ///
+    /// ```
+    /// fn is_below(path: &nptl::diagnose::InlinePath, root: &[u8]) -> bool {
+    ///     path.as_bytes().starts_with(root)
+    /// }
+    /// ```
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
     }
 
     /// The path, or `None` if it is not known, was cut, or is not UTF-8.
+    ///
+    /// ```
+    /// fn show(path: &nptl::diagnose::InlinePath) -> &str {
+    ///     path.to_str().unwrap_or("(not known)")
+    /// }
+    /// ```
     pub fn to_str(&self) -> Option<&str> {
         self.0.to_str()
     }
 
     /// Whether the path is not known, or not visible to this process.
+    ///
+    /// ```
+    /// fn is_known(path: &nptl::diagnose::InlinePath) -> bool {
+    ///     !path.is_empty()
+    /// }
+    /// ```
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// Whether the real path is longer.
+    ///
+    /// ```
+    /// fn can_be_opened(path: &nptl::diagnose::InlinePath) -> bool {
+    ///     !path.is_empty() && !path.is_truncated()
+    /// }
+    /// ```
     pub fn is_truncated(&self) -> bool {
         self.0.is_truncated()
     }

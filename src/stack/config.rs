@@ -49,6 +49,13 @@ impl StackCacheConfig {
     };
 
     /// A cache that keeps nothing: every stack is mapped for its thread and unmapped after it.
+    ///
+    /// ```
+    /// let cache = nptl::StackCache::new(nptl::StackCacheConfig::disabled());
+    /// nptl::Builder::new().stack_cache(&cache).spawn(|| ())?.join().unwrap();
+    /// assert_eq!(cache.stats().mapped_stacks, 0);
+    /// # Ok::<(), nptl::SpawnError>(())
+    /// ```
     pub fn disabled() -> Self {
         StackCacheConfig {
             enabled: false,
@@ -61,6 +68,11 @@ impl StackCacheConfig {
     /// or not: 24 to 32 KiB more. Then the coldest are measured with mincore(2) and count with what is resident, often
     /// a fifth of that, before any is unmapped. The rest of its address space does not count. A stack that could
     /// exceed the budget alone is not kept.
+    ///
+    /// ```
+    /// let small = nptl::StackCacheConfig::default().resident_budget(1 << 20);
+    /// nptl::StackCache::global().set_config(small);
+    /// ```
     pub fn resident_budget(self, bytes: usize) -> Self {
         StackCacheConfig {
             resident_budget: bytes,
@@ -74,6 +86,11 @@ impl StackCacheConfig {
     /// least one page stays: the thread's last frames are in it.
     ///
     /// The join does that, or the thread as it ends if it has no handle.
+    ///
+    /// ```
+    /// let lean = nptl::StackCacheConfig::default().keep_resident(0);
+    /// nptl::StackCache::global().set_config(lean);
+    /// ```
     pub fn keep_resident(self, bytes: usize) -> Self {
         StackCacheConfig {
             keep_resident: bytes,
@@ -99,6 +116,12 @@ impl StackCacheConfig {
     ///
     /// The price is one madvise(2) for each thread, and a page fault for each page that it touches, which a
     /// warm stack does not have: where spawn and join of an empty thread took 35 µs, they take 43.
+    ///
+    /// ```
+    /// let zeroed = nptl::StackCacheConfig::default().zeroed(true);
+    /// let cache = nptl::StackCache::new(zeroed);
+    /// assert_eq!(cache.config(), zeroed);
+    /// ```
     pub fn zeroed(self, yes: bool) -> Self {
         StackCacheConfig {
             zeroed: yes,

@@ -82,6 +82,10 @@ macro_rules! causes {
             pub const ALL: [CauseKind; [$(CauseKind::$name),*].len()] = [$(CauseKind::$name),*];
 
             /// What an administrator calls it.
+            ///
+            /// ```
+            /// assert_eq!(nptl::diagnose::CauseKind::AddressSpace.title(), "RLIMIT_AS");
+            /// ```
             pub fn title(self) -> &'static str {
                 match self {
                     $(CauseKind::$name => $title,)*
@@ -91,6 +95,12 @@ macro_rules! causes {
 
         impl Cause {
             /// The name without the evidence.
+            ///
+            /// ```
+            /// use nptl::diagnose::CauseKind;
+            /// let refused = nptl::Builder::new().stack_size(usize::MAX).spawn(|| ()).unwrap_err();
+            /// assert_eq!(refused.cause().kind(), CauseKind::InvalidAttribute);
+            /// ```
             pub fn kind(&self) -> CauseKind {
                 match self {
                     $(Cause::$name(_) => CauseKind::$name,)*
@@ -215,16 +225,32 @@ impl Causes {
     pub(crate) const NONE: Causes = Causes(0);
 
     /// Whether a cause is in the set.
+    ///
+    /// ```
+    /// use nptl::diagnose::{CauseKind, Causes};
+    /// let set: Causes = [CauseKind::PidNumbers].into_iter().collect();
+    /// assert!(set.contains(CauseKind::PidNumbers));
+    /// ```
     pub fn contains(self, kind: CauseKind) -> bool {
         self.0 & (1 << kind as u32) != 0
     }
 
     /// Whether the set has no element.
+    ///
+    /// ```
+    /// assert!(nptl::diagnose::Causes::default().is_empty());
+    /// ```
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
 
     /// The elements, in the order of [`Cause`].
+    ///
+    /// ```
+    /// use nptl::diagnose::{CauseKind, Causes};
+    /// let set: Causes = [CauseKind::PidNumbers, CauseKind::Seccomp].into_iter().collect();
+    /// assert!(set.iter().eq([CauseKind::Seccomp, CauseKind::PidNumbers]));
+    /// ```
     pub fn iter(self) -> CausesIter {
         CausesIter(self)
     }
