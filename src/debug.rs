@@ -56,7 +56,7 @@ static DIRECTORY: Directory = Directory {
 };
 
 /// Called on the way of each refusal, so that a linker with `--gc-sections` keeps both statics: in Rust 1.88
-/// `#[used]` tells the compiler only.
+/// `#[used]` binds the compiler only.
 pub(crate) fn keep() {
     std::hint::black_box((&raw const SCRIPT, &raw const DIRECTORY));
 }

@@ -26,7 +26,7 @@ pub(crate) struct Refusal {
     pub(crate) call: Call,
     pub(crate) error: StepError,
     pub(crate) verdict: Verdict,
-    /// Usable bytes of stack that were asked for.
+    /// Usable bytes of stack that were requested.
     pub(crate) stack_size: usize,
     pub(crate) stack: StackOutcome,
     pub(crate) attempts: u32,

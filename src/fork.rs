@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 /// child gets no threads.
 static FORKING: [AtomicUsize; 64] = [const { AtomicUsize::new(0) }; 64];
 
-/// The handlers are registered. The page can still be refused, and is asked for again by the next spawn.
+/// The handlers are registered. The page can still be refused; the next spawn maps it then.
 static REGISTERED: AtomicBool = AtomicBool::new(false);
 
 /// The handlers are registered, and the page is there.
@@ -98,7 +98,7 @@ extern "C" fn in_parent() {
 
 extern "C" fn in_child() {
     notice_fork();
-    // Where the kernel does not wipe pages nothing else tells.
+    // Where the kernel does not wipe pages, this is the only notice.
     if is_forking(sys::thread_pointer()) {
         repair();
     }

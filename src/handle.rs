@@ -165,7 +165,7 @@ macro_rules! shared_methods {
         }
 
         /// The kernel's thread id (gettid(2)), as clone(2) returned it: valid as soon as spawn returns. After the
-        /// thread's end the kernel may give it to another thread; `kill`, `pidfd` and `cpu_time` know the difference.
+        /// thread's end the kernel may give it to another thread; `kill`, `pidfd` and `cpu_time` return ESRCH then.
         ///
         /// ```
         /// // SAFETY: gettid only returns a number.

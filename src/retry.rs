@@ -14,7 +14,7 @@ const PAUSE: Duration = Duration::from_micros(200);
 /// The default retries what can be transient, for at most 20 ms: threads that have ended but that
 /// the kernel has not yet reaped, a sibling thread inside execve(2), the moment between a thread's
 /// end and the release of its pid number. [`SpawnError::attempts`](crate::SpawnError::attempts)
-/// tells how often the refused call was made.
+/// counts the refused calls.
 ///
 /// ```
 /// use nptl::{Builder, RetryPolicy};

@@ -29,8 +29,8 @@ use crate::tcb::Runtime;
 use std::cell::Cell;
 use std::sync::atomic::{Ordering, fence};
 
-/// Sets what `settings` say, for the calling thread, which runs on `stack`. Nobody waits for it: without its name or its
-/// signal stack the thread runs, and an overflow dies without a report.
+/// Sets what `settings` say, for the calling thread, which runs on `stack`. No other thread waits for it. Where its name or
+/// its signal stack is refused the thread runs all the same, and an overflow of it ends the process without a report.
 fn apply(settings: &Settings, stack: &Stack) {
     if let Some(comm) = &settings.comm {
         // SAFETY: a NUL-terminated buffer of 16 bytes.
@@ -105,7 +105,7 @@ impl EntryPoint for Begin {
 /// # Safety
 /// Called once, by the thread whose message lies in `stack`, as the first thing that it does.
 unsafe fn live(stack: &'static Stack) -> &'static Runtime {
-    // SAFETY: this thread's own message, which it does not take before it ends. Without a message there is no thread to be: the creator always leaves one.
+    // SAFETY: this thread's own message, which it does not take before it ends. The creator always leaves one.
     let Some(start) = (unsafe { stack.start() }) else {
         sys::exit_thread()
     };

@@ -8,7 +8,7 @@ use std::os::fd::RawFd;
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
-    /// What the caller asked for was checked: sizes, names.
+    /// What the caller configured was checked: sizes, names.
     Attributes,
     /// glibc was examined: symbols, calibration, self-checks.
     Runtime,
@@ -91,7 +91,7 @@ pub(crate) enum Task {
     Process { copies: bool },
 }
 
-/// A refusal as the refused step states it; why it was refused is `diagnose`'s to find out.
+/// A refusal as the refused step states it; `diagnose` finds out why.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StepError {
     pub(crate) step: Step,

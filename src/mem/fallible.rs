@@ -1,4 +1,4 @@
-//! Heap memory that may be refused: a process at RLIMIT_AS or RLIMIT_DATA is told so by an error, where
+//! Heap memory that may be refused: a process at RLIMIT_AS or RLIMIT_DATA gets an error, where
 //! std's `Box` and `Arc` would abort it.
 
 use std::alloc::Layout;

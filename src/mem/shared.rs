@@ -41,8 +41,8 @@ impl Drop for Memory {
     }
 }
 
-// SAFETY: whoever holds a reference can reach the value, beside others, and can be the one that drops it: hence both
-// bounds.
+// SAFETY: a thread with a reference can reach the value, beside others (Sync), and can be the one that drops it
+// (Send).
 unsafe impl<T: Send + Sync + ?Sized> Send for Shared<T> {}
 // SAFETY: cloning through a shared reference and dropping the clone elsewhere is what `Send` above allows.
 unsafe impl<T: Send + Sync + ?Sized> Sync for Shared<T> {}
@@ -135,7 +135,7 @@ impl<T: ?Sized> Shared<T> {
     }
 
     /// Drops the reference, and the value if it was the last one. The memory is the caller's then: a thread that
-    /// frees for the first time in its life makes malloc ask the kernel for memory to keep what is freed there,
+    /// frees for the first time in its life makes malloc map memory to keep what is freed there,
     /// which a filter in the thread may deny (A8).
     pub(crate) fn leave(self) -> Option<Memory> {
         let shared = ManuallyDrop::new(self);

@@ -150,16 +150,16 @@ fn instances() -> impl Iterator<Item = &'static Instance> {
 ///
 /// # Size classes
 /// A cached stack serves every request of its class, so each is mapped as large as its class:
-/// [`StackInfo`](crate::StackInfo) tells the size.
+/// [`StackInfo`](crate::StackInfo) has the size.
 ///
-/// - A stack of up to 8 pages (16 KiB is the least), or of a power of two, has just the size asked for. Between two
+/// - A stack of up to 8 pages (16 KiB is the least), or of a power of two, has just the requested size. Between two
 ///   powers of two there are three sizes more, at equal distances, and a stack gets the next of them: less than a
-///   quarter more than asked for.
+///   quarter more than requested.
 /// - A guard of no page or one (the default) is exact; one of 2 to 16 pages gets 16.
-/// - A stack over 2<sup>18</sup> pages (1 GiB with pages of 4 KiB) or a guard over 16 is mapped as asked
-///   for, and unmapped when its thread has ended.
+/// - A stack over 2<sup>18</sup> pages (1 GiB with pages of 4 KiB) or a guard over 16 is mapped as
+///   requested, and unmapped when its thread has ended.
 ///
-/// What is mapped beyond the request is address space that no one touches, not memory.
+/// What is mapped beyond the request is address space that is never touched, not memory.
 ///
 /// ```
 /// use nptl::{Builder, StackCache, StackCacheConfig};
@@ -545,7 +545,7 @@ pub(super) struct Eviction {
     unmapped: usize,
     /// munmap was refused.
     refused: usize,
-    /// The stack asked about was unmapped.
+    /// The stack in question was unmapped.
     pub(super) found: bool,
 }
 
@@ -628,13 +628,13 @@ pub(crate) unsafe fn repair_after_fork(bare: bool) {
         if !is_own(stack) {
             stack.forget_thread();
         } else if let Some(runtime) = Runtime::existing() {
-            // SAFETY: the descriptor of the thread that forked, which nobody else knows in this process.
+            // SAFETY: the descriptor of the thread that forked, which no other thread of this process uses.
             unsafe { runtime.forget_senders(stack.block.thread_pointer()) };
             #[cfg(feature = "interpose")]
             stack.forget_joiner();
         }
     }
-    // SAFETY: a forked child, where no other thread uses the crate: whoever holds either is of the parent.
+    // SAFETY: a forked child, where no other thread uses the crate: a thread that holds one of them is the parent's.
     unsafe {
         record::SPARE.reset();
         CAPS.reset();

@@ -1,4 +1,4 @@
-//! What a caller tells a [`StackCache`](crate::StackCache), and what it says of itself.
+//! What a caller configures of a [`StackCache`](crate::StackCache), and its statistics.
 
 use super::ledger::Stats;
 use crate::sys::page_size;
@@ -17,7 +17,7 @@ const DEFAULT_KEEP: usize = 32 << 10;
 /// keep at most an eighth of it. Where guards are mappings of their own (before Linux 6.13, or in memory
 /// locked by mlockall(2)), all caches together keep at most so many stacks that these and their guards are
 /// a quarter of `vm.max_map_count`, which is read once, with the first such guard. Each cache gets an equal part
-/// of it. RLIMIT_AS is asked for again where a cache that keeps anything maps a stack, and at every 16th reuse of
+/// of it. RLIMIT_AS is read again where a cache that keeps anything maps a stack, and at every 16th reuse of
 /// one.
 ///
 /// ```
@@ -152,7 +152,7 @@ pub struct StackCacheStats {
     /// Memory of those, in bytes, at most: what may be resident is counted as resident, except for stacks that were
     /// measured because the budget was reached.
     pub cached_resident_bytes: usize,
-    /// Stacks of threads that run, that end, or that nobody has joined, and the few that are on
+    /// Stacks of threads that run, that end, or that are not joined yet, and the few that are on
     /// their way back to the kernel.
     pub live_stacks: usize,
     /// All of them.

@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 pub struct StackInfo {
     /// Lowest usable address.
     pub base: usize,
-    /// Usable bytes, from `base` to the initial stack pointer: what was asked for, rounded up to
+    /// Usable bytes, from `base` to the initial stack pointer: what was requested, rounded up to
     /// the cache's size class.
     pub size: usize,
     /// Bytes of guard below `base`.
@@ -63,7 +63,7 @@ impl Stack {
     }
 }
 
-/// Calls `f` with the address of each resident page of a range, as mincore(2) tells, until it breaks off. In pieces, so
+/// Calls `f` with the address of each resident page of a range, as mincore(2) reports it, until `f` breaks off. In pieces, so
 /// that a large range needs no large buffer.
 fn resident_pages(
     mut at: usize,

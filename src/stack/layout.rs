@@ -22,7 +22,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// None: the sizes overflow the address space.
+    /// Returns `None` if the sizes overflow the address space.
     pub(crate) fn new(runtime: &Runtime, stack: usize, guard: usize) -> Option<Layout> {
         let page = page_size();
         let layout = Layout {
@@ -46,7 +46,7 @@ impl Layout {
     }
 }
 
-/// Room for the signal frame (which grows with the vector registers; the kernel tells its size)
+/// Room for the signal frame (which grows with the vector registers; the kernel reports its size)
 /// and for the overflow report. Untouched, and so without cost, until an overflow happens.
 fn signal_stack_size(page: usize) -> usize {
     const HANDLER: usize = 12 * 1024;

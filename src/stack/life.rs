@@ -17,7 +17,7 @@ impl Stack {
         self.is_released()
     }
 
-    /// Waits until the kernel has let go, at most `timeout`. True: it has.
+    /// Waits until the kernel has cleared the tid word, for at most `timeout`. Returns `true` if it has.
     ///
     /// Plain FUTEX_WAIT: the kernel's wake of a cleared tid word is a shared one and wakes one
     /// waiter, which is all there can be, because joining consumes the only handle (G14).
@@ -87,8 +87,8 @@ impl Stack {
         self.with_tid(|| sys::cpu_time(tid))
     }
 
-    /// Whether the calling thread runs on this stack. Said by the thread pointer, which nobody else has while there is a
-    /// handle, and which a forked child's thread keeps.
+    /// Whether the calling thread runs on this stack. Shown by the thread pointer: while there is a handle no other thread has
+    /// it, and a forked child's thread keeps it.
     pub(crate) fn is_current(&self) -> bool {
         self.block.thread_pointer() == sys::thread_pointer()
     }
@@ -118,7 +118,7 @@ impl Stack {
         sys::lll_unlock(&self.signal_lock);
     }
 
-    /// `from` becomes `to`; what it was otherwise.
+    /// Changes `from` to `to`. Returns `true` if it was `from`.
     #[inline(always)]
     pub(crate) fn change_life(&self, from: Life, to: Life) -> bool {
         self.life

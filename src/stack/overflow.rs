@@ -1,8 +1,8 @@
 //! Reports of stack overflows, as std makes them, for threads of this crate.
 //!
-//! The handler runs on a signal stack in the thread's own mapping and tells a hit on the thread's guard from any
-//! other fault. Any other fault goes to the handler that was there before, which runs with the mask and the flags
-//! that it asked for, and on the stack on which it would have run without this one.
+//! The handler runs on a signal stack in the thread's own mapping and reports a hit on the thread's guard. Any
+//! other fault goes to the handler that was there before, which runs with the mask and the flags
+//! that it was installed with, and on the stack on which it would have run without this one.
 
 use super::record::{RECORDS, Stack};
 use crate::mem::text::Text;
@@ -134,7 +134,7 @@ impl Faults for Overflows {
         let previous = &PREVIOUS[usize::from(signal == SIGNALS[1])];
         let flags = previous.1.load(Ordering::Acquire) as libc::c_int;
         match previous.0.load(Ordering::Relaxed) {
-            // The kernel lets nobody ignore a fault.
+            // The kernel does not let a program ignore a fault.
             libc::SIG_IGN if sent => RETURN,
             libc::SIG_DFL | libc::SIG_IGN => {
                 use_default_action(signal, sent);
@@ -209,7 +209,7 @@ fn report(stack: &Stack) -> ! {
     unsafe { libc::abort() }
 }
 
-/// Writes to stderr and empties the line. A failed write has nobody to be told.
+/// Writes to stderr and empties the line. A failed write cannot be reported.
 fn print(line: &mut Text<512>) {
     let text = line.as_bytes();
     // SAFETY: a valid buffer of that length.

@@ -259,7 +259,7 @@ impl Stack {
             .store(std::ptr::from_ref(tid).cast_mut(), Ordering::Relaxed);
     }
 
-    /// Gives the memory back to the kernel. False: munmap was refused, the stack is whole, but empty.
+    /// Gives the memory back to the kernel. Returns `false` if munmap was refused; then the stack is whole, but empty.
     ///
     /// # Safety
     /// The stack is idle and the caller its only owner.
@@ -328,7 +328,7 @@ impl Stack {
         unsafe { self.tid.load(Ordering::Relaxed).as_ref() }
     }
 
-    /// The kernel has cleared the tid word (A2), or there was no thread.
+    /// Whether the kernel has cleared the tid word (A2), or there was no thread.
     pub(crate) fn is_released(&self) -> bool {
         self.tid_word()
             .is_none_or(|word| word.load(Ordering::Acquire) == 0)

@@ -38,7 +38,7 @@ impl Latch {
         self.running.load(Ordering::Acquire) & !WAITED
     }
 
-    /// A thread panicked, and its handle did not take the panic.
+    /// A thread panicked, and its handle did not return the panic.
     pub(crate) fn note_panic(&self) {
         self.panicked.store(true, Ordering::Relaxed);
     }

@@ -2,8 +2,8 @@
 //!
 //! One word lies in a page that the kernel zeroes in the child of a fork (`MADV_WIPEONFORK`, Linux 4.14). Every public
 //! call looks at it before it touches anything that another thread of the parent can have left half-way. The first one
-//! to find it wiped repairs the child, whoever that is: an application's atfork handler that runs before the crate's
-//! own, the crate's own, or any later call.
+//! to find it wiped repairs the child. That can be an application's atfork handler that runs before the crate's own,
+//! the crate's own, or any later call.
 //!
 //! ```text
 //!  WIPED ──► UNDER_WAY ──► WHOLE ──(fork, in the child)──► WIPED
@@ -80,7 +80,7 @@ pub(crate) fn is_watched() -> bool {
 }
 
 /// Has the kernel mark children of this process, in which `repair` then runs once. Where it cannot (before Linux 4.14,
-/// or a filter), only an atfork handler can tell.
+/// or a filter), only an atfork handler notices.
 ///
 /// # Errors
 /// The errno of mmap(2), for a page.

@@ -31,7 +31,7 @@ pub(crate) struct CloneRequest {
     pub stack_size: usize,
     /// The thread pointer of a complete TLS block.
     pub thread_pointer: usize,
-    /// Set to the thread id before the thread runs, cleared and woken when the kernel has let go.
+    /// Set to the thread id before the thread runs, cleared, and its waiter woken, when the kernel no longer uses the stack.
     pub tid: *mut pid_t,
     /// The argument of [`EntryPoint::main`].
     pub start: *mut c_void,
@@ -45,8 +45,8 @@ static NO_CLONE3: AtomicBool = AtomicBool::new(false);
 
 /// Makes the thread. Prefers clone3 (under shadow stacks the kernel needs the stack's size), and
 /// falls back to clone on ENOSYS and on EPERM: Docker's old seccomp profile answers EPERM to every
-/// clone3, and with exactly [`FLAGS`] the kernel itself has no EPERM to give, so whoever said so
-/// was a filter or an LSM, and clone's own answer is then the one to report. clone knows no cgroup, so there is no fallback
+/// clone3, and with exactly [`FLAGS`] the kernel itself has no EPERM to give: it comes from
+/// a filter or an LSM, and clone's own answer is then the one to report. clone knows no cgroup, so there is no fallback
 /// for a thread that is made in one.
 ///
 /// # Safety

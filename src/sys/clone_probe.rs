@@ -1,11 +1,11 @@
 //! Calls of clone and clone3 that the kernel always refuses.
 //!
 //! Each one stops at a known place inside the kernel's `copy_process`, so that its errno tells how far a
-//! clone gets at this moment. None of them asks for a new address space or a new parent, and each is refused
+//! clone gets at this moment. None of them requests a new address space or a new parent, and each is refused
 //! before the new task could be seen or run.
 //!
 //! Why the flags differ from the usual probes in two places: leaving out `CLONE_FS` skips `copy_fs`, the
-//! only check that a sibling inside execve fails, so asking with and without it singles that cause out. And
+//! only check that a sibling inside execve fails, so a probe with it and one without it single that cause out. And
 //! the legacy probe keeps the caller's own flags, because system-call filters compare flags: a thread pointer
 //! outside user space is refused by the kernel (EPERM, `copy_thread`) and looked at by no filter.
 
@@ -89,7 +89,7 @@ unsafe fn refused(number: libc::c_long, arguments: [usize; 5]) -> Result<(), Err
 
 fn clone3(flags: u64, bad_number: bool) -> Result<(), Errno> {
     let zero: [libc::pid_t; 1] = [0];
-    // SAFETY: `clone_args` is plain numbers; zero means "not asked for" in each.
+    // SAFETY: `clone_args` is plain numbers; zero means "not requested" in each.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = flags;
     args.stack = spare_stack() as u64;
@@ -169,7 +169,7 @@ pub(crate) fn repeat(call: CloneCall) -> Result<(), Errno> {
     TID.store(UNSET, Ordering::Relaxed);
     let word = TID.as_ptr().expose_provenance();
     let tls = super::arch::thread_pointer();
-    // SAFETY: `clone_args` is plain numbers; zero means "not asked for" in each.
+    // SAFETY: `clone_args` is plain numbers; zero means "not requested" in each.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = super::clone::FLAGS;
     args.stack = spare_stack() as u64;

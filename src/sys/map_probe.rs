@@ -1,8 +1,8 @@
-//! Mappings that ask how far mmap gets, each refused by the kernel or undone at once.
+//! Mappings that probe how far mmap gets, each refused by the kernel or undone at once.
 //!
 //! The kernel's order is: number of mappings, free addresses, locked memory, then RLIMIT_AS, RLIMIT_DATA and
-//! the commit limit. The first two questions below are always refused, and by which check tells which of the
-//! early ones would have let a mapping pass.
+//! the commit limit. The first two probes below are always refused; the errno says which of the
+//! early checks would have let a mapping pass.
 
 use std::ptr;
 
@@ -12,7 +12,7 @@ use libc::{
     PROT_NONE, PROT_READ, PROT_WRITE, c_int,
 };
 
-/// What is asked of mmap.
+/// Which checks of mmap are probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Question {
     /// A page that is in use already: EEXIST, or ENOMEM when the process has more mappings than `vm.max_map_count`.

@@ -60,7 +60,7 @@ impl Signals {
         }
     }
 
-    /// The mask of a new thread's closure: the creator's, or the one that was asked for; never with SIGCANCEL and
+    /// The mask of a new thread's closure: the creator's, or the one that was configured; never with SIGCANCEL and
     /// SIGSETXID (G4).
     pub(crate) fn of_thread(&self, blocked: Option<KernelSigSet>) -> KernelSigSet {
         blocked.unwrap_or(self.old) & APPLICATION

@@ -14,7 +14,7 @@ pub(crate) enum RuntimeError {
         step: Step,
         /// The raw errno, before glibc folds it.
         errno: Errno,
-        /// The bytes asked for, where memory was refused.
+        /// The bytes that were requested, where memory was refused.
         bytes: usize,
     },
 }

@@ -41,7 +41,7 @@ pub(crate) struct Tally {
     /// Bytes of address space.
     pub(crate) bytes: usize,
     /// Bytes of memory, by [`Entry::resident`] or [`Entry::measure`]; 0 while live, since only the thread itself could
-    /// tell.
+    /// know.
     pub(crate) resident: usize,
 }
 
@@ -84,7 +84,7 @@ impl Tally {
 pub(crate) struct Stats {
     /// In use by a thread, by one about to start or by one not yet joined.
     pub(crate) live: Tally,
-    /// Given back; the kernel had not let go when last looked.
+    /// Given back; the kernel had not cleared the tid word when it was last read.
     pub(crate) pending: Tally,
     /// Ready to be taken. Only this counts against the budget.
     pub(crate) cached: Tally,

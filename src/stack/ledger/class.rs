@@ -1,7 +1,7 @@
 //! Size classes: which cached stack serves which request.
 //!
 //! A cached stack serves every request of its class, so no search is needed. The price is address space, less than a
-//! quarter of the requested stack and at most 14 pages of guard, as `StackCache` tells its users. Sizes are counted in
+//! quarter of the requested stack and at most 14 pages of guard, as `StackCache` documents. Sizes are counted in
 //! usable pages, without guard, TLS block and signal stack, so that the common ones (16 KiB, 64 KiB, 256 KiB, 1 MiB,
 //! 2 MiB, 8 MiB) are classes of their own and waste nothing.
 //!
@@ -43,7 +43,7 @@ pub(crate) struct Fit {
 }
 
 /// The class of a stack of `usable` bytes with a guard of `guard` bytes, both rounded up to whole
-/// pages of `page` bytes. `None`: no class, map exactly what was asked for.
+/// pages of `page` bytes. `None`: no class, map exactly what was requested.
 pub(crate) fn fit(usable: usize, guard: usize, page: usize) -> Option<Fit> {
     let pages = usable
         .checked_add(page.checked_sub(1)?)?

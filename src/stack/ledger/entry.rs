@@ -20,7 +20,7 @@ pub(crate) unsafe trait Entry: Sync + Sized + 'static {
     /// Bytes of address space, guard and TLS block included. Read when the stack is adopted.
     fn bytes(&self) -> usize;
 
-    /// Upper bound of the bytes that stay resident while nobody uses the stack. Read when it is
+    /// Upper bound of the bytes that stay resident while no thread uses the stack. Read when it is
     /// given back, and again when a failed munmap puts it back.
     fn resident(&self) -> usize;
 
@@ -104,7 +104,7 @@ impl<E> Links<E> {
     }
 }
 
-/// What the ledger knows of an entry. Sizes are kept, not asked for again, so that what is
+/// What the ledger knows of an entry. Sizes are kept, not read again, so that what is
 /// subtracted is what was added.
 #[derive(Clone, Copy)]
 pub(super) struct Details {

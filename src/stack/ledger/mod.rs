@@ -1,5 +1,5 @@
 //! The ledger of all stacks of one cache: which are in use, which wait for the kernel, which can be
-//! had.
+//! taken.
 //!
 //! It makes no system call but its lock's (and that only if the lock is contended) and [`Entry::measure`], allocates
 //! nothing and knows nothing of mappings, so that it can be checked alone (`tests/model/loom_ledger.rs`,
@@ -199,9 +199,9 @@ impl<E: Entry> Ledger<E> {
     /// Finds the stacks of detached threads that ended without giving them back (killed by a
     /// seccomp filter, or by a bare exit system call). O(live), a few per turn of the lock.
     ///
-    /// `unowned` is asked only about live stacks whose tid word the kernel has cleared. It answers true
+    /// `unowned` is called only for live stacks whose tid word the kernel has cleared. It returns `true`
     /// **once**, by an atomic change from "the thread itself will give its stack back" to anything
-    /// else: nobody can give it later, because that thread is gone, and it must not be found again
+    /// else: no thread gives it later, because that one is gone, and it must not be found again
     /// in its next life, before the next thread has started. `reap` gets each such stack before it
     /// can be taken, as its only owner and without the lock.
     pub(crate) fn sweep(
@@ -235,7 +235,7 @@ impl<E: Entry> Ledger<E> {
     }
 
     /// Moves every stack to `to`: for the end of a private cache's last handle, when detached
-    /// threads may still be on their way out. Nobody else may be using `self` (it stays correct,
+    /// threads may still be on their way out. No other thread may be using `self` (it stays correct,
     /// but could be left with a stack), and no stack is ever moved the other way, so that two locks
     /// are always taken in the same order. O(n), the locks are held for one stack at a time.
     pub(crate) fn hand_over<'to>(&self, to: &'to Self) -> Victims<'to, E> {
@@ -312,7 +312,7 @@ impl<E: Entry> Ledger<E> {
         entries: impl Iterator<Item = &'static E>,
         mut in_use: impl FnMut(&E) -> bool,
     ) {
-        // SAFETY: by the caller's promise whoever holds the lock is a thread of the parent.
+        // SAFETY: by the caller's promise a thread that holds the lock is one of the parent's.
         unsafe { self.lists.reset() };
         let mut lists = self.lists.lock();
         let counters = lists.stats;
@@ -323,7 +323,7 @@ impl<E: Entry> Ledger<E> {
         lists.stats.refused = counters.refused;
         for e in entries.filter(|e| self.owns(e)) {
             match e.links().state() {
-                // Another thread was mapping or unmapping it: mapped or not, nothing tells.
+                // Another thread was mapping or unmapping it: whether it is mapped is not known.
                 State::Gone | State::Unmapping => {
                     e.links().state.store(State::Gone as u8, Ordering::Relaxed);
                     e.links().owner.store(NOBODY, Ordering::Relaxed);

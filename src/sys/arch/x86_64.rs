@@ -203,7 +203,7 @@ pub(crate) fn thread_pointer() -> usize {
     pointer
 }
 
-/// The handler of SIGSEGV and SIGBUS. It asks [`Faults::decide`] and then jumps to the handler
+/// The handler of SIGSEGV and SIGBUS. It calls [`Faults::decide`] and then jumps to the handler
 /// that was there before, which finds the registers, the stack pointer and the return address that the kernel would
 /// have given to it. No frame of ours stays on the stack, and a shadow stack is as the kernel left it.
 ///

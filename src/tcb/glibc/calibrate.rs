@@ -31,7 +31,7 @@ use libc::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// In `flags` (ATTR_FLAG_SCHED_SET, _POLICY_SET): policy and priority are known, and the kernel is not asked.
+/// In `flags` (ATTR_FLAG_SCHED_SET, _POLICY_SET): policy and priority are known, and no system call is made for them.
 pub(super) const SCHEDULING_KNOWN: u32 = 0x20 | 0x40;
 
 /// `sizeof (struct robust_list_head)`: the list, the futex offset, the pending operation.
@@ -124,7 +124,7 @@ impl Descriptor {
     }
 
     /// # Safety
-    /// A field of the calling thread's, which gets its former value back before anybody else looks at it.
+    /// A field of the calling thread's, which gets its former value back before other code reads it.
     unsafe fn write<T>(self, at: usize, value: T) {
         if at.saturating_add(size_of::<T>()) <= self.size {
             // SAFETY: inside; the rest is the caller's promise.
@@ -150,7 +150,7 @@ struct CalibrationThread<'a> {
 /// The destructor of a key that is deleted in time.
 ///
 /// # Safety
-/// None is needed: it is the type that pthread_key_create(3) asks for.
+/// None is needed: it is the type that pthread_key_create(3) takes.
 unsafe extern "C" fn never_called(_: *mut c_void) {}
 
 /// # Safety
@@ -314,7 +314,7 @@ impl CalibrationThread<'_> {
         let set = this.half(flags) & !(SCHEDULING_KNOWN | REGISTERS_RSEQ);
         let known = set == ON_OWN_STACK;
         check(known, "flags before the first block of pthread keys")?;
-        // pthread_getschedparam asks the kernel and notes in `flags` that it has the answer: a stale note would answer
+        // pthread_getschedparam calls the kernel and notes in `flags` that it has the answer: a stale note would answer
         // for the next thread on this block.
         // SAFETY: two valid places.
         let asked = unsafe {
@@ -366,7 +366,7 @@ impl CalibrationThread<'_> {
         }
     }
 
-    /// pthread_getattr_np tells of both guard sizes and of the mark, if it does not fail for want of memory or because
+    /// pthread_getattr_np reads both guard sizes and the mark, if it does not fail for want of memory or because
     /// of a filter.
     ///
     /// # Safety
@@ -428,7 +428,7 @@ impl CalibrationThread<'_> {
         Ok((tpp, resolver))
     }
 
-    /// What a function leaves behind the resolver's state tells its word: those of getrandom, strsignal and strerror.
+    /// A function's word behind the resolver's state is found by what it writes there: those of getrandom, strsignal and strerror.
     fn buffers(&self, resolver: usize) -> Result<[Option<usize>; 3], RuntimeError> {
         let (this, start) = (self.descriptor, resolver + symbols::RESOLVER_SIZE);
         let mut tail = Tail {
@@ -506,7 +506,7 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
     // SAFETY: stack and subject outlive the thread, which is joined, or its stack is never unmapped.
     let ended = unsafe { run_to_the_end(&raw mut subject) }?;
     let Some((thread, result)) = ended else {
-        // Nobody knows when it ends, and until then it runs there.
+        // It is not known when it ends, and until then it runs there.
         std::mem::forget(stack);
         return Err(RuntimeError::Unsupported(JOIN));
     };
@@ -528,7 +528,7 @@ pub(super) fn calibrate(symbols: &Symbols) -> Result<(Offsets, ThreadList), Runt
     check(ended, CANCELHANDLING)?;
     let known = (this.word(offsets.result), result as usize) == (MAGIC, MAGIC);
     check(known, "result before the priority")?;
-    // Absent before 2.35: then pthread_kill asks the tid word, which we keep right.
+    // Absent before 2.35: then pthread_kill reads the tid word, which we keep right.
     offsets.exiting = offsets
         .exiting
         .filter(|exiting| this.read::<u8>(exiting.flag) == 1 && this.half(exiting.lock) == 0);
@@ -557,7 +557,7 @@ impl CalibrationThread<'_> {
 /// Starts the thread and joins it: its `pthread_t` and its result, or `None` if it cannot be joined.
 ///
 /// # Safety
-/// The subject and its stack are valid until the thread has ended, and nobody else uses the stack.
+/// The subject and its stack are valid until the thread has ended, and nothing else uses the stack.
 unsafe fn run_to_the_end(
     subject: *mut CalibrationThread<'_>,
 ) -> Result<Option<(libc::pthread_t, *mut c_void)>, RuntimeError> {

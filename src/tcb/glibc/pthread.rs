@@ -7,7 +7,7 @@ use libc::{c_int, c_void, pthread_attr_t, pthread_t};
 /// Creates a thread with the attributes that `set` sets, which returns 0 or an errno.
 ///
 /// # Safety
-/// `argument` is what `routine` asks for, and outlives the thread. The attributes are what the caller can answer for.
+/// `argument` satisfies the contract of `routine`, and outlives the thread. The attributes describe memory of the caller's.
 pub(super) unsafe fn create(
     symbols: &Symbols,
     routine: unsafe extern "C" fn(*mut c_void) -> *mut c_void,

@@ -169,7 +169,7 @@ impl Runtime {
             self.point_at_own(tp);
             *symbols::__h_errno_location() = 0;
             // Cancellation unwinds through Rust frames and aborts the process; a request stays
-            // pending instead, unless code in the thread asks for it.
+            // pending instead, unless code in the thread requests it.
             sys::pthread_setcancelstate(sys::PTHREAD_CANCEL_DISABLE, std::ptr::null_mut());
             // Until 2.35 the type is a field of its own, which no offset is known of.
             sys::pthread_setcanceltype(sys::PTHREAD_CANCEL_DEFERRED, std::ptr::null_mut());
@@ -250,7 +250,7 @@ impl Runtime {
     }
 
     /// Registers this thread's rseq area; where that is not wanted or refused, `sched_getcpu` and
-    /// friends learn from -2 that they must ask the kernel.
+    /// similar functions see from -2 that they must call the kernel.
     ///
     /// # Safety
     /// `tp` is the calling thread's own thread pointer.
@@ -282,7 +282,7 @@ impl Runtime {
     /// # Safety
     /// Called by an ending thread of this crate, with application signals still open.
     pub(crate) unsafe fn run_destructors(&self) {
-        // SAFETY: exported for exactly this moment of a thread's life; G8 asks for the second
+        // SAFETY: exported for exactly this moment of a thread's life; G8 demands the second
         // call, because key destructors can register new thread-local ones. Those can set keys
         // again, so that the two take turns until there is nothing to run.
         unsafe {
@@ -397,7 +397,7 @@ impl Runtime {
         u64::try_from(threads).unwrap_or(0)
     }
 
-    /// Tells glibc that this thread is about to end, as nptl's own threads do.
+    /// Marks this thread for glibc as about to end, as nptl's own threads do.
     ///
     /// - `pthread_kill` (2.35+) no longer uses the tid: it looks at `exiting` under `exit_lock` (G13).
     /// - A set-id broadcast no longer counts on the thread: it leaves out what is EXITING. One that had marked the
