@@ -39,7 +39,7 @@ fn bytes(text: &str) -> Result<usize, String> {
         .ok_or_else(|| "too large".to_owned())
 }
 
-/// One line of the table. `null` in JSON: it cannot be told; the largest number: there is no limit.
+/// One line of the table. `null` in JSON: it is not known; the largest number: there is no limit.
 #[derive(Serialize)]
 struct LimitRow {
     limit: String,
@@ -107,7 +107,7 @@ impl Table {
         for (row, cells) in self.limits.iter().zip(&cells) {
             line(cells, &row.source);
         }
-        println!("? cannot be told, - does not count for a new thread as things are");
+        println!("? not known, - does not count for a new thread as things are");
         match self
             .first
             .and_then(|(index, least, most)| Some((self.limits.get(index)?, least, most)))

@@ -5,7 +5,7 @@ nptl-stacks     every stack: address, size, cache, state, tid, name of its threa
 
 Embedded in the binary (.debug_gdb_scripts); gdb loads it where `auto-load safe-path` allows, or with
 `source gdb/nptl.py`. Needs neither debug information nor symbols: a section of its own holds the static
-that tells where all is.
+that has the addresses of the rest.
 """
 
 import re

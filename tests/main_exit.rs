@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use support::{case, program, report};
 
-const CASES: [&str; 5] = ["joined", "detached", "panicked", "died and buried", "std"];
+const CASES: [&str; 5] = ["joined", "detached", "panicked", "died and reaped", "std"];
 
 unsafe extern "C-unwind" {
     fn pthread_exit(result: *mut libc::c_void) -> !;
@@ -47,11 +47,11 @@ fn start(name: &str) {
             };
             nptl::spawn(work).expect("a thread").detach();
         }
-        "died and buried" => {
+        "died and reaped" => {
             // A joined thread that never counted itself out.
             // SAFETY: ends that thread alone.
             let work = || unsafe { libc::syscall(libc::SYS_exit, 0) };
-            // On a stack that nobody takes after it: reuse would count it out, too.
+            // On a stack that no thread takes after it: reuse would count it out, too.
             let cache = nptl::StackCache::new(nptl::StackCacheConfig::default());
             let builder = nptl::Builder::new().stack_cache(&cache);
             assert!(builder.spawn(work).expect("a thread").join().is_err());

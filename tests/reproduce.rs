@@ -43,7 +43,7 @@ fn check(test: &str, name: &str) {
                 _ => ROUNDS,
             };
             assert!(asked >= least as u64, "asked {asked} times only");
-            // Each answer may be that it cannot be told, but not all of them.
+            // Each answer may be that it is not known, but not all of them.
             let named = |answer: &scenarios::Reply| answer.cause == "SiblingExec";
             if name == "sibling-exec-no-retry" {
                 let count = outcome
@@ -451,7 +451,7 @@ fn a_guarded_value_comes_back_however_its_process_ends() {
     }
 }
 
-/// Set by SIGIO: somebody opens the file that is on lease, and waits for its holder.
+/// Set by SIGIO: another process opens the file that is on lease, and waits for its holder.
 static IS_WAITED_FOR: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn note_opening(_: libc::c_int) {
@@ -500,7 +500,7 @@ impl HeldExec {
         });
         let deadline = Instant::now() + Duration::from_secs(10);
         while !IS_WAITED_FOR.load(Ordering::Acquire) {
-            assert!(Instant::now() < deadline, "nobody opens the interpreter");
+            assert!(Instant::now() < deadline, "the interpreter is not opened");
             std::thread::yield_now();
         }
         Ok(HeldExec {
@@ -551,6 +551,6 @@ fn a_sibling_held_inside_execve_is_named_every_time() {
         }
     });
     held.release();
-    let thread = nptl::spawn(|| ()).expect("nobody is in the way");
+    let thread = nptl::spawn(|| ()).expect("no limit is in the way");
     thread.join().expect("its end");
 }

@@ -91,7 +91,7 @@ pub fn subjects(row: &Row) -> io::Result<Vec<Box<dyn Runner>>> {
     Ok(subjects)
 }
 
-/// The frame of an example's `main`: an error is a sentence for whoever typed the command, not its `Debug`,
+/// The frame of an example's `main`: an error is a sentence for the user who typed the command, not its `Debug`,
 /// and a reader that has seen enough (`| head`) ends the program, not a panic.
 pub fn exit_code(run: fn() -> Result<(), Box<dyn Error>>) -> ExitCode {
     // SAFETY: the default action is no handler.

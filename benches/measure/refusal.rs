@@ -1,4 +1,4 @@
-//! Which limit stopped a crowd, whoever started it: the kernel is asked the two halves of a thread's creation
+//! Which limit stopped a crowd, whichever library started it: the kernel is probed for the two halves of a thread's creation
 //! again, apart from each other, memory for a stack and a task.
 
 use std::fmt::Display;
@@ -118,7 +118,7 @@ impl Surroundings {
         format!("memory for a stack, neither vm.max_map_count nor RLIMIT_AS: {error}")
     }
 
-    /// How far a clone gets now tells which of the kernel's checks refused it.
+    /// How far a clone gets now shows which of the kernel's checks refused it.
     fn refused_task(&self) -> String {
         match (self.in_allocation, self.after_allocation) {
             (libc::EAGAIN, _) => match self.tasks.zip(self.threads_max) {
@@ -144,7 +144,7 @@ impl Surroundings {
                     .collect();
                 format!("pids.max of a cgroup{}", full.concat())
             }
-            _ => "unknown: the probes do not tell".to_owned(),
+            _ => "unknown: the probes do not show it".to_owned(),
         }
     }
 
@@ -226,7 +226,7 @@ fn map_stack(bytes: usize) -> io::Result<()> {
     if mapping == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: inside the mapping just made, which nobody else knows.
+    // SAFETY: inside the mapping just made, which only this code has.
     let result = match unsafe {
         libc::mprotect(
             mapping.byte_add(GUARD),

@@ -30,7 +30,7 @@ pub enum Workload {
     Contended,
     /// One thread with a name, an affinity, a mask and a setup, and its join.
     Settings,
-    /// Virtual CPUs that are created, set up, let go together, and joined.
+    /// Virtual CPUs that are created, set up, started together, and joined.
     Gate,
     /// Hot beside parked threads of the same subject.
     Live,

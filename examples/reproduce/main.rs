@@ -112,7 +112,7 @@ fn main() -> ExitCode {
     };
     if arguments.list {
         return match list(&chosen) {
-            // Whoever reads has seen enough.
+            // The reader has seen enough.
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 eprintln!("{error}");
                 ExitCode::FAILURE

@@ -6,7 +6,7 @@ use memmap2::MmapMut;
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
-/// 16-bit code for 0x1000: writes its letter to the serial port, computes until it is let go, writes it again, halts.
+/// 16-bit code for 0x1000: writes its letter to the serial port, computes until the host continues it, writes it again, halts.
 const PROGRAM: [u8; 13] = [
     0xba, 0xf8, 0x03, // mov dx, 0x3f8
     0xee, //             out dx, al

@@ -24,7 +24,7 @@ impl Random {
 static CHECKED: AtomicUsize = AtomicUsize::new(0);
 static WRONG: AtomicUsize = AtomicUsize::new(0);
 
-/// The lowest usable address of the calling thread's stack, as glibc tells it.
+/// The lowest usable address of the calling thread's stack, as glibc reports it.
 fn lowest_address() -> usize {
     // SAFETY: the attributes are initialised by the first call, read, and destroyed.
     unsafe {

@@ -25,7 +25,7 @@ fn touch(bytes: usize) {
     black_box(&page);
 }
 
-/// A thread that has used its stack, and ends when told.
+/// A thread that has used its stack, and ends on a signal of the test.
 fn deep() -> (JoinHandle<()>, Sender<()>) {
     let (end, wait) = channel::<()>();
     let body = move || {

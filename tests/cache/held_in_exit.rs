@@ -1,4 +1,4 @@
-//! A2: a stack is neither handed out nor unmapped before the kernel has let go of its
+//! A2: a stack is neither handed out nor unmapped before the kernel has cleared its
 //! thread. The order is forced: exit(2) is held at its entry (seccomp's user notification), so that the
 //! thread has given its stack back, is off every list, and still stands on it.
 
@@ -107,7 +107,7 @@ fn a_detached_stack_waits_for_the_kernel() {
     );
 }
 
-/// A cache that keeps nothing unmaps it, once the kernel has let go and somebody looks.
+/// A cache that keeps nothing unmaps it, once the kernel has cleared the tid word and a later call sees it.
 #[test]
 fn a_disabled_cache_waits_as_well() {
     alone("held_in_exit::a_disabled_cache_waits_as_well", |warden| {

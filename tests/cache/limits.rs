@@ -26,7 +26,7 @@ fn status(field: &str) -> u64 {
 
 /// Maps and unmaps: whether the program can have so much address space now.
 fn can_map(bytes: usize) -> bool {
-    // SAFETY: a new mapping that nobody uses, and its end.
+    // SAFETY: a new mapping that is not in use, and its end.
     unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let start = libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0);
@@ -68,7 +68,7 @@ fn cached_stacks_keep_to_their_share_of_rlimit_as() {
             burst(&builder, 64);
             assert_eq!(cache.stats().cached_stacks, 64);
 
-            // Lowered again, while the cache is full: whoever maps next makes it fit, in every cache.
+            // Lowered again, while the cache is full: the next thread that maps makes it fit, in every cache.
             set_rlimit(libc::RLIMIT_AS, LIMIT as u64);
             assert!(cached() > share);
             Builder::new().spawn(|| ()).unwrap().join().unwrap();
@@ -210,7 +210,7 @@ fn stacks_are_given_back_before_a_guard_is_refused() {
 }
 
 /// Where not even munmap is granted, because another thread took the last mapping: the stack without a guard
-/// is accounted for, serves nobody, and goes with the next call that unmaps.
+/// is accounted for, is never handed out, and goes with the next call that unmaps.
 #[test]
 fn a_stack_without_a_guard_that_cannot_go_is_not_lost() {
     const NAME: &str = "limits::a_stack_without_a_guard_that_cannot_go_is_not_lost";
@@ -248,7 +248,7 @@ fn a_stack_without_a_guard_that_cannot_go_is_not_lost() {
                 let stats = cache.stats();
                 let counts = (stats.mapped_stacks, stats.live_stacks, stats.cached_stacks);
                 assert_eq!(counts, (1, 1, 0));
-                // It is for nobody: the next thread gets another one, with a guard.
+                // It is never handed out: the next thread gets another one, with a guard.
                 let misses = stats.misses;
                 let handle = builder.spawn(|| ()).expect("a thread");
                 assert_eq!(cache.stats().misses, misses + 1);

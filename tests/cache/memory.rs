@@ -295,7 +295,7 @@ fn no_heap_is_lost_however_stacks_come_and_go() {
                 cache.clear();
             }
             drop((cache, builder));
-            // Whoever still runs has a handle of the private cache; the last one hands it over. Rounds
+            // Each thread that still runs has a handle of the private cache; the last one hands it over. Rounds
             // that overlap would have more heap caches than one.
             while std::fs::read_dir("/proc/self/task").expect("tasks").count() > 2 {
                 std::thread::yield_now();
@@ -509,7 +509,7 @@ fn a_short_text_of_strsignal_is_not_overwritten() {
     assert_eq!(output.get("checked"), Some("true"), "{output}");
 }
 
-/// Threads that outlive their private cache give their stacks to the global one, which nobody else uses here. They must
+/// Threads that outlive their private cache give their stacks to the global one, which no other thread uses here. They must
 /// not wait there for a call that never comes.
 #[test]
 fn stacks_of_dropped_caches_do_not_pile_up() {

@@ -148,7 +148,7 @@ fn next_thread_finds(cache: &StackCache, builder: &Builder, end: ThreadEnd) -> (
     match end {
         ThreadEnd::Detached | ThreadEnd::DetachedExit => {
             first.detach();
-            // It counts as live until the kernel has let go of it and somebody has seen that.
+            // It counts as live until the kernel has cleared its tid word and a later call has seen that.
             while cache.stats().live_stacks > 0 {
                 cache.trim(usize::MAX);
                 std::thread::yield_now();
@@ -161,14 +161,14 @@ fn next_thread_finds(cache: &StackCache, builder: &Builder, end: ThreadEnd) -> (
 }
 
 fn look_again(builder: &Builder, base: usize) -> (StackInfo, Found) {
-    let (tell, know) = channel();
+    let (sender, receiver) = channel();
     let second = builder
         .clone()
-        .spawn(move || look(know.recv().expect("sent")));
+        .spawn(move || look(receiver.recv().expect("sent")));
     let second = second.expect("a thread");
     let stack = second.stack();
     assert_eq!(stack.base, base, "not the same stack");
-    tell.send(stack).expect("it waits");
+    sender.send(stack).expect("it waits");
     (stack, second.join().expect("its end"))
 }
 

@@ -64,7 +64,7 @@ fn threads_leave_nothing_behind() {
     spawn_and_join(COUNT as usize);
     let growth = malloc_in_use() - in_use;
     assert!(growth <= COUNT, "{growth} bytes of malloc in use");
-    // The kernel counts the last thread for a moment after it has let go of its stack.
+    // The kernel counts the last thread for a moment after it has cleared the tid word.
     wait_until("the last thread is gone", || {
         Snapshot::take().kernel_threads <= before.kernel_threads
     });

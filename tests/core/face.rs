@@ -21,23 +21,23 @@ fn text(payload: Box<dyn Any + Send>) -> String {
 fn with_own_handle<T: Send + 'static>(
     body: impl FnOnce(JoinHandle<()>) -> T + Send + 'static,
 ) -> T {
-    let ((give, take), (tell, told)) = (channel(), channel());
-    let handle = nptl::spawn(move || tell.send(body(take.recv().unwrap())).unwrap()).unwrap();
+    let ((give, take), (sender, receiver)) = (channel(), channel());
+    let handle = nptl::spawn(move || sender.send(body(take.recv().unwrap())).unwrap()).unwrap();
     give.send(handle).unwrap();
-    let answer = told.recv_timeout(Duration::from_secs(60));
+    let answer = receiver.recv_timeout(Duration::from_secs(60));
     answer.expect("a thread that waits for its own end")
 }
 
 #[test]
 fn a_thread_that_joins_itself_panics_with_stds_words() {
-    let ((give, take), (tell, told)) = (channel::<std::thread::JoinHandle<()>>(), channel());
+    let ((give, take), (sender, receiver)) = (channel::<std::thread::JoinHandle<()>>(), channel());
     let handle = std::thread::spawn(move || {
         let own = take.recv().unwrap();
         let joined = catch_unwind(AssertUnwindSafe(|| own.join()));
-        tell.send(text(joined.unwrap_err())).unwrap();
+        sender.send(text(joined.unwrap_err())).unwrap();
     });
     give.send(handle).unwrap();
-    let stds = told.recv().unwrap();
+    let stds = receiver.recv().unwrap();
 
     let join = |own: JoinHandle<()>| catch_unwind(AssertUnwindSafe(|| own.join()));
     let ours = with_own_handle(move |own| text(join(own).unwrap_err()));
@@ -61,14 +61,14 @@ fn a_thread_that_waits_for_itself_in_another_way_gets_its_handle_back_at_once() 
 #[test]
 fn a_scoped_thread_cannot_join_itself_either() {
     let ours = nptl::scope(|s| {
-        let ((give, take), (tell, told)) = (channel::<ScopedJoinHandle<'_, ()>>(), channel());
+        let ((give, take), (sender, receiver)) = (channel::<ScopedJoinHandle<'_, ()>>(), channel());
         let handle = s.spawn(move || {
             let own = take.recv().unwrap().try_join().unwrap_err();
             let joined = catch_unwind(AssertUnwindSafe(|| own.join()));
-            tell.send(text(joined.unwrap_err())).unwrap();
+            sender.send(text(joined.unwrap_err())).unwrap();
         });
         assert!(give.send(handle.unwrap()).is_ok());
-        told.recv_timeout(Duration::from_secs(60)).unwrap()
+        receiver.recv_timeout(Duration::from_secs(60)).unwrap()
     });
     assert!(ours.contains("Resource deadlock avoided"), "{ours}");
 }
@@ -111,16 +111,16 @@ fn only_the_high_water_mark_asks_the_kernel_where_a_stack_is_used() {
     }
     const USED: usize = 200 << 10;
     let (end, wait) = channel::<()>();
-    let (tell, told) = channel();
+    let (sender, receiver) = channel();
     let handle = Builder::new()
         .stack_size(1 << 20)
         .spawn(move || {
             black_box([1_u8; USED]);
-            tell.send(()).unwrap();
+            sender.send(()).unwrap();
             wait.recv()
         })
         .unwrap();
-    told.recv().unwrap();
+    receiver.recv().unwrap();
     let (size, used) = (handle.stack().size, handle.stack_high_water_mark().unwrap());
     assert!((USED..size).contains(&used), "{used} of {size}");
     // A filter is its thread's.

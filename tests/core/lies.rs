@@ -1,5 +1,5 @@
 //! A glibc that is not as its symbols say: each lie is found by a check that is named, before anything is built
-//! on it. Told by a library that is preloaded and stands between the crate and dlsym.
+//! on it. The answers come from a library that is preloaded and stands between the crate and dlsym.
 
 use super::own_state::{allowed_cpus, pin_to};
 use super::{under_valgrind, wait_until};
@@ -167,7 +167,7 @@ fn lie(words: &[u32]) -> String {
 /// About what, the lie, and the sentences of which one is to be the answer.
 type Lie<'a> = (String, String, &'a [&'a str]);
 
-/// Tells each lie.
+/// Tries each wrong answer.
 fn expect<'a>(test: &str, lies: impl FnOnce() -> Vec<Lie<'a>>) {
     if case().is_some() {
         return listen();

@@ -173,7 +173,7 @@ fn rseq_is_registered_and_tells_the_cpu() {
     if rseq_area().is_none() {
         skip!("a glibc without rseq");
     }
-    // valgrind has no rseq, and a tunable can turn it off; then nobody's is registered.
+    // valgrind has no rseq, and a tunable can turn it off; then no thread's is registered.
     let wanted = rseq_cpu_id() >= 0;
     let look = move || {
         for cpu in allowed_cpus() {
@@ -285,7 +285,7 @@ fn pthread_self_is_the_handles_pthread_t_and_unique() {
     }
 }
 
-/// Lowest address, size, and guard size as pthread_getattr_np tells them.
+/// Lowest address, size, and guard size as pthread_getattr_np reports them.
 fn stack_of(thread: libc::pthread_t) -> (usize, usize, usize) {
     // SAFETY: the thread is alive, and the attributes are initialised by pthread_getattr_np.
     unsafe {

@@ -131,7 +131,7 @@ const fn bit(signal: i32) -> usize {
     1 << (signal - 1)
 }
 
-/// A page that nobody can touch until [`allow`].
+/// A page without access until [`allow`].
 fn forbidden_page() -> usize {
     // SAFETY: a new mapping.
     let page = unsafe {
@@ -235,7 +235,7 @@ fn a_sent_signal_stays_ignored() {
     }
 }
 
-/// On the stack of the thread, or with SA_ONSTACK on its signal stack, and told what the kernel told.
+/// On the stack of the thread, or with SA_ONSTACK on its signal stack, and with the kernel's arguments.
 #[test]
 fn a_handler_runs_where_it_asked_to() {
     let test = "chain::a_handler_runs_where_it_asked_to";
@@ -384,7 +384,7 @@ fn a_later_handler_can_call_ours() {
     });
 }
 
-/// The unwinder finds the way from the handler through the frame to the fault, and nobody else in between.
+/// The unwinder finds the way from the handler through the frame to the fault, and nothing else in between.
 #[test]
 fn a_backtrace_in_a_handler_reaches_the_fault() {
     static FRAMES: [AtomicUsize; 8] = [const { AtomicUsize::new(0) }; 8];

@@ -174,7 +174,7 @@ impl Crowd {
     }
 }
 
-/// The status of a child whose end was exit(3), which runs what atexit(3) was told; the kernel's end of a process
+/// The status of a child whose end was exit(3), which runs what atexit(3) registered; the kernel's end of a process
 /// without threads does not.
 const EXITED: i32 = 7;
 
@@ -192,15 +192,15 @@ fn a_thread_forks_beside_others_in_every_state() {
         let warden = or_skip!(Warden::new(&[libc::SYS_exit]));
         for (count, returns) in [0, 1, 6].into_iter().flat_map(|n| [(n, false), (n, true)]) {
             let crowd = Crowd::new(count, &warden);
-            let (tell, told) = channel();
+            let (sender, receiver) = channel();
             let body = move || {
                 let pid = forked(fork);
                 if pid > 0 {
-                    tell.send(wait(pid)).unwrap();
+                    sender.send(wait(pid)).unwrap();
                     return Some(crowd);
                 }
                 // Only this thread's own channel: its receiver's thread is not here.
-                std::mem::forget(tell);
+                std::mem::forget(sender);
                 let work = std::panic::AssertUnwindSafe(|| {
                     crowd.check_copies();
                     use_threads();
@@ -222,7 +222,7 @@ fn a_thread_forks_beside_others_in_every_state() {
                 None
             };
             let handle = nptl::spawn(body).unwrap();
-            let status = told.recv().unwrap();
+            let status = receiver.recv().unwrap();
             warden.release_all();
             let crowd = handle.join().unwrap().expect("the parent's");
             assert_eq!(status, EXITED << 8, "{count} of each, returns: {returns}");
@@ -275,15 +275,15 @@ struct ForksAtItsEnd(RefCell<Option<Sender<i32>>>);
 
 impl Drop for ForksAtItsEnd {
     fn drop(&mut self) {
-        let tell = self.0.borrow_mut().take().expect("a channel");
+        let sender = self.0.borrow_mut().take().expect("a channel");
         let pid = forked(fork);
         if pid == 0 {
             // Spawning works here, too; then this thread goes on to its end, the last one.
             use_threads();
-            std::mem::forget(tell);
+            std::mem::forget(sender);
             return;
         }
-        tell.send(wait(pid)).expect("a receiver");
+        sender.send(wait(pid)).expect("a receiver");
     }
 }
 
@@ -293,14 +293,14 @@ fn a_thread_forks_in_a_destructor_of_its_own() {
     let test = "child::a_thread_forks_in_a_destructor_of_its_own";
     alone(test, || {
         for round in 0..40 {
-            let (tell, told) = channel();
+            let (sender, receiver) = channel();
             // The first to register is the last to run: the channel's own thread-locals are gone by then or never were.
-            let body = move || FORKS.with(|forks| *forks.0.borrow_mut() = Some(tell));
+            let body = move || FORKS.with(|forks| *forks.0.borrow_mut() = Some(sender));
             let mut handle = Some(nptl::spawn(body).unwrap());
             if round % 2 == 0 {
                 handle.take().unwrap().detach();
             }
-            assert_eq!(told.recv().unwrap(), 0, "round {round}");
+            assert_eq!(receiver.recv().unwrap(), 0, "round {round}");
             if let Some(handle) = handle {
                 handle.join().unwrap();
             }
@@ -315,7 +315,7 @@ fn task_exists(tid: i32) -> bool {
     stat.is_ok_and(|stat| !stat.contains(") Z ") && !stat.contains(") X "))
 }
 
-/// The forking thread ends first; a thread that nobody joins is the last of the child, and calls exit(3).
+/// The forking thread ends first; a thread that is never joined is the last of the child, and calls exit(3).
 #[test]
 fn a_detached_thread_outlives_the_forking_one() {
     let test = "child::a_detached_thread_outlives_the_forking_one";

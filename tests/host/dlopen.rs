@@ -96,7 +96,7 @@ impl Loaded {
     }
 
     fn close(self) {
-        // SAFETY: opened by `open`; the caller sees to it that nobody is inside.
+        // SAFETY: opened by `open`; the caller keeps threads from being inside.
         assert_eq!(unsafe { libc::dlclose(self.handle) }, 0);
     }
 }
@@ -320,7 +320,7 @@ fn images_are_fresh_after_each_dlopen() {
                 let before = checked.load(Ordering::Acquire);
                 *current.write().expect("no panic") = Some((library.functions, cycle));
                 if cycle % 4 == 0 {
-                    // Somebody has looked at this one; the others come and go with nobody inside.
+                    // A thread has used this one; the others come and go with no thread inside.
                     while checked.load(Ordering::Acquire) == before {
                         std::thread::yield_now();
                     }

@@ -115,9 +115,9 @@ fn priority_ceilings_do_not_outlive_their_thread() {
             let cache = StackCache::new(StackCacheConfig::default());
             let builder = Builder::new().stack_cache(&cache).guard_size(4096);
             let run = |lock: bool| {
-                let (tell, told) = std::sync::mpsc::channel();
+                let (sender, receiver) = std::sync::mpsc::channel();
                 let body = move || {
-                    let mapping = told.recv().unwrap();
+                    let mapping = receiver.recv().unwrap();
                     let before = ceiling_data(mapping);
                     if lock {
                         lock_with_ceiling();
@@ -125,7 +125,7 @@ fn priority_ceilings_do_not_outlive_their_thread() {
                     (before, ceiling_data(mapping))
                 };
                 let handle = builder.clone().spawn(body).unwrap();
-                tell.send(handle.stack().base - 4096).unwrap();
+                sender.send(handle.stack().base - 4096).unwrap();
                 handle.join().unwrap()
             };
             let (before, after) = run(true);
@@ -160,7 +160,7 @@ fn sleeps(tid: i32) -> bool {
 
 /// A set-id broadcast marks every thread on the list, also one that is still to be cloned and cannot be signalled. It
 /// ends without that one, takes the mark away, and wakes a word of the descriptor that no symbol gives. If the thread
-/// has come to its end meanwhile, nothing tells it.
+/// has come to its end meanwhile, it does not notice.
 #[test]
 fn a_set_id_mark_is_taken_from_an_ending_thread() {
     let test = "ending::a_set_id_mark_is_taken_from_an_ending_thread";
@@ -174,16 +174,16 @@ fn a_set_id_mark_is_taken_from_an_ending_thread() {
             symbol.cast::<[u32; 3]>().read()[2] as usize
         };
         spawn_and_join();
-        let (tell, told) = std::sync::mpsc::channel();
+        let (sender, receiver) = std::sync::mpsc::channel();
         let handle = nptl::spawn(move || {
             // SAFETY: never fails.
             let word = unsafe { libc::pthread_self() } as usize + offset;
             // SAFETY: a word of this thread's, which glibc changes atomically.
             unsafe { &*(word as *const AtomicU32) }.fetch_or(SETXID, Ordering::SeqCst);
-            tell.send(word).unwrap();
+            sender.send(word).unwrap();
         });
         let handle = handle.unwrap();
-        let word = told.recv().unwrap();
+        let word = receiver.recv().unwrap();
         let tid = handle.tid();
         wait_until("it waits", || sleeps(tid));
         assert!(!handle.is_finished(), "it may not go before the broadcast");

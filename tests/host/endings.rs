@@ -80,7 +80,7 @@ fn kill_thread_on(syscall: libc::c_long) {
     assert_eq!(answer, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Waits until the kernel has let go of a thread that nobody can join.
+/// Waits until the kernel has cleared the tid word of a thread that cannot be joined.
 fn wait_until_gone(tid: i32) {
     // SAFETY: signal 0 only asks.
     while unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, 0) } == 0 {
@@ -119,7 +119,7 @@ fn a_thread_that_dies_without_returning_leaves_nothing() {
         let cache = StackCache::new(StackCacheConfig::default());
         let build = || Builder::new().stack_cache(&cache).stack_size(128 << 10);
         let one = |how| build().spawn(move || die(how)).expect("a thread");
-        // A dead thread's arena stays attached to nobody; malloc makes a bounded number of them.
+        // A dead thread's arena stays attached to no thread; malloc makes a bounded number of them.
         for _ in 0..16 * std::thread::available_parallelism().map_or(1, usize::from) {
             let handle = build().spawn(move || {
                 drop(std::hint::black_box(vec![1_u8; 5000]));
@@ -169,7 +169,7 @@ fn a_thread_that_dies_without_returning_leaves_nothing() {
         await_reaping();
         before.diff(&Snapshot::take()).expect_nothing_left();
 
-        // Detached: nobody looks at them but clear and trim.
+        // Detached: only clear and trim look at them.
         let before = Snapshot::take();
         for sweep in [StackCache::clear, |cache: &StackCache| cache.trim(0)] {
             for _ in 0..10 {
@@ -528,7 +528,7 @@ fn an_ending_thread_makes_only_the_documented_calls() {
                         .collect();
                     drop(shut);
                     let mut handles = handles.into_iter();
-                    // Half of them nobody joins: the scope's end waits for those.
+                    // Half of them are not joined: the scope's end waits for those.
                     handles
                         .by_ref()
                         .take(8)
@@ -572,7 +572,7 @@ impl Drop for Bomb {
 }
 
 /// A filter kills a thread before its closure ran. Nothing that it held outlives its burial: neither the closure
-/// (whose panicking destructor is nobody else's business), nor its scope, nor its private cache.
+/// (whose panicking destructor must not harm other threads), nor its scope, nor its private cache.
 #[test]
 fn what_a_dead_thread_held_goes_with_it() {
     if let Some(name) = case() {
@@ -632,7 +632,7 @@ impl Drop for DiesWhenDropped {
     }
 }
 
-/// A scope waits for what its threads borrow. One that died, with nobody to join it, borrows nothing.
+/// A scope waits for what its threads borrow. One that died, and that is not joined, borrows nothing.
 #[test]
 fn a_scope_outlives_threads_that_died() {
     let name = "endings::a_scope_outlives_threads_that_died";
@@ -646,7 +646,7 @@ fn a_scope_outlives_threads_that_died() {
                 living.join().expect("its end")
             });
             assert_eq!(living, number);
-            // The result has nobody else to drop it.
+            // No other thread drops the result.
             nptl::scope(|scope| {
                 let (go, wait) = std::sync::mpsc::channel::<()>();
                 let body = move || {

@@ -30,7 +30,7 @@ fn is_armed() -> bool {
 
 extern "C" fn nothing() {}
 
-/// A thread that fills a part of its stack, and says in the end whether anybody else wrote there.
+/// A thread that fills a part of its stack, and says in the end whether another thread wrote there.
 fn watch(end: &'static AtomicBool) -> JoinHandle<bool> {
     let body = move || {
         let mut pattern = black_box([0xa5_u8; 2048]);
@@ -114,14 +114,14 @@ fn another_thread_notices_the_fork_first() {
         };
         forks();
         nptl::spawn(forks).unwrap().join().unwrap();
-        // Nobody has a handle of it.
-        let (tell, told) = std::sync::mpsc::channel();
+        // No handle of it exists.
+        let (sender, receiver) = std::sync::mpsc::channel();
         let detached = move || {
             forks();
-            tell.send(()).unwrap();
+            sender.send(()).unwrap();
         };
         nptl::spawn(detached).unwrap().detach();
-        told.recv().unwrap();
+        receiver.recv().unwrap();
     });
 }
 
@@ -319,7 +319,7 @@ fn kill_and_pidfd_of_a_copied_handle_do_not_wait() {
 }
 
 /// The thread is held half-way through its result: a page in the middle of the packet faults, and the handler waits. In the
-/// child nobody will ever finish that copy, and the handle does not wait for it.
+/// child no thread will ever finish that copy, and the handle does not wait for it.
 #[test]
 fn a_copied_handle_is_joined_while_its_thread_stores_a_large_result() {
     const LARGE: usize = 4 << 20;
@@ -600,7 +600,7 @@ fn a_handler_forks_in_mid_spawn() {
     assert_eq!(wait(forked), 0);
 }
 
-/// The same while a cached stack is prefaulted. In the child, the handle tells that thread's end from the end of the
+/// The same while a cached stack is prefaulted. In the child, the handle distinguishes that thread's end from the end of the
 /// next one on its stack.
 #[test]
 fn a_handler_forks_while_a_stack_is_prepared() {

@@ -1,4 +1,4 @@
-//! A stack overflow is reported, and every other fault goes to whoever handled it before.
+//! A stack overflow is reported, and every other fault goes to the handler that was there before.
 //!
 //! Every case dies, or changes handlers, in a process of its own.
 
@@ -20,7 +20,7 @@ fn recurse(depth: usize) -> usize {
     recurse(depth + 1) + frame[depth % 64]
 }
 
-/// Overflows a stack of 64 KiB in a thread that tells its tid first.
+/// Overflows a stack of 64 KiB in a thread that reports its tid first.
 fn overflow(builder: Builder) {
     let body = || {
         // SAFETY: no preconditions.
@@ -168,7 +168,7 @@ fn with_reports_disabled_the_programs_handler_is_left_alone() {
     or_skip!(child(test, "run").run()).success();
 }
 
-/// Nobody but std and we handle it: no word of an overflow, and the default action.
+/// Only std and the crate handle it: no report of an overflow, and the default action.
 #[test]
 fn a_wild_access_is_not_called_an_overflow() {
     let test = "overflow::a_wild_access_is_not_called_an_overflow";
@@ -400,16 +400,16 @@ fn a_handler_that_needs_more_than_the_signal_stack_leaves_the_stack_alone() {
     if guards == "protected" {
         deny_guard_marks(libc::EINVAL);
     }
-    let (tell, know) = std::sync::mpsc::channel();
+    let (sender, receiver) = std::sync::mpsc::channel();
     let body = move || {
-        let top = know.recv().unwrap();
+        let top = receiver.recv().unwrap();
         let data = black_box([7_usize; 128]);
         remember((&raw const data).addr(), top);
         fault();
     };
     let handle = Builder::new().stack_size(STACK).spawn(body).unwrap();
     let stack = handle.stack();
-    tell.send(stack.base + stack.size).unwrap();
+    sender.send(stack.base + stack.size).unwrap();
     handle.join().unwrap();
 }
 

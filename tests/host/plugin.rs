@@ -12,7 +12,7 @@ pub extern "C" fn plugin_start() -> i32 {
             std::thread::yield_now();
         }
     });
-    // Dropping the handle detaches the thread: whoever closes this object cannot wait for it.
+    // Dropping the handle detaches the thread: the code that closes this object cannot wait for it.
     thread.map_or(0, |thread| thread.tid())
 }
 

@@ -23,7 +23,7 @@ pub unsafe extern "C" fn bare_clone() -> libc::pid_t {
 pub const BARE: [Fork; 2] = [_Fork, bare_clone];
 
 /// Seconds that a child has. Who waits for it kills it then, because a spawn that hangs has signals blocked; SIGALRM is
-/// for those that nobody waits for.
+/// for those that no thread waits for.
 const PATIENCE: u32 = 20;
 
 /// Forks, and gives the child a limited time.
@@ -58,7 +58,7 @@ pub fn is_good(how: Fork, work: impl FnOnce()) -> bool {
 
 pub fn wait(pid: libc::pid_t) -> i32 {
     let mut status = -1;
-    // SAFETY: a child of this process that nobody else waits for, and valid places.
+    // SAFETY: a child of this process that no other thread waits for, and valid places.
     let ended = unsafe {
         let child = libc::syscall(libc::SYS_pidfd_open, pid, 0);
         let child = i32::try_from(child).expect("a descriptor");

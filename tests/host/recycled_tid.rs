@@ -148,7 +148,7 @@ fn the_new_owner_of_a_number_gets_no_signal() {
     report("done", "yes");
 }
 
-/// A thread that waits to be let go, behind the warden's filter.
+/// A thread that waits until the test lets it end, behind the warden's filter.
 fn waiting() -> (Sender<()>, JoinHandle<i32>) {
     let (open, wait) = channel::<()>();
     let handle = nptl::spawn(move || {
@@ -215,14 +215,14 @@ fn a_thread_does_not_end_while_a_signal_is_on_its_way() {
             let (open, handle) = waiting();
             let target = handle.tid();
             std::thread::scope(|scope| {
-                let ((tell, told), (go, wait)) = (channel(), channel::<()>());
+                let ((started, first), (go, wait)) = (channel(), channel::<()>());
                 let handle = &handle;
                 let sender = scope.spawn(move || {
-                    tell.send(tid()).expect("a receiver");
+                    started.send(tid()).expect("a receiver");
                     wait.recv().expect("a word");
                     handle.kill(libc::SIGUSR1)
                 });
-                let sending = told.recv().expect("a tid");
+                let sending = first.recv().expect("a tid");
                 warden.hold(sending);
                 go.send(()).expect("a receiver");
                 warden.wait_until_held(sending);

@@ -34,7 +34,7 @@ fn set_euid(id: u32) {
 
 /// What glibc says, and since when. Odd while a broadcast is under way; the number of finished changes
 /// times two otherwise. A check between two equal even readings began after the last broadcast was over
-/// and ended before the next began, so exactly one id is right, and nobody has to be kept waiting.
+/// and ended before the next began, so exactly one id is right, and no thread has to be kept waiting.
 static CHANGES: AtomicU64 = AtomicU64::new(0);
 /// Checks that were well-defined.
 static CHECKED: AtomicU64 = AtomicU64::new(0);
@@ -69,7 +69,7 @@ fn change_ids(changes: u64, spawned: &AtomicU64, threads: u64) {
         done += 1;
         set_euid(id_after(done));
         CHANGES.fetch_add(1, Ordering::SeqCst);
-        // Half of the changes follow at once; the others let somebody look first.
+        // Half of the changes follow at once; the others let another thread look first.
         if done % 2 == 0 {
             let checked = CHECKED.load(Ordering::Acquire);
             while CHECKED.load(Ordering::Acquire) == checked {
@@ -186,7 +186,7 @@ fn no_thread_keeps_an_old_id() {
     assert!(number("checked") >= changes_wanted / 2, "{output}");
 }
 
-/// Every living thread, whoever changes what: all ids, for good.
+/// Every living thread, whichever thread changes which id: all ids, for good.
 #[test]
 fn every_living_thread_changes() {
     const THREADS: usize = 40;

@@ -275,7 +275,7 @@ fn a_thread_inherits_the_mask_of_its_creator() {
             })
             .collect();
         assert_eq!(masks, HashSet::from([vec![libc::SIGUSR1, libc::SIGTERM]]));
-        // Blocked and pending: handled when the thread opens it, and by nobody else.
+        // Blocked and pending: handled when the thread opens it, and by no other thread.
         handle(libc::SIGUSR1);
         let gate = Arc::new(Barrier::new(2));
         let opened = Arc::clone(&gate);

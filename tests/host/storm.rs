@@ -140,7 +140,7 @@ fn forks_amid_refusals() {
             let builder = Builder::new().stack_size(usize::MAX);
             builder.spawn(|| ()).expect_err("too large").step()
         };
-        // Only a process that has used the crate can tell its children apart.
+        // Only a process that has used the crate can distinguish its children.
         refuse();
         std::thread::scope(|scope| {
             for _ in 0..2 {

@@ -44,8 +44,8 @@ enum ThreadEnd {
     Dropped,
     /// By a bare exit(2), and joined.
     Died,
-    /// By a bare exit(2), and detached: nobody gives its stack back.
-    Orphaned,
+    /// By a bare exit(2), and detached: no thread gives its stack back.
+    Unowned,
 }
 
 #[derive(Clone, Debug)]
@@ -71,7 +71,7 @@ fn step() -> impl Strategy<Value = Action> {
         5 => Just(ThreadEnd::Detached),
         3 => Just(ThreadEnd::Dropped),
         1 => Just(ThreadEnd::Died),
-        1 => Just(ThreadEnd::Orphaned),
+        1 => Just(ThreadEnd::Unowned),
     ];
     let config = (0usize..3000, 0usize..100, any::<bool>())
         .prop_map(|(budget, keep, zeroed)| (budget * KIB, keep * KIB, zeroed));
@@ -113,7 +113,7 @@ impl Overhead {
         stack.measured.unwrap_or_else(|| self.bound(stack))
     }
 
-    /// As the kernel tells.
+    /// As mincore(2) reports it.
     fn truth(self, stack: &Stack) -> Option<usize> {
         let size = KINDS[stack.kind].0;
         let keep = stack.keep.min(size);
@@ -123,7 +123,7 @@ impl Overhead {
 
     fn bound(self, stack: &Stack) -> usize {
         let size = KINDS[stack.kind].0;
-        // Of a thread that died as well: whoever buries it discards what it used.
+        // Of a thread that died as well: the thread that reaps it discards what it used.
         // The guard of the signal stack has no memory.
         stack.keep.min(size) + self.0 - PAGE
     }
@@ -148,7 +148,7 @@ struct Model {
     /// Given back, and not yet seen to be free.
     pending: VecDeque<Stack>,
     doomed: VecDeque<Stack>,
-    orphans: Vec<Stack>,
+    unowned: Vec<Stack>,
     hits: u64,
     misses: u64,
     evictions: u64,
@@ -235,11 +235,11 @@ impl Model {
     }
 
     fn shrink(&mut self, trim: Option<usize>) {
-        let mut orphans = std::mem::take(&mut self.orphans);
-        orphans.sort_by_key(|stack| stack.started);
-        let found = orphans.len();
+        let mut unowned = std::mem::take(&mut self.unowned);
+        unowned.sort_by_key(|stack| stack.started);
+        let found = unowned.len();
         // The thread that was started first is found first.
-        orphans.into_iter().for_each(|stack| self.shelve(stack));
+        unowned.into_iter().for_each(|stack| self.shelve(stack));
         let _ = (0..found).take_while(|_| self.evict(None)).count();
         self.settle(usize::MAX);
         while self.evict(trim) {}
@@ -352,7 +352,7 @@ impl Both {
             cached: VecDeque::new(),
             pending: VecDeque::new(),
             doomed: VecDeque::new(),
-            orphans: Vec::new(),
+            unowned: Vec::new(),
             hits: 0,
             misses: 0,
             evictions: 0,
@@ -388,10 +388,10 @@ impl Both {
             Action::Config(config) => {
                 let config = self.model.configure(config);
                 self.cache.set_config(config);
-                // Orphans are looked for by trim and clear only.
-                let orphans = std::mem::take(&mut self.model.orphans);
+                // Unowned stacks are looked for by trim and clear only.
+                let unowned = std::mem::take(&mut self.model.unowned);
                 self.model.shrink(None);
-                self.model.orphans = orphans;
+                self.model.unowned = unowned;
             }
         }
         self.check();
@@ -404,7 +404,7 @@ impl Both {
         let pages = pages.min(size / 2 / PAGE).max(1);
         let body = move || {
             touch(pages);
-            ready.send(()).expect("somebody waits");
+            ready.send(()).expect("the model waits");
             if wait.recv() == Ok(true) {
                 // SAFETY: ends this thread; nothing of it is used any more.
                 unsafe { libc::syscall(libc::SYS_exit, 0) };
@@ -444,8 +444,8 @@ impl Both {
     fn exit(&mut self, which: usize, end: ThreadEnd) {
         let mut thread = self.threads.swap_remove(which);
         let stack = thread.stack;
-        let handle = thread.handle.take().expect("nobody took it");
-        let dies = matches!(end, ThreadEnd::Died | ThreadEnd::Orphaned);
+        let handle = thread.handle.take().expect("not taken yet");
+        let dies = matches!(end, ThreadEnd::Died | ThreadEnd::Unowned);
         let keeps_handle = matches!(
             end,
             ThreadEnd::Joined | ThreadEnd::Dropped | ThreadEnd::Died
@@ -464,7 +464,7 @@ impl Both {
             ..stack
         };
         match end {
-            ThreadEnd::Orphaned => self.model.orphans.push(stack),
+            ThreadEnd::Unowned => self.model.unowned.push(stack),
             // The thread unmaps nothing.
             ThreadEnd::Detached => self.model.pending.push_back(stack),
             ThreadEnd::Joined | ThreadEnd::Dropped | ThreadEnd::Died => {
@@ -483,7 +483,7 @@ impl Both {
             .pending
             .iter()
             .chain(&model.doomed)
-            .chain(&model.orphans);
+            .chain(&model.unowned);
         let idle: Vec<Stack> = model.cached.iter().chain(on_the_way).copied().collect();
         let bytes = |stacks: &mut dyn Iterator<Item = &Stack>| {
             stacks

@@ -181,7 +181,7 @@ enum Bound {
 struct Model {
     stacks: Vec<&'static Stack>,
     state: Vec<State>,
-    /// As last told to the ledger.
+    /// As the ledger last read it.
     resident: Vec<usize>,
     was_cached: Vec<bool>,
     budget: Budget,
@@ -500,7 +500,7 @@ impl SideBySide {
                     Some(id) => {
                         assert!(
                             model.stacks[id].released(),
-                            "handed out before the kernel let go"
+                            "handed out before the kernel cleared the tid word"
                         );
                         model.hits += 1;
                         model.set(id, State::Live);
@@ -629,20 +629,20 @@ impl SideBySide {
                 }
             }
             Action::Sweep(fails) => {
-                let (mut found, mut buried) = (Vec::new(), Vec::new());
-                let orphaned = |stack: &Stack| {
-                    let orphan = stack.detached.swap(false, SeqCst);
-                    if orphan {
+                let (mut found, mut reaped) = (Vec::new(), Vec::new());
+                let unowned = |stack: &Stack| {
+                    let was_detached = stack.detached.swap(false, SeqCst);
+                    if was_detached {
                         found.push(stack.id);
                     }
-                    orphan
+                    was_detached
                 };
-                let victims = ledger.sweep(orphaned, |stack| {
-                    // Without the lock, and before anybody can take it.
+                let victims = ledger.sweep(unowned, |stack| {
+                    // Without the lock, and before another thread can take it.
                     assert_eq!(ledger.stats().unmapping.stacks, 0);
-                    buried.push(stack.id);
+                    reaped.push(stack.id);
                 });
-                assert_eq!(buried, found);
+                assert_eq!(reaped, found);
                 for &id in &found {
                     assert_eq!(model.state[id], State::Live);
                     model.shelve(id, true);

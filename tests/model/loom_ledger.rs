@@ -2,7 +2,7 @@
 //! take, and the kernel as one more thread that clears tid words whenever it likes.
 //!
 //! What each run must show: no stack is in two hands at once, none is handed out or unmapped before
-//! the kernel let go, none is lost, and the accounts add up at the end and in between.
+//! the kernel has cleared the tid word, none is lost, and the accounts add up at the end and in between.
 
 #[expect(
     dead_code,
@@ -176,14 +176,14 @@ impl Stack {
             self.id
         );
         self.held.store(true, Ordering::Relaxed);
-        // SAFETY: loom checks that nobody else is here.
+        // SAFETY: loom checks that no other thread is here.
         self.memory.with_mut(|n| unsafe { *n += 1 });
     }
 
     /// The kernel's part of a thread's end.
     fn clear_tid(&self) {
         // The thread uses its stack to its last instruction.
-        // SAFETY: loom checks that nobody else is here.
+        // SAFETY: loom checks that no other thread is here.
         self.memory.with_mut(|n| unsafe { *n += 1 });
         self.users.fetch_sub(1, SeqCst);
         self.held.store(false, Ordering::Release);
@@ -196,7 +196,7 @@ impl Stack {
             "{} is unmapped under its thread",
             self.id
         );
-        // SAFETY: loom checks that nobody else is here.
+        // SAFETY: loom checks that no other thread is here.
         self.memory.with_mut(|n| unsafe { *n = 0 });
         assert!(
             self.mapped.swap(false, SeqCst),
@@ -362,7 +362,7 @@ fn two_give_and_two_take() {
     });
 }
 
-/// Both joiners' stacks are free at once, the budget holds one: the other goes, whoever gave it.
+/// Both joiners' stacks are free at once, the budget holds one: the other goes, whichever thread gave it.
 #[test]
 fn over_the_budget() {
     check(5, || {

@@ -64,7 +64,7 @@ mod futex {
         }
 
         pub(crate) fn load(&self) -> u32 {
-            // The lock spins on this. loom explores the spinning for ever unless told that nothing
+            // The lock spins on this. loom explores the spinning for ever unless it knows that nothing
             // is gained by it, so here the lock is always seen taken.
             1
         }

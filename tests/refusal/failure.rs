@@ -719,7 +719,7 @@ fn obstacle(name: &str, on: bool) -> Option<Mappings> {
 /// a neighbour is not. An old kernel's answer to MADV_GUARD_INSTALL has to be injected for that.
 fn fill_map_count() -> Mappings {
     deny_guard_marks(libc::EINVAL);
-    // One for the stack itself, should it merge with nobody; its guard needs another.
+    // One for the stack itself, should it merge with no neighbour; its guard needs another.
     Mappings::fill_but(1)
 }
 

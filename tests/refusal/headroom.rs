@@ -228,7 +228,7 @@ fn sessions_without_a_leader_hold_pid_numbers() {
         }
         compare(STACK);
         for pid in members {
-            // SAFETY: an orphan that this test made.
+            // SAFETY: a process that this test made, whose parent has ended.
             unsafe { libc::kill(pid, libc::SIGKILL) };
         }
         return;
@@ -260,7 +260,7 @@ fn member_of_a_leaderless_session() -> libc::pid_t {
         }
     }
     let mut member = 0;
-    // SAFETY: a place for the number, a child of ours, and two descriptors that nobody else has.
+    // SAFETY: a place for the number, a child of ours, and two descriptors of this test.
     unsafe {
         assert_eq!(libc::read(pipe[0], (&raw mut member).cast(), 4), 4);
         libc::waitpid(leader, std::ptr::null_mut(), 0);
@@ -392,7 +392,7 @@ fn without_proc_every_limit_is_hidden() {
 fn arenas_are_counted_with_small_stacks() {
     if let Some(name) = case() {
         // The first block of a thread makes an arena, if there is room; at the limit there may be none for a block.
-        // SAFETY: no block, or one that nobody else knows.
+        // SAFETY: no block, or one that only this code has.
         let heap = || unsafe { libc::free(std::hint::black_box(libc::malloc(100))) };
         compare_with(128 << 10, if name == "heap" { heap } else { || () });
         return;
@@ -691,7 +691,7 @@ fn another_process_has_the_rows_that_it_sees_itself() {
     assert!(rows(&seen).matches("Some").count() >= 9, "{}", rows(&seen));
 }
 
-/// The pid namespace of somebody else's process cannot be read from its link, but from its status.
+/// The pid namespace of another user's process cannot be read from its link, but from its status.
 #[test]
 fn the_pid_namespace_of_another_users_process_is_known() {
     let row = |headroom: &nptl::diagnose::Headroom| {

@@ -84,7 +84,7 @@ fn run(case: &str) {
             let full = cgroup.tasks();
             warden.release(tid);
             wait_for_end(&pidfd);
-            // The kernel tells the end before it counts the thread no more.
+            // The kernel clears the tid word before it stops counting the thread.
             while cgroup.tasks() == full {
                 std::thread::yield_now();
             }

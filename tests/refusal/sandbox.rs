@@ -65,7 +65,7 @@ fn a_hanging_child_is_killed_with_its_descendants() {
     wait_until_gone(descendant);
 }
 
-/// A killed orphan is reaped by whoever adopted it, some time later.
+/// A killed process whose parent has ended is reaped by its new parent, some time later.
 fn wait_until_gone(pid: i32) {
     // SAFETY: pidfd_open takes a process id and flags.
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -403,7 +403,7 @@ fn std_threads_go_without_signal_stacks() {
         });
         report("disabled", disabled.join().expect("its end"));
         if case == "without" {
-            // SAFETY: none: this address is nobody's.
+            // SAFETY: none: no object has this address.
             unsafe { std::ptr::without_provenance_mut::<u8>(4096).write_volatile(1) };
         }
         return;

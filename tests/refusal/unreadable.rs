@@ -43,7 +43,7 @@ struct Truth {
     errno: Errno,
     /// The true cause.
     truth: CauseKind,
-    /// Whether it is named, and then inferred; else it is unknown. Without /proc nobody knows of filters and tracers, so
+    /// Whether it is named, and then inferred; else it is unknown. Without /proc nothing is known of filters and tracers, so
     /// that nothing is proven, and hardly anything asked.
     named: bool,
     sandbox: fn(Child) -> Result<Child, String>,
@@ -101,7 +101,7 @@ const TRUTHS: [Truth; 15] = [
             Ok(())
         })
     },
-    // Only its files tell a cgroup from what comes and goes.
+    // Only its files distinguish a cgroup from what comes and goes.
     Truth {
         sandbox: |child| Ok(child.cgroup(&Cgroup::pids()?)),
         ..truth("pids-cgroup", CauseKind::PidsCgroup, || {
@@ -186,7 +186,7 @@ fn schedule(policy: u32) -> Result<(), String> {
     attributes.sched_runtime = 10_000_000;
     attributes.sched_deadline = 100_000_000;
     attributes.sched_period = 100_000_000;
-    // SAFETY: a valid structure of the size that it tells; 0 is the calling thread.
+    // SAFETY: a valid structure of the size that it contains; 0 is the calling thread.
     match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } {
         0 => Ok(()),
         _ => Err(format!(
@@ -316,7 +316,7 @@ fn meet(truth: &Truth, how: &str) {
     if truth.name != "first-spawn" {
         prepare();
     }
-    // Room for the answers, which are told afterwards.
+    // Room for the answers, which are reported afterwards.
     let mut answers = Vec::with_capacity(2 * ROUNDS);
     or_skip!((truth.obstruct)());
     let mut ask = || {
@@ -344,7 +344,7 @@ fn meet(truth: &Truth, how: &str) {
         }
         _ => ask(),
     }
-    // What tells the answers needs memory and threads.
+    // To report the answers takes memory and threads.
     for (resource, value) in [
         (libc::RLIMIT_AS, libc::RLIM_INFINITY),
         (libc::RLIMIT_DATA, libc::RLIM_INFINITY),

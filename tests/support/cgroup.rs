@@ -207,7 +207,7 @@ fn kill_members(path: &Path) {
     }
 }
 
-/// The pid namespace belongs to the name: in another one, a process of the same number is somebody else.
+/// The pid namespace belongs to the name: in another one, the same number is another process.
 fn name_prefix() -> String {
     let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     let namespace: String = namespace

@@ -25,7 +25,7 @@ pub fn case() -> Option<String> {
     std::env::var(CASE_VARIABLE).ok()
 }
 
-/// Tells the parent `key` = `value`, readable there with [`Output::get`]. Line ends in the value are kept
+/// Sends the parent `key` = `value`, readable there with [`Output::get`]. Line ends in the value are kept
 /// as `\n`.
 ///
 /// Formats on the stack and writes with one system call: the child may be at a limit of memory.
@@ -240,7 +240,7 @@ impl Child {
         let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, group, 0) };
         let pidfd = i32::try_from(pidfd).ok().filter(|&fd| fd >= 0);
         Ok(StartedChild {
-            // SAFETY: a new descriptor that nobody else owns.
+            // SAFETY: a new descriptor that no other code owns.
             pidfd: pidfd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
             stdout: Stream::new(child.stdout.take().map(OwnedFd::from)),
             stderr: Stream::new(child.stderr.take().map(OwnedFd::from)),
@@ -315,7 +315,7 @@ impl Child {
     }
 }
 
-/// What the child's side of the fork and the relays tell the parent, in a page that all of them share.
+/// What the child's side of the fork and the relays report to the parent, in a page that all of them share.
 struct Note(&'static SharedNote);
 
 #[derive(Default)]
@@ -492,7 +492,7 @@ impl Sandbox {
         }
         loop {
             let mut status = 0;
-            // Every child, not only ours: orphans of the namespace end here, and as zombies they would
+            // Every child, not only ours: children of ended processes of the namespace end here, and as zombies they would
             // hold pid numbers.
             // SAFETY: `status` is a valid place for the result.
             let ended = unsafe { libc::waitpid(-1, &raw mut status, 0) };
@@ -567,7 +567,7 @@ fn write_file(path: &std::ffi::CStr, bytes: &[u8]) -> io::Result<()> {
     // SAFETY: the path is NUL-terminated.
     let fd = unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
     check(fd)?;
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: a new descriptor that no other code owns.
     let mut file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
     file.write_all(bytes)
 }
@@ -696,7 +696,7 @@ impl StartedChild {
                 revents: 0,
             },
         ];
-        // Without a pidfd the child's end wakes nobody.
+        // Without a pidfd the child's end wakes no thread.
         let longest = if self.pidfd.is_some() { i32::MAX } else { 10 };
         let milliseconds = i32::try_from(left.as_millis())
             .unwrap_or(longest)
@@ -728,7 +728,7 @@ impl StartedChild {
     }
 
     /// Kills whatever is left of the process group, and reaps the child. In this order: until it is
-    /// reaped, its number cannot name anybody else's group.
+    /// reaped, its number cannot name another process's group.
     fn kill(&mut self) -> ExitStatus {
         *self.finished.get_or_insert_with(|| {
             // SAFETY: a signal to the process group that this child leads.

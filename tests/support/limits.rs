@@ -26,10 +26,10 @@ pub fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// A user id that nobody else on this machine has, so that `RLIMIT_NPROC` counts our tasks only.
+/// A user id that no other process on this machine has, so that `RLIMIT_NPROC` counts our tasks only.
 ///
 /// Drawn at random from a range far above the ids that systems and their containers hand out: tests run
-/// side by side, also in pid namespaces where a process number would not tell them apart.
+/// side by side, also in pid namespaces where a process number would not distinguish them.
 pub fn unused_uid() -> u32 {
     let mut random = [0; 4];
     // SAFETY: the buffer is valid for its length.

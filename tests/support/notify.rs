@@ -72,7 +72,7 @@ pub fn listen(syscalls: &[libc::c_long]) -> Result<Listener, String> {
         )
     };
     match i32::try_from(fd) {
-        // SAFETY: a new descriptor that nobody else owns.
+        // SAFETY: a new descriptor that no other code owns.
         Ok(fd) if fd >= 0 => Ok(Listener(unsafe { OwnedFd::from_raw_fd(fd) })),
         _ => Err(format!(
             "no seccomp notifications: {}",
@@ -155,7 +155,7 @@ pub fn supervised<T: Send>(
     const PENDING: i32 = -1;
     const FAILED: i32 = -2;
     // An atomic and unpark, since a channel would allocate behind the filter: malloc's mmap would be held
-    // before anybody listens.
+    // before the supervisor listens.
     let slot = &AtomicI32::new(PENDING);
     let supervisor = std::thread::current();
     std::thread::scope(|scope| {

@@ -36,7 +36,7 @@ pub fn listed_threads() -> Vec<usize> {
         c"_thread_db_rtld_global__dl_stack_used",
     ] {
         let head = global + offset(name);
-        // SAFETY: head and elements of a circular list; the caller sees to it that nobody changes it.
+        // SAFETY: head and elements of a circular list; the caller keeps other threads from changing it.
         let next = |at: usize| unsafe { (at as *const usize).read() };
         let mut at = next(head);
         while at != head {

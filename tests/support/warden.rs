@@ -84,7 +84,7 @@ impl Warden {
     }
 }
 
-/// Waits until the kernel has let go of a thread: a pidfd tells the end of what comes after that.
+/// Waits until the kernel has cleared a thread's tid word: a pidfd shows the end of what comes after that.
 pub fn wait_for_end(pidfd: &OwnedFd) {
     let mut entry = libc::pollfd {
         fd: pidfd.as_raw_fd(),

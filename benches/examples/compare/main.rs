@@ -98,7 +98,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut before = 0;
     for (index, row) in rows.iter().enumerate() {
         if progress.is_hidden() {
-            // No terminal: a line for whoever reads the log.
+            // No terminal: a line for the reader of the log.
             eprintln!("{}/{}: {}", index + 1, rows.len(), row.label());
         }
         progress.set_message(row.label());

@@ -63,7 +63,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "nproc-raised",
-        what: "a clone is refused as by RLIMIT_NPROC, which has room when anybody looks, with RetryPolicy::never",
+        what: "a clone is refused as by RLIMIT_NPROC, which has room when it is looked at, with RetryPolicy::never",
         needs: &[],
         sandbox: plain,
         provoke: nproc_raised,

@@ -1,5 +1,5 @@
 //! The process of a scenario: asks pthread_create, std::thread and nptl for a thread each, under the same
-//! limit, and tells the process that started it what they said.
+//! limit, and reports to the process that started it what they said.
 //!
 //! Between a limit's coming into force and its end nothing here allocates but what the asked ones allocate:
 //! the process is out of something.
@@ -233,7 +233,7 @@ pub fn ask_nptl(builder: Builder) -> Result<(), SpawnError> {
 }
 
 /// How many threads of this process the kernel counts, those it has still to take back among them. `None` where
-/// no /proc tells.
+/// no /proc shows.
 pub fn threads() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let mut lines = status.lines();
@@ -252,7 +252,7 @@ pub fn await_reaping(most: Option<u64>) {
     }
 }
 
-/// Asks, and keeps the answers until there is memory to tell them.
+/// Asks, and keeps the answers until there is memory to report them.
 pub struct Asker<'a> {
     /// How often nptl is asked; the others are asked once.
     pub rounds: usize,
@@ -402,7 +402,7 @@ impl<'a> Asker<'a> {
         refused(&self.pthread) + refused(&self.std) + self.nptl_refusals()
     }
 
-    /// Tells the answers, each with its judgement.
+    /// Reports the answers, each with its judgement.
     pub fn tell(&self, right: Right, judge: impl Fn(&SpawnError) -> Result<(), String>) {
         if let Some(heard) = &self.heard {
             let mut told = 0;

@@ -181,7 +181,7 @@ fn inode(path: &str) -> Option<u64> {
     std::fs::metadata(path).ok().map(|file| file.ino())
 }
 
-/// Root is exempt from RLIMIT_NPROC; of anybody else the other processes count, too.
+/// Root is exempt from RLIMIT_NPROC; of another user the other processes count, too.
 pub(super) fn become_limited_user() -> Result<u32, String> {
     match is_root() {
         true => become_unused_user(),
@@ -274,7 +274,7 @@ fn seccomp(ask: &mut Asker<'_>, by: CloneCall, certainty: &'static [Certainty]) 
     ask.ask_many(false);
     let alone = threads() == Some(1);
     ask.tell(Right::Refused, |error| {
-        // Of clone alone it cannot be told from another thread inside execve.
+        // From clone alone it cannot be distinguished from another thread inside execve.
         let unknown = error.certainty() == Certainty::Unknown && error.is_transient();
         if by == CloneCall::Clone && !alone && unknown {
             return match error.alternatives().contains(CauseKind::Seccomp) {
@@ -332,7 +332,7 @@ fn set_scheduling(policy: u32, nanoseconds: u64) -> io::Result<()> {
     attributes.sched_runtime = nanoseconds;
     attributes.sched_deadline = nanoseconds * 10;
     attributes.sched_period = nanoseconds * 10;
-    // SAFETY: a valid structure of the size that it tells; 0 is the calling thread.
+    // SAFETY: a valid structure of the size that it contains; 0 is the calling thread.
     match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -369,7 +369,7 @@ fn deadline(ask: &mut Asker<'_>) -> Result<(), String> {
 /// A thread that is inside execve most of the time: the file is opened, found executable, and refused only
 /// after the kernel has marked the state that it shares with the other threads.
 ///
-/// `burst` times without a pause: endlessly, hardly anybody would get in between.
+/// `burst` times without a pause: endlessly, other threads would hardly run in between.
 pub(super) fn exec_in_a_loop(burst: usize) -> Result<(), String> {
     let failed = |_| io::Error::last_os_error().to_string();
     // SAFETY: the name is NUL-terminated, the buffer as long as said.
@@ -383,7 +383,7 @@ pub(super) fn exec_in_a_loop(burst: usize) -> Result<(), String> {
     let work = move || {
         let nothing = [std::ptr::null()];
         if burst != usize::MAX {
-            // On a busy machine a thread that is preempted inside execve stays there for longer than anybody
+            // On a busy machine a thread that is preempted inside execve stays there for longer than any test
             // waits. This one sleeps between its bursts.
             be_urgent();
         }
@@ -402,7 +402,7 @@ pub(super) fn exec_in_a_loop(burst: usize) -> Result<(), String> {
     Ok(())
 }
 
-/// Transient, and never another name. Not being able to tell is honest: it may be over by then.
+/// Transient, and never another name. An unknown cause is honest: it may be over by then.
 fn transient_or_unknown(error: &SpawnError, kind: CauseKind) -> Result<(), String> {
     let found = error.cause().kind();
     if found != kind && found != CauseKind::Unknown {
@@ -739,7 +739,7 @@ impl SlowReaping {
             let say = || answers.send(()).is_ok();
             while demands.recv().is_ok() && say() {
                 for _ in 0..Self::CHANGES {
-                    // SAFETY: the mapping made above, which nobody uses.
+                    // SAFETY: the mapping made above, which is not in use.
                     unsafe {
                         libc::mprotect(start as *mut libc::c_void, Self::BYTES, libc::PROT_NONE);
                         libc::mprotect(start as *mut libc::c_void, Self::BYTES, libc::PROT_READ);
@@ -783,7 +783,7 @@ fn be_urgent() {
     unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const urgent) };
 }
 
-/// A busy machine lets the calling thread, and what it starts from now on, wait for nobody else. Where this is not
+/// A busy machine lets the calling thread, and what it starts from now on, not wait for other processes. Where this is not
 /// permitted, others may keep it from its part. Not a real-time policy: at its limit those are made to wait, too.
 fn be_preferred() {
     // SAFETY: plain numbers; 0 is the calling thread.
@@ -858,7 +858,7 @@ fn join_then_spawn_no_retry(ask: &mut Asker<'_>) -> Result<(), String> {
     join_and_spawn(ask, Right::Either)
 }
 
-/// What the processes of a dying namespace tell the one outside.
+/// What the processes of a dying namespace report to the one outside.
 #[derive(Default)]
 struct NamespaceReport {
     ready: AtomicU64,
@@ -917,7 +917,7 @@ pub const DYING_ROUNDS: usize = 5;
 /// When the init of a namespace ends, the kernel first closes the namespace for new tasks, then kills its
 /// members one by one, the lowest number first. The member with the highest number therefore has the time
 /// that it takes to kill all others. It must run all that time: init and this member each have a processor on which
-/// they wait for nobody, where that is permitted.
+/// they wait for no other process, where that is permitted.
 fn dying_pid_namespace(ask: &mut Asker<'_>) -> Result<(), String> {
     const MEMBERS: usize = 800;
     ask.calibrate_alone()?;

@@ -18,7 +18,7 @@ pub struct GuardedFile {
     file: File,
     old: String,
     guardian: Pid,
-    /// Its end tells the guardian that this process is gone.
+    /// Its end shows the guardian that this process is gone.
     alive: Option<OwnedFd>,
 }
 

@@ -34,7 +34,7 @@ const PROVEN: &[Certainty] = &[Certainty::Proven];
 /// The guardian puts the value back at the latest then.
 const LONGEST: Duration = Duration::from_secs(2);
 
-/// Nobody on the machine can create a task meanwhile: the questions take a millisecond or two.
+/// No process of the machine can create a task meanwhile: the questions take a millisecond or two.
 fn threads_max(ask: &mut Asker<'_>) -> Result<(), String> {
     /// The kernel takes no less.
     const LEAST: u64 = 20;

@@ -334,7 +334,7 @@ fn memory_cgroup(ask: &mut Asker<'_>) -> Result<(), String> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| ask_in_memory_cgroup(ask, inner, outer));
         // A thread that is granted at the limit can fault where a page table is to be had, and then waits
-        // for memory, because nobody is to be killed for it; and with it whoever joins it.
+        // for memory, because no process may be killed for it; and with it the thread that joins it.
         let began = Instant::now();
         while !thread.is_finished() {
             if began.elapsed() > PATIENCE {

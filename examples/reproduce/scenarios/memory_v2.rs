@@ -3,8 +3,8 @@
 //! There the kernel kills a process before it refuses it anything, unless every process of the cgroup is exempt from
 //! being killed (`oom_score_adj` -1000, as services have it that must never be killed): then a task that does not fit
 //! is refused, with ENOMEM. A page that does not fit is not refused but asked for again and again, so the process
-//! moves in with its pages in place and charged elsewhere, and somebody outside lifts the limit should it get stuck.
-//! The kernel's log tells at length of every charge that found nobody to kill.
+//! moves in with its pages in place and charged elsewhere, and a process outside lifts the limit should it get stuck.
+//! The kernel's log describes at length each charge for which no process could be killed.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -67,7 +67,7 @@ pub(super) fn ancestor(ask: &mut Asker<'_>) -> Result<(), String> {
 }
 
 fn provoke(ask: &mut Asker<'_>, member: &Path, limited: &Path) -> Result<(), String> {
-    // With this value the kernel stops the whole machine when it finds nobody to kill.
+    // With this value the kernel stops the whole machine when it finds no process to kill.
     if number_in("/proc/sys/vm/panic_on_oom")? == 2 {
         return Err("vm.panic_on_oom is 2 here".to_owned());
     }
@@ -97,7 +97,7 @@ fn provoke(ask: &mut Asker<'_>, member: &Path, limited: &Path) -> Result<(), Str
         }
         let allowed = limit.tighten(SLACK)?;
         ask.ask_nptl();
-        // Whatever follows allocates: the answer is told before the next is asked for.
+        // Whatever follows allocates: the answer is reported before the next is asked for.
         limit.lift()?;
         refusals += ask.nptl_refusals();
         ask.tell(Right::Either, |error| {
@@ -311,7 +311,7 @@ impl Drop for MemoryMax {
     }
 }
 
-/// A process outside the limited cgroup that lifts the limit when nobody has written it for too long: a fault at the
+/// A process outside the limited cgroup that lifts the limit when it was not written for too long: a fault at the
 /// limit is repeated until there is room.
 struct Rescuer {
     pid: libc::pid_t,

@@ -279,7 +279,7 @@ fn plain(child: Child) -> Result<Child, String> {
     Ok(child)
 }
 
-/// Namespaces as root, or inside a user namespace as anybody.
+/// Namespaces as root, or inside a user namespace as another user.
 fn privileged(child: Child) -> Result<Child, String> {
     Ok(match is_root() {
         true => child,

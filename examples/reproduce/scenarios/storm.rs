@@ -72,7 +72,7 @@ struct Alike {
     count: u64,
 }
 
-/// What one thread has been told. Its memory is there before the limit is.
+/// The answers that one thread got. Its memory is there before the limit is.
 pub struct Heard {
     granted: u64,
     classes: Vec<Alike>,

@@ -186,7 +186,7 @@ struct VirtualMachine<'a> {
 }
 
 impl VirtualMachine<'_> {
-    /// A thread, if need be after somebody has made room. The closure of a refused one comes back.
+    /// A thread, if need be after another thread has made room. The closure of a refused one comes back.
     fn thread(&mut self, name: String, mut work: impl FnOnce() + Send + 'static) {
         loop {
             let builder = Builder::new().name(&*name).stack_size(STACK);
