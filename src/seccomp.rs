@@ -113,80 +113,17 @@ macro_rules! calls {
         pub const CALLS: &[SystemCall] = &[$($(
             SystemCall {
                 phase: Phase::$phase,
-                name: stringify!($name),
-                number: libc_number!($name),
+                name: name_of(stringify!($name)),
+                number: libc::$name,
                 arguments: &[$($(($index, $value as u32)),*)?],
             },
         )*)*];
     };
 }
 
-macro_rules! libc_number {
-    ($($name:ident)*) => { numbers::$($name)* };
-}
-
-/// The calls by their names.
-#[expect(non_upper_case_globals, reason = "the kernel's names")]
-mod numbers {
-    macro_rules! numbers {
-        ($($name:ident = $number:ident;)*) => {
-            $(pub(super) const $name: libc::c_long = libc::$number;)*
-        };
-    }
-
-    numbers! {
-        brk = SYS_brk;
-        clock_gettime = SYS_clock_gettime;
-        clock_nanosleep = SYS_clock_nanosleep;
-        clone = SYS_clone;
-        clone3 = SYS_clone3;
-        close = SYS_close;
-        exit = SYS_exit;
-        fcntl = SYS_fcntl;
-        fstatfs = SYS_fstatfs;
-        futex = SYS_futex;
-        getpid = SYS_getpid;
-        getrandom = SYS_getrandom;
-        gettid = SYS_gettid;
-        kill = SYS_kill;
-        madvise = SYS_madvise;
-        mincore = SYS_mincore;
-        mlock = SYS_mlock;
-        mmap = SYS_mmap;
-        mprotect = SYS_mprotect;
-        mremap = SYS_mremap;
-        munlock = SYS_munlock;
-        munmap = SYS_munmap;
-        newfstatat = SYS_newfstatat;
-        openat = SYS_openat;
-        pidfd_open = SYS_pidfd_open;
-        prctl = SYS_prctl;
-        prlimit64 = SYS_prlimit64;
-        read = SYS_read;
-        rseq = SYS_rseq;
-        rt_sigaction = SYS_rt_sigaction;
-        rt_sigprocmask = SYS_rt_sigprocmask;
-        rt_sigreturn = SYS_rt_sigreturn;
-        sched_getaffinity = SYS_sched_getaffinity;
-        sched_getattr = SYS_sched_getattr;
-        sched_getparam = SYS_sched_getparam;
-        sched_getscheduler = SYS_sched_getscheduler;
-        sched_setaffinity = SYS_sched_setaffinity;
-        sched_setattr = SYS_sched_setattr;
-        sched_yield = SYS_sched_yield;
-        setgid = SYS_setgid;
-        setgroups = SYS_setgroups;
-        setregid = SYS_setregid;
-        setresgid = SYS_setresgid;
-        setresuid = SYS_setresuid;
-        setreuid = SYS_setreuid;
-        setuid = SYS_setuid;
-        set_robust_list = SYS_set_robust_list;
-        sigaltstack = SYS_sigaltstack;
-        tgkill = SYS_tgkill;
-        uname = SYS_uname;
-        write = SYS_write;
-    }
+/// The name of a call, from that of libc's constant: `read` from `SYS_read`.
+const fn name_of(constant: &'static str) -> &'static str {
+    constant.split_at("SYS_".len()).1
 }
 
 const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
@@ -199,189 +136,189 @@ const FLAGS: u64 = crate::sys::clone::FLAGS;
 
 calls! {
     Prepare {
-        mmap[2: READ_WRITE, 3: ANONYMOUS],
-        mmap[2: READ_WRITE, 3: STACK],
-        munmap,
-        madvise[2: libc::MADV_WIPEONFORK],
-        madvise[2: libc::MADV_DONTNEED],
-        rt_sigprocmask[0: libc::SIG_SETMASK],
-        rt_sigprocmask[0: libc::SIG_BLOCK],
-        rt_sigprocmask[0: libc::SIG_UNBLOCK],
-        rt_sigaction,
-        clone3,
-        clone[0: FLAGS],
-        futex[1: libc::FUTEX_WAIT],
-        futex[1: libc::FUTEX_WAKE],
-        futex[1: PRIVATE_WAIT],
-        futex[1: PRIVATE_WAKE],
+        SYS_mmap[2: READ_WRITE, 3: ANONYMOUS],
+        SYS_mmap[2: READ_WRITE, 3: STACK],
+        SYS_munmap,
+        SYS_madvise[2: libc::MADV_WIPEONFORK],
+        SYS_madvise[2: libc::MADV_DONTNEED],
+        SYS_rt_sigprocmask[0: libc::SIG_SETMASK],
+        SYS_rt_sigprocmask[0: libc::SIG_BLOCK],
+        SYS_rt_sigprocmask[0: libc::SIG_UNBLOCK],
+        SYS_rt_sigaction,
+        SYS_clone3,
+        SYS_clone[0: FLAGS],
+        SYS_futex[1: libc::FUTEX_WAIT],
+        SYS_futex[1: libc::FUTEX_WAKE],
+        SYS_futex[1: PRIVATE_WAIT],
+        SYS_futex[1: PRIVATE_WAKE],
         // glibc's pthread_join.
-        futex[1: libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME],
-        set_robust_list[1: 24],
-        rseq[2: 0],
-        exit,
-        sched_getparam,
-        sched_getscheduler,
-        sched_getaffinity,
-        getrandom,
-        gettid,
-        mincore,
-        getpid,
-        tgkill[2: 0],
-        sched_yield,
-        openat,
-        read,
-        newfstatat,
-        close,
-        fcntl[1: libc::F_GETFD],
-        uname,
+        SYS_futex[1: libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME],
+        SYS_set_robust_list[1: 24],
+        SYS_rseq[2: 0],
+        SYS_exit,
+        SYS_sched_getparam,
+        SYS_sched_getscheduler,
+        SYS_sched_getaffinity,
+        SYS_getrandom,
+        SYS_gettid,
+        SYS_mincore,
+        SYS_getpid,
+        SYS_tgkill[2: 0],
+        SYS_sched_yield,
+        SYS_openat,
+        SYS_read,
+        SYS_newfstatat,
+        SYS_close,
+        SYS_fcntl[1: libc::F_GETFD],
+        SYS_uname,
     }
     Spawn {
-        rt_sigprocmask[0: libc::SIG_SETMASK],
-        clone3,
-        clone[0: FLAGS],
-        futex[1: PRIVATE_WAIT],
-        futex[1: PRIVATE_WAKE],
-        prlimit64[0: 0, 1: libc::RLIMIT_AS],
-        madvise[2: libc::MADV_DONTNEED],
-        munmap,
-        mincore,
+        SYS_rt_sigprocmask[0: libc::SIG_SETMASK],
+        SYS_clone3,
+        SYS_clone[0: FLAGS],
+        SYS_futex[1: PRIVATE_WAIT],
+        SYS_futex[1: PRIVATE_WAKE],
+        SYS_prlimit64[0: 0, 1: libc::RLIMIT_AS],
+        SYS_madvise[2: libc::MADV_DONTNEED],
+        SYS_munmap,
+        SYS_mincore,
     }
     Map {
-        prlimit64[0: 0, 1: libc::RLIMIT_AS],
-        mmap[2: READ_WRITE, 3: STACK],
-        madvise[2: libc::MADV_NOHUGEPAGE],
-        madvise[2: MADV_GUARD_INSTALL],
-        mprotect[2: libc::PROT_NONE],
+        SYS_prlimit64[0: 0, 1: libc::RLIMIT_AS],
+        SYS_mmap[2: READ_WRITE, 3: STACK],
+        SYS_madvise[2: libc::MADV_NOHUGEPAGE],
+        SYS_madvise[2: MADV_GUARD_INSTALL],
+        SYS_mprotect[2: libc::PROT_NONE],
     }
     Resident {
-        mlock,
-        munlock,
-        madvise[2: libc::MADV_POPULATE_WRITE],
+        SYS_mlock,
+        SYS_munlock,
+        SYS_madvise[2: libc::MADV_POPULATE_WRITE],
     }
     Start {
-        set_robust_list[1: 24],
-        rseq[2: 0],
-        prctl[0: libc::PR_SET_NAME],
-        sigaltstack,
-        rt_sigprocmask[0: libc::SIG_SETMASK],
+        SYS_set_robust_list[1: 24],
+        SYS_rseq[2: 0],
+        SYS_prctl[0: libc::PR_SET_NAME],
+        SYS_sigaltstack,
+        SYS_rt_sigprocmask[0: libc::SIG_SETMASK],
     }
     Cgroup {
-        fstatfs,
-        openat,
-        close,
-        fcntl[1: libc::F_GETFD],
-        write,
+        SYS_fstatfs,
+        SYS_openat,
+        SYS_close,
+        SYS_fcntl[1: libc::F_GETFD],
+        SYS_write,
     }
     Affinity {
-        sched_setaffinity,
-        sched_getaffinity,
+        SYS_sched_setaffinity,
+        SYS_sched_getaffinity,
     }
     Scheduler {
-        sched_setattr,
-        sched_getattr,
+        SYS_sched_setattr,
+        SYS_sched_getattr,
     }
     CoreScheduling {
-        prctl[0: libc::PR_SCHED_CORE],
+        SYS_prctl[0: libc::PR_SCHED_CORE],
     }
     Report {
-        futex[1: libc::FUTEX_WAIT],
-        futex[1: libc::FUTEX_WAKE],
+        SYS_futex[1: libc::FUTEX_WAIT],
+        SYS_futex[1: libc::FUTEX_WAKE],
     }
     Gate {
-        futex[1: PRIVATE_WAIT],
-        futex[1: PRIVATE_WAKE],
+        SYS_futex[1: PRIVATE_WAIT],
+        SYS_futex[1: PRIVATE_WAKE],
     }
     End {
-        rt_sigprocmask[0: libc::SIG_SETMASK],
-        exit,
-        madvise[2: libc::MADV_DONTNEED],
-        futex[1: libc::FUTEX_WAIT],
-        futex[1: libc::FUTEX_WAKE],
-        futex[1: PRIVATE_WAIT],
-        futex[1: PRIVATE_WAKE],
-        rt_sigreturn,
+        SYS_rt_sigprocmask[0: libc::SIG_SETMASK],
+        SYS_exit,
+        SYS_madvise[2: libc::MADV_DONTNEED],
+        SYS_futex[1: libc::FUTEX_WAIT],
+        SYS_futex[1: libc::FUTEX_WAKE],
+        SYS_futex[1: PRIVATE_WAIT],
+        SYS_futex[1: PRIVATE_WAKE],
+        SYS_rt_sigreturn,
     }
     SetId {
-        setresuid,
-        setresgid,
-        setuid,
-        setgid,
-        setreuid,
-        setregid,
-        setgroups,
-        rt_sigreturn,
+        SYS_setresuid,
+        SYS_setresgid,
+        SYS_setuid,
+        SYS_setgid,
+        SYS_setreuid,
+        SYS_setregid,
+        SYS_setgroups,
+        SYS_rt_sigreturn,
     }
     Join {
-        futex[1: libc::FUTEX_WAIT],
-        clock_gettime,
-        madvise[2: libc::MADV_DONTNEED],
-        rt_sigprocmask[0: libc::SIG_SETMASK],
-        futex[1: PRIVATE_WAIT],
-        futex[1: PRIVATE_WAKE],
-        munmap,
-        mincore,
+        SYS_futex[1: libc::FUTEX_WAIT],
+        SYS_clock_gettime,
+        SYS_madvise[2: libc::MADV_DONTNEED],
+        SYS_rt_sigprocmask[0: libc::SIG_SETMASK],
+        SYS_futex[1: PRIVATE_WAIT],
+        SYS_futex[1: PRIVATE_WAKE],
+        SYS_munmap,
+        SYS_mincore,
     }
     Control {
-        rt_sigprocmask[0: libc::SIG_SETMASK],
-        getpid,
-        tgkill,
-        pidfd_open,
-        clock_gettime,
-        futex[1: PRIVATE_WAIT],
-        futex[1: PRIVATE_WAKE],
+        SYS_rt_sigprocmask[0: libc::SIG_SETMASK],
+        SYS_getpid,
+        SYS_tgkill,
+        SYS_pidfd_open,
+        SYS_clock_gettime,
+        SYS_futex[1: PRIVATE_WAIT],
+        SYS_futex[1: PRIVATE_WAKE],
     }
     HighWaterMark {
-        mincore,
+        SYS_mincore,
     }
     Trim {
-        munmap,
-        mincore,
-        madvise[2: libc::MADV_DONTNEED],
-        rt_sigprocmask[0: libc::SIG_SETMASK],
-        futex[1: PRIVATE_WAIT],
-        futex[1: PRIVATE_WAKE],
+        SYS_munmap,
+        SYS_mincore,
+        SYS_madvise[2: libc::MADV_DONTNEED],
+        SYS_rt_sigprocmask[0: libc::SIG_SETMASK],
+        SYS_futex[1: PRIVATE_WAIT],
+        SYS_futex[1: PRIVATE_WAKE],
         // One thread of glibc, which frees what malloc keeps for threads that have ended; its join.
-        mmap[2: libc::PROT_NONE, 3: STACK],
-        mmap[2: READ_WRITE, 3: STACK],
-        mprotect[2: READ_WRITE],
-        rt_sigprocmask[0: libc::SIG_BLOCK],
-        clone3,
-        clone[0: FLAGS],
-        set_robust_list[1: 24],
-        rseq[2: 0],
-        exit,
-        futex[1: libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME],
-        brk,
+        SYS_mmap[2: libc::PROT_NONE, 3: STACK],
+        SYS_mmap[2: READ_WRITE, 3: STACK],
+        SYS_mprotect[2: READ_WRITE],
+        SYS_rt_sigprocmask[0: libc::SIG_BLOCK],
+        SYS_clone3,
+        SYS_clone[0: FLAGS],
+        SYS_set_robust_list[1: 24],
+        SYS_rseq[2: 0],
+        SYS_exit,
+        SYS_futex[1: libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME],
+        SYS_brk,
     }
     // Behind a filter: without one there are others.
     Refusal {
-        openat,
-        read,
-        close,
-        fcntl[1: libc::F_GETFD],
-        fcntl[1: libc::F_SETOWN],
-        gettid,
-        clock_gettime,
-        clock_nanosleep,
-        clone3,
-        clone[0: FLAGS],
-        kill[1: 0],
-        mmap[2: READ_WRITE, 3: STACK],
-        munmap,
-        mprotect[2: libc::PROT_NONE],
-        rt_sigprocmask[0: libc::SIG_SETMASK],
+        SYS_openat,
+        SYS_read,
+        SYS_close,
+        SYS_fcntl[1: libc::F_GETFD],
+        SYS_fcntl[1: libc::F_SETOWN],
+        SYS_gettid,
+        SYS_clock_gettime,
+        SYS_clock_nanosleep,
+        SYS_clone3,
+        SYS_clone[0: FLAGS],
+        SYS_kill[1: 0],
+        SYS_mmap[2: READ_WRITE, 3: STACK],
+        SYS_munmap,
+        SYS_mprotect[2: libc::PROT_NONE],
+        SYS_rt_sigprocmask[0: libc::SIG_SETMASK],
     }
     Heap {
-        brk,
-        mmap[2: READ_WRITE, 3: ANONYMOUS],
-        mmap[2: libc::PROT_NONE, 3: ANONYMOUS | libc::MAP_NORESERVE],
-        mmap[2: libc::PROT_NONE, 3: ANONYMOUS],
-        munmap,
-        mremap,
-        mprotect[2: READ_WRITE],
-        madvise[2: libc::MADV_DONTNEED],
-        futex[1: PRIVATE_WAIT],
-        futex[1: PRIVATE_WAKE],
+        SYS_brk,
+        SYS_mmap[2: READ_WRITE, 3: ANONYMOUS],
+        SYS_mmap[2: libc::PROT_NONE, 3: ANONYMOUS | libc::MAP_NORESERVE],
+        SYS_mmap[2: libc::PROT_NONE, 3: ANONYMOUS],
+        SYS_munmap,
+        SYS_mremap,
+        SYS_mprotect[2: READ_WRITE],
+        SYS_madvise[2: libc::MADV_DONTNEED],
+        SYS_futex[1: PRIVATE_WAIT],
+        SYS_futex[1: PRIVATE_WAKE],
     }
 }
 
