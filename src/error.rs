@@ -468,34 +468,24 @@ impl<W> From<Refused<W>> for std::io::Error {
 
 /// What came of a thread with a setup ([`Builder::spawn_with_setup`](crate::Builder::spawn_with_setup)), if it does not
 /// run.
+#[derive(thiserror::Error)]
 pub enum SetupError<E> {
     /// No thread was made, or a setting was refused, or the setup ended its thread ([`Step::Setup`]).
-    Refused(SpawnError),
+    #[error(transparent)]
+    Refused(#[from] SpawnError),
     /// The setup returned this.
-    Failed(E),
+    #[error("the setup of the thread failed: {0}")]
+    Failed(#[source] E),
     /// The setup panicked; as from `join`.
+    #[error("the setup of the thread panicked{}", message(&**.0))]
     Panicked(Box<dyn Any + Send>),
 }
 
-impl<E> From<SpawnError> for SetupError<E> {
-    fn from(error: SpawnError) -> SetupError<E> {
-        SetupError::Refused(error)
-    }
-}
-
-impl<E: fmt::Display> fmt::Display for SetupError<E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            SetupError::Refused(error) => error.fmt(f),
-            SetupError::Failed(error) => write!(f, "the setup of the thread failed: {error}"),
-            SetupError::Panicked(payload) => {
-                f.write_str("the setup of the thread panicked")?;
-                let text = payload.downcast_ref::<&str>().copied();
-                let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-                text.map_or(Ok(()), |text| write!(f, ": {text}"))
-            }
-        }
-    }
+/// The message of a panic, behind a colon, if it is text.
+fn message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+    text.map_or_else(String::new, |text| format!(": {text}"))
 }
 
 impl<E: fmt::Debug> fmt::Debug for SetupError<E> {
@@ -504,16 +494,6 @@ impl<E: fmt::Debug> fmt::Debug for SetupError<E> {
             SetupError::Refused(error) => error.fmt(f),
             SetupError::Failed(error) => f.debug_tuple("Failed").field(error).finish(),
             SetupError::Panicked(_) => f.debug_tuple("Panicked").finish_non_exhaustive(),
-        }
-    }
-}
-
-impl<E: std::error::Error + 'static> std::error::Error for SetupError<E> {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            SetupError::Refused(error) => error.source(),
-            SetupError::Failed(error) => Some(error),
-            SetupError::Panicked(_) => None,
         }
     }
 }
