@@ -8,6 +8,7 @@ use crate::sync::{Latch, forked_bare, notice_fork};
 use crate::sys;
 use crate::tcb::{BlockState, Runtime};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 impl Stack {
     /// Like [`Stack::is_released`], but for a handle. In a forked child the kernel never clears the word of a thread that
@@ -21,28 +22,21 @@ impl Stack {
     ///
     /// Plain FUTEX_WAIT: the kernel's wake of a cleared tid word is a shared one and wakes one
     /// waiter, which is all there can be, because joining consumes the only handle (G14).
-    pub(crate) fn wait_released(&self, timeout: Option<std::time::Duration>) -> bool {
-        if self.has_ended() {
-            return true;
-        }
+    pub(crate) fn wait_released(&self, timeout: Option<Duration>) -> bool {
+        notice_fork();
         let Some(word) = self.tid_word() else {
             return true;
         };
-        let deadline = timeout.and_then(|timeout| std::time::Instant::now().checked_add(timeout));
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
             let tid = word.load(Ordering::Acquire);
             if tid == 0 {
                 return true;
             }
-            let left = match deadline {
-                None => None,
-                Some(deadline) => {
-                    match deadline.checked_duration_since(std::time::Instant::now()) {
-                        Some(left) if !left.is_zero() => Some(left),
-                        _ => return false,
-                    }
-                }
-            };
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return false;
+            }
             sys::futex_wait(word, tid, left);
         }
     }
@@ -83,7 +77,7 @@ impl Stack {
     }
 
     /// The processor time of the thread `tid` that runs here, and of no other.
-    pub(crate) fn cpu_time(&self, tid: libc::pid_t) -> Result<std::time::Duration, Errno> {
+    pub(crate) fn cpu_time(&self, tid: libc::pid_t) -> Result<Duration, Errno> {
         self.with_tid(|| sys::cpu_time(tid))
     }
 
