@@ -12,9 +12,10 @@ use crate::spawn::{self, Request};
 use crate::stack::cache::StackCache;
 use crate::stack::{Wanted, Work};
 use crate::sync::{Entrance, Latch, forked_bare};
+use crate::sys::find_once;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 
 /// std's default.
 const DEFAULT_STACK_SIZE: usize = 2 << 20;
@@ -631,18 +632,11 @@ fn comm(name: &str) -> [u8; 16] {
 /// RUST_MIN_STACK, read once as std does, or 2 MiB.
 fn default_stack_size() -> usize {
     static SIZE: AtomicUsize = AtomicUsize::new(0);
-    match SIZE.load(Ordering::Relaxed) {
-        0 => {
-            let size = std::env::var("RUST_MIN_STACK")
-                .ok()
-                .and_then(|value| value.parse().ok())
-                .unwrap_or(DEFAULT_STACK_SIZE)
-                .max(1);
-            SIZE.store(size, Ordering::Relaxed);
-            size
-        }
-        size => size,
-    }
+    find_once(&SIZE, || {
+        let value = std::env::var("RUST_MIN_STACK").ok();
+        let size = value.and_then(|value| value.parse().ok());
+        size.unwrap_or(DEFAULT_STACK_SIZE).max(1)
+    })
 }
 
 /// Creates a thread with the default attributes: see [`Builder`].

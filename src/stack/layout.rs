@@ -4,9 +4,9 @@
 //!  base ──► guard │ stack ◄── top │ guard │ signal stack │ block ◄── end
 //! ```
 
-use crate::sys::page_size;
+use crate::sys::{find_once, page_size};
 use crate::tcb::Runtime;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 
 /// The smallest stack: `PTHREAD_STACK_MIN`, which std rounds up to as well.
 pub(crate) const SMALLEST: usize = 16 * 1024;
@@ -51,14 +51,9 @@ impl Layout {
 fn signal_stack_size(page: usize) -> usize {
     const HANDLER: usize = 12 * 1024;
     static SIZE: AtomicUsize = AtomicUsize::new(0);
-    match SIZE.load(Ordering::Relaxed) {
-        0 => {
-            // SAFETY: getauxval only reads the auxiliary vector.
-            let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
-            let size = (frame.max(2048) + HANDLER).next_multiple_of(page);
-            SIZE.store(size, Ordering::Relaxed);
-            size
-        }
-        size => size,
-    }
+    find_once(&SIZE, || {
+        // SAFETY: getauxval only reads the auxiliary vector.
+        let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+        (frame.max(2048) + HANDLER).next_multiple_of(page)
+    })
 }

@@ -3,8 +3,8 @@
 use super::layout::Layout;
 use crate::errno::Errno;
 use crate::proc::machine::kernel_version;
-use crate::sys::{self, page_size};
-use std::sync::atomic::{AtomicBool, Ordering};
+use crate::sys::{self, find_once, page_size};
+use std::sync::atomic::AtomicUsize;
 
 /// Linux 6.13: a guard that neither splits the mapping nor counts as one.
 const MADV_GUARD_INSTALL: libc::c_int = 102;
@@ -32,14 +32,14 @@ pub(crate) fn map(length: usize) -> Result<usize, Errno> {
 
 /// From Linux 6.7 on `MAP_STACK` means `VM_NOHUGEPAGE`.
 fn stack_mappings_avoid_huge_pages() -> bool {
-    static ASKED: AtomicBool = AtomicBool::new(false);
-    static ANSWER: AtomicBool = AtomicBool::new(false);
-    if !ASKED.load(Ordering::Acquire) {
-        let recent = kernel_version() >= Some((6, 7));
-        ANSWER.store(recent, Ordering::Relaxed);
-        ASKED.store(true, Ordering::Release);
-    }
-    ANSWER.load(Ordering::Relaxed)
+    static AVOID: AtomicUsize = AtomicUsize::new(0);
+    const YES: usize = 1;
+    const NO: usize = 2;
+    let find = || match kernel_version() >= Some((6, 7)) {
+        true => YES,
+        false => NO,
+    };
+    find_once(&AVOID, find) == YES
 }
 
 /// Makes the guards below the stack and below the signal stack fault. Returns whether one of them has become a

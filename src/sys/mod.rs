@@ -30,7 +30,7 @@ pub(crate) use cancel::{
 #[cfg(feature = "interpose")]
 pub(crate) use entry::Routine;
 pub(crate) use entry::{EntryPoint, Faults, Next};
-pub(crate) use page::page_size;
+pub(crate) use page::{find_once, page_size};
 #[cfg(feature = "interpose")]
 pub(crate) use signals::Quiet;
 pub(crate) use signals::{APPLICATION, KernelSigSet, Signals, set_signal_mask};
