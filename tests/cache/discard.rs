@@ -2,28 +2,18 @@
 //! thread itself, whichever way the two part.
 
 use std::cell::Cell;
-use std::hint::black_box;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use crate::{touch, with_warden};
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig, StackInfo};
-use support::{Warden, case, child, or_skip, report, resident_pages, wait_for_end};
+use support::{resident_pages, wait_for_end};
 
 const KIB: usize = 1024;
 /// More than a stack keeps, and less than it has.
 const DEEP: usize = 512 * KIB;
 /// `StackCacheConfig::keep_resident`, by default.
 const KEPT: usize = 32 * KIB;
-
-/// Uses about so many bytes of the stack.
-fn touch(bytes: usize) {
-    let page = [1_u8; 4096];
-    black_box(&page);
-    if bytes > page.len() {
-        touch(bytes - page.len());
-    }
-    black_box(&page);
-}
 
 /// A thread that has used its stack, and ends on a signal of the test.
 fn deep() -> (JoinHandle<()>, Sender<()>) {
@@ -118,12 +108,7 @@ fn a_thread_whose_handle_is_dropped_at_its_end_discards() {
 #[test]
 fn a_handle_dropped_before_the_last_instruction_leaves_the_stack_alone() {
     let test = "discard::a_handle_dropped_before_the_last_instruction_leaves_the_stack_alone";
-    if case().is_some() {
-        if !support::kernel_at_least(6, 9) {
-            support::skip!("pidfds of threads need kernel 6.9");
-        }
-        nptl::spawn(|| ()).unwrap().join().unwrap();
-        let warden = or_skip!(Warden::new(&[libc::SYS_exit]));
+    with_warden(test, |warden| {
         let cache = StackCache::new(StackCacheConfig::default().keep_resident(0));
         let (end, wait) = channel::<()>();
         let body = move || {
@@ -146,14 +131,7 @@ fn a_handle_dropped_before_the_last_instruction_leaves_the_stack_alone() {
         builder.spawn(|| ()).unwrap().join().unwrap();
         assert!(used(stack) <= 4 * KIB, "{} bytes are left", used(stack));
         assert_eq!(cache.stats().cached_stacks, 1, "the next thread ran on it");
-        report("done", "yes");
-        return;
-    }
-    let child = child(test, "run").time_limit(Duration::from_secs(60));
-    let output = or_skip!(child.run()).success();
-    if output.skipped().is_none() {
-        assert_eq!(output.get("done"), Some("yes"), "{output}");
-    }
+    });
 }
 
 /// Many at once, joined in any order and by several threads: nothing is left of any.

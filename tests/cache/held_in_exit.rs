@@ -5,8 +5,9 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use crate::with_warden;
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
-use support::{Warden, burst, case, child, is_mapped, or_skip, report, wait_for_end};
+use support::{Warden, burst, is_mapped, wait_for_end};
 
 /// A thread that is held in its exit, with what the tests need of it.
 struct Held {
@@ -48,29 +49,9 @@ fn spawn_and_join(builder: &Builder) -> usize {
     base
 }
 
-fn alone(test: &str, work: impl FnOnce(&Warden)) {
-    if case().is_some() {
-        // The calibration's threads are glibc's own.
-        nptl::spawn(|| ()).unwrap().join().unwrap();
-        StackCache::global().clear();
-        if !support::kernel_at_least(6, 9) {
-            support::skip!("pidfds of threads need kernel 6.9");
-        }
-        let warden = or_skip!(Warden::new(&[libc::SYS_exit]));
-        work(&warden);
-        report("done", "yes");
-        return;
-    }
-    let child = child(test, "run").time_limit(Duration::from_secs(60));
-    let output = or_skip!(child.run()).success();
-    if output.skipped().is_none() {
-        assert_eq!(output.get("done"), Some("yes"), "{output}");
-    }
-}
-
 #[test]
 fn a_detached_stack_waits_for_the_kernel() {
-    alone(
+    with_warden(
         "held_in_exit::a_detached_stack_waits_for_the_kernel",
         |warden| {
             let cache = StackCache::new(StackCacheConfig::default());
@@ -110,7 +91,7 @@ fn a_detached_stack_waits_for_the_kernel() {
 /// A cache that keeps nothing unmaps it, once the kernel has cleared the tid word and a later call sees it.
 #[test]
 fn a_disabled_cache_waits_as_well() {
-    alone("held_in_exit::a_disabled_cache_waits_as_well", |warden| {
+    with_warden("held_in_exit::a_disabled_cache_waits_as_well", |warden| {
         let cache = StackCache::new(StackCacheConfig::disabled());
         let builder = Builder::new().stack_cache(&cache);
         let held = hold_one(warden, &builder, true);
@@ -129,7 +110,7 @@ fn a_disabled_cache_waits_as_well() {
 /// The last handle of a private cache goes while its last thread stands in exit: the global one waits for it.
 #[test]
 fn a_cache_that_has_gone_waits_as_well() {
-    alone(
+    with_warden(
         "held_in_exit::a_cache_that_has_gone_waits_as_well",
         |warden| {
             let global = StackCache::global();
@@ -156,7 +137,7 @@ fn a_cache_that_has_gone_waits_as_well() {
 /// With a handle it is join that waits.
 #[test]
 fn a_join_waits_for_the_kernel() {
-    alone("held_in_exit::a_join_waits_for_the_kernel", |warden| {
+    with_warden("held_in_exit::a_join_waits_for_the_kernel", |warden| {
         let cache = StackCache::new(StackCacheConfig::default());
         let builder = Builder::new().stack_cache(&cache);
         let mut held = hold_one(warden, &builder, false);
@@ -186,7 +167,7 @@ fn a_join_waits_for_the_kernel() {
 /// the one that is free from being found.
 #[test]
 fn many_held_threads_hide_no_free_stack() {
-    alone(
+    with_warden(
         "held_in_exit::many_held_threads_hide_no_free_stack",
         |warden| {
             let cache = StackCache::new(StackCacheConfig::default());

@@ -3,10 +3,11 @@
 use std::ffi::{CStr, CString, c_char};
 use std::hint::black_box;
 
+use crate::touch;
 use nptl::{Builder, StackCache, StackCacheConfig, StackInfo};
 use support::{
-    alone, burst, case, child, is_mapped, malloc_in_use, or_skip, private, report, resident_pages,
-    short_or_long,
+    alone, burst, burst_of, case, child, is_mapped, malloc_in_use, or_skip, private, report,
+    resident_pages, short_or_long,
 };
 
 const KIB: usize = 1 << 10;
@@ -22,36 +23,12 @@ fn resident() -> usize {
     kib.trim().parse::<usize>().expect("a number") * KIB
 }
 
-/// Uses about so many bytes of the stack.
-fn touch(bytes: usize) {
-    let page = [1_u8; 4096];
-    black_box(&page);
-    if bytes > page.len() {
-        touch(bytes - page.len());
-    }
-    black_box(&page);
-}
-
-/// As `burst`, with threads that use so much of their stacks. Joined in the order of their start.
+/// As `burst`, with threads that use so much of their stacks.
 fn deep_burst(builder: &Builder, count: usize, bytes: usize) -> Vec<StackInfo> {
-    let gate = std::sync::Arc::new(std::sync::Barrier::new(count + 1));
-    let handles: Vec<_> = (0..count)
-        .map(|_| {
-            let gate = std::sync::Arc::clone(&gate);
-            let body = move || {
-                touch(bytes);
-                gate.wait();
-            };
-            builder.clone().spawn(body).expect("a thread")
-        })
-        .collect();
-    gate.wait();
-    let end = |handle: nptl::JoinHandle<()>| {
-        let stack = handle.stack();
-        handle.join().expect("its end");
-        stack
-    };
-    handles.into_iter().map(end).collect()
+    burst_of(builder, count, move |all| {
+        touch(bytes);
+        all.wait();
+    })
 }
 
 /// What a VMM does under memory pressure: the bytes come back to the kernel, not only out of the accounts.
@@ -235,20 +212,10 @@ fn allocate() {
 }
 
 fn allocating_burst(builder: &Builder, count: usize) {
-    let gate = std::sync::Arc::new(std::sync::Barrier::new(count));
-    let handles: Vec<_> = (0..count)
-        .map(|_| {
-            let gate = std::sync::Arc::clone(&gate);
-            let body = move || {
-                allocate();
-                gate.wait();
-            };
-            builder.clone().spawn(body).expect("a thread")
-        })
-        .collect();
-    handles
-        .into_iter()
-        .for_each(|handle| handle.join().expect("its end"));
+    burst_of(builder, count, |all| {
+        allocate();
+        all.wait();
+    });
 }
 
 /// Stacks come and go in every way; the heap caches of their threads are handed on, not lost. One is more
@@ -342,25 +309,15 @@ fn no_heap_is_lost_however_stacks_come_and_go() {
 
 /// Threads that freed as much as malloc keeps for one: seven blocks of each size up to 1 KiB.
 fn heap_burst(builder: &Builder, count: usize) {
-    let gate = std::sync::Arc::new(std::sync::Barrier::new(count));
-    let handles: Vec<_> = (0..count)
-        .map(|_| {
-            let gate = std::sync::Arc::clone(&gate);
-            let body = move || {
-                gate.wait();
-                for size in (24..=1032).step_by(16) {
-                    let mut blocks = [(); 7].map(|()| vec![1_u8; size]);
-                    black_box(&mut blocks);
-                }
-                // All have allocated before the first ends.
-                gate.wait();
-            };
-            builder.clone().spawn(body).expect("a thread")
-        })
-        .collect();
-    handles
-        .into_iter()
-        .for_each(|handle| handle.join().expect("its end"));
+    burst_of(builder, count, |all| {
+        all.wait();
+        for size in (24..=1032).step_by(16) {
+            let mut blocks = [(); 7].map(|()| vec![1_u8; size]);
+            black_box(&mut blocks);
+        }
+        // All have allocated before the first ends.
+        all.wait();
+    });
 }
 
 /// What malloc keeps for ended threads goes with their stacks, to malloc and from there to the kernel.

@@ -11,7 +11,7 @@ mod lifecycle;
 mod own_state;
 
 use nptl::{Builder, StackCache, StackCacheConfig};
-use std::time::{Duration, Instant};
+use support::wait_until;
 
 /// valgrind replaces malloc by a library of its own, which every process under it has mapped.
 fn under_valgrind() -> bool {
@@ -24,16 +24,6 @@ fn rounds(count: usize) -> usize {
         (count / 50).max(2)
     } else {
         count
-    }
-}
-
-/// Polls for a state that another thread or the kernel brings about.
-#[track_caller]
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !holds() {
-        assert!(Instant::now() < deadline, "never came true: {what}");
-        std::thread::yield_now();
     }
 }
 

@@ -25,6 +25,8 @@ use std::ffi::{CString, c_void};
 use std::path::PathBuf;
 use std::process::Command;
 
+use support::wait_until;
+
 /// A shared object, in a folder that goes with it.
 struct Library(PathBuf);
 
@@ -60,19 +62,6 @@ impl Library {
 impl Drop for Library {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Polls for what another thread or the kernel brings about.
-#[track_caller]
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    while !holds() {
-        assert!(
-            std::time::Instant::now() < deadline,
-            "never came true: {what}"
-        );
-        std::thread::yield_now();
     }
 }
 

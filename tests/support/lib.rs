@@ -44,7 +44,10 @@ pub use seccomp::{
     trap_all_clones_but, trap_strange_mappings, undocumented_call,
 };
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
-pub use threads::{await_reaping, burst, is_mapped, listed_threads, private, resident_pages, tid};
+pub use threads::{
+    await_reaping, burst, burst_of, is_mapped, listed_threads, private, resident_pages, tid,
+    wait_until,
+};
 pub use warden::{Warden, wait_for_end};
 
 /// How often a test repeats what no order can be forced for: `long` where `NPTL_TEST_LONG` is set, as `.ci/run --long`

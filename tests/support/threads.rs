@@ -77,25 +77,42 @@ pub fn await_reaping() {
 /// last one's stack is the warmest then. Their stacks, in the same order.
 #[track_caller]
 pub fn burst(builder: &nptl::Builder, count: usize) -> Vec<nptl::StackInfo> {
-    let gate = Arc::new(Barrier::new(count + 1));
+    burst_of(builder, count, |all| {
+        all.wait();
+    })
+}
+
+/// The same of threads that do `work`, which waits for all of them.
+#[track_caller]
+pub fn burst_of(
+    builder: &nptl::Builder,
+    count: usize,
+    work: impl Fn(&Barrier) + Clone + Send + 'static,
+) -> Vec<nptl::StackInfo> {
+    let all = Arc::new(Barrier::new(count));
     let handles: Vec<_> = (0..count)
         .map(|_| {
-            let gate = Arc::clone(&gate);
-            let started = builder.clone().spawn(move || {
-                gate.wait();
-            });
+            let (all, work) = (Arc::clone(&all), work.clone());
+            let started = builder.clone().spawn(move || work(&all));
             started.expect("a thread")
         })
         .collect();
-    gate.wait();
-    handles
-        .into_iter()
-        .map(|handle| {
-            let stack = handle.stack();
-            handle.join().expect("its end");
-            stack
-        })
-        .collect()
+    let stacks = handles.into_iter().map(|handle| {
+        let stack = handle.stack();
+        handle.join().expect("its end");
+        stack
+    });
+    stacks.collect()
+}
+
+/// Polls for what another thread or the kernel brings about.
+#[track_caller]
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(Instant::now() < deadline, "never came true: {what}");
+        std::thread::yield_now();
+    }
 }
 
 /// Whether the page at `address` belongs to a mapping.

@@ -13,17 +13,8 @@ mod unified;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
-/// Polls for a state that another thread or the kernel brings about.
-#[track_caller]
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !holds() {
-        assert!(Instant::now() < deadline, "never came true: {what}");
-        std::thread::yield_now();
-    }
-}
+use support::wait_until;
 
 /// What is moved into closures: counts how often one of its kind was dropped.
 struct Moved(Arc<AtomicUsize>);
