@@ -28,7 +28,7 @@ struct RingEntry {
     /// Seconds since 1970 (CLOCK_REALTIME).
     seconds: i64,
     nanoseconds: i64,
-    /// The thread that was refused another.
+    /// The thread whose spawn was refused.
     tid: i32,
     /// One line, then the report.
     text: Text<TEXT>,

@@ -214,7 +214,7 @@ mod tests {
         }
     }
 
-    /// Where each cgroup counts its own refusals, the one whose counter rose did it. Where two rose, somebody else
+    /// Where each cgroup counts its own refusals, the one whose counter rose did it. Where two rose, another task
     /// was refused at one of them, and which is not known.
     #[test]
     fn of_two_levels_that_refused_none_is_named() {

@@ -53,7 +53,7 @@ impl ProcessLimits {
         scheduling: Option<(u32, Option<u64>)>,
     ) -> ProcessLimits {
         let has_power = status.has(CAP_SYS_RESOURCE) || status.has(CAP_SYS_ADMIN);
-        // Root of another user namespace is nobody here.
+        // Root of another user namespace has no privilege here.
         let exempt =
             user.initial_user_namespace == Some(true) && (status.uid == Some(0) || has_power);
         let (policy, flags) = scheduling.unwrap_or_default();
@@ -108,7 +108,7 @@ fn nproc_stands(user: &UserProcesses, capabilities_known: bool) -> Standing {
         return Standing::Open;
     };
     let reached = user.own_threads.is_some_and(|threads| threads >= soft);
-    // Nobody can have more tasks than the machine.
+    // No user can have more tasks than the machine.
     let unreachable = soft == UNLIMITED
         || user
             .tasks

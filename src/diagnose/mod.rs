@@ -4,9 +4,9 @@
 //! dozen system calls.
 //! `rule` decides how sure a cause is, from how each check stands; the other files find that out:
 //!
-//! - `probe` asks the kernel how far a clone gets, before and after a repetition of the refused call.
+//! - `probe` finds out how far a clone gets in the kernel, before and after a repetition of the refused call.
 //! - `limits`, `numbers` and `judge` compare what the files say before and after it.
-//! - `outside` tells who can answer in the kernel's place.
+//! - `outside` finds filters, tracers and security modules, which can answer in the kernel's place.
 //!
 //! With `again`, the refused call is repeated one to three times, until it is granted or the answers agree.
 //! Without (`RetryPolicy::never`), nothing that could create a task is called, and nothing is proven.
@@ -161,13 +161,13 @@ fn repeated(error: &StepError) -> Verdict {
     analyse(error, Some(&mut || clone_probe::repeat(error.call)))
 }
 
-/// The stack of a thread of std, and the bytes that are asked for here where a mapping may have been refused.
+/// The stack of a thread of std, and the bytes that are probed here where a mapping may have been refused.
 const STACK: usize = 2 << 20;
 
 /// Finds out why a task was refused to other code of this process a moment ago: a thread to `std::thread` or
 /// `pthread_create(3)`, a process to fork(2), a helper thread of the kernel to KVM. `errno` is what that code was given.
 ///
-/// The kernel is asked what refuses a clone(2) now, and if nothing does, a mapping of 2 MiB: pthread_create says EAGAIN
+/// The kernel is probed for what refuses a clone(2) now, and if nothing does, a mapping of 2 MiB: pthread_create says EAGAIN
 /// for both. The refused call cannot be repeated here, so the cause is [`Certainty::Inferred`] at most: it is what
 /// refuses now, which need not be what refused then. Allocates nothing, and makes the system calls of an analysis
 /// (`docs/seccomp.md` in the repository). Call it at once, and in the thread that was refused: limits and filters can
@@ -233,7 +233,7 @@ fn analyse(error: &StepError, again: Option<Again<'_>>) -> Verdict {
     let start = Instant::now();
     let mut seen = Unknown::NOTHING;
     let mut repetition = Repetition::new(error.errno, again);
-    // A granted repetition ends it, and nobody reads the verdict.
+    // A granted repetition ends it, and the verdict is not read.
     let mut verdict = name(error, &mut seen, &mut repetition).unwrap_or(Verdict::UNKNOWN);
     if verdict.certainty == Certainty::Unknown {
         verdict.cause = Cause::Unknown(seen);
@@ -334,7 +334,7 @@ fn einval(
         false => Standing::Excluded,
     };
     let [tracer, filter, module] = outside.standings();
-    // What two namespaces refuse, whoever else looks on: they stay as they are.
+    // What two namespaces refuse is not in doubt where a filter or a tracer is there: they stay as they are.
     let outside_stands = match pid {
         Standing::Shown => [Standing::Excluded; 2],
         _ => [tracer, filter],

@@ -29,8 +29,8 @@ impl Sample {
     ///
     /// No file counts the numbers in use: zombies hold theirs, and so do process groups and sessions whose leader
     /// is gone. F_SETOWN answers ESRCH for a number that nothing holds; before Linux 5.15 or so it takes any number,
-    /// and then a signal 0 tells of one whether a task or a process group has it, but not whether a session has.
-    /// Numbers below [`RESERVED_PIDS`] are left out: after its first wrap the kernel does not give them to anybody.
+    /// and then a signal 0 shows whether a task or a process group has a number, but not whether a session has it.
+    /// Numbers below [`RESERVED_PIDS`] are left out: after its first wrap the kernel does not give them out.
     fn take(pid_max: u64) -> Sample {
         const MOST: u64 = 256;
         // Larger than any pid_max.

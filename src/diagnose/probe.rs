@@ -1,6 +1,6 @@
 //! The oracle: how far a clone gets at this moment.
 //!
-//! The kernel's `copy_process` checks in a fixed order, and `sys::clone_probe` asks it with clones that always fail
+//! The kernel's `copy_process` checks in a fixed order, and `sys::clone_probe` probes it with clones that always fail
 //! at known places. This file only interprets the answers.
 //!
 //! | question | refused with EAGAIN means | passes with |
@@ -9,7 +9,7 @@
 //! | up to the cgroup, without CLONE_FS | also: no pid number | EBADF |
 //! | up to the pid number, with CLONE_FS | also: a sibling is inside execve | EINVAL |
 //!
-//! Each question briefly charges the process count, so they are asked in this order only as far as needed.
+//! Each probe briefly charges the process count, so they are made in this order only as far as needed.
 
 use crate::errno::Errno;
 
@@ -36,14 +36,14 @@ pub(crate) enum Reached {
     PidMemory,
     /// Everything up to the pid numbers passes: the cgroup, or nothing any more.
     BeyondPidNumbers,
-    /// Everything up to the thread pointer passes; later checks could not be asked.
+    /// Everything up to the thread pointer passes; later checks could not be probed.
     BeyondThreadPointer,
     /// The answers are not those of the kernel's order.
     Unusable,
 }
 
 impl Reached {
-    /// Whether it can be that no number is left, and that only the numbers themselves tell.
+    /// Whether it can be that no number is left, and that only the numbers themselves show it.
     pub(super) fn may_be_numbers(self) -> bool {
         use Reached::{BeyondThreadPointer, PidNumbers, Unusable};
         matches!(self, PidNumbers | BeyondThreadPointer | Unusable)

@@ -1,6 +1,6 @@
 //! The rule: how sure a cause may be called (A6).
 //!
-//! Each check that can have refused a call has a [`Standing`], found from what was read and asked. The rule turns
+//! Each check that can have refused a call has a [`Standing`], found from what was read and probed. The rule turns
 //! the standings into a name and a certainty. Nothing else in this folder calls a cause proven.
 
 use super::cause::{CauseKind, Causes, Certainty};

@@ -202,7 +202,7 @@ fn become_user(uid: u32) {
     }
 }
 
-/// A descriptor that says when this process has ended, for a child that asked too late to be killed with it. The
+/// A descriptor that says when this process has ended, for a child that requested too late to be killed with it. The
 /// parent's number would not do: in a namespace of its own the child cannot see it.
 fn own_pidfd() -> i32 {
     // SAFETY: plain numbers.
@@ -567,7 +567,7 @@ fn an_unshared_pid_namespace_is_seen_by_files_alone() {
 }
 
 fn map_stack(bytes: usize) -> Result<usize, Errno> {
-    // SAFETY: a new mapping, which nobody else knows.
+    // SAFETY: a new mapping, which only this code has.
     let start = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -635,7 +635,7 @@ fn a_guard_that_needs_one_mapping_too_many() {
                 return;
             };
             let guard = || {
-                // SAFETY: a page that was mapped here and that nobody uses.
+                // SAFETY: a page that was mapped here and is not in use.
                 Errno::result(unsafe { libc::mprotect(start as *mut _, 4096, libc::PROT_NONE) })
             };
             if guard().is_err() {

@@ -106,7 +106,7 @@ pub(crate) struct MemInfo {
 }
 
 impl MemInfo {
-    /// lxcfs mounts a file of its own over it that speaks of one container; then the numbers are absent.
+    /// lxcfs mounts a file of its own over it that counts one container; then the numbers are absent.
     pub(crate) fn read(calls: Calls) -> MemInfo {
         let mut info = MemInfo::default();
         if let Ok(file) = file::open_genuine(c"/proc/meminfo", calls) {

@@ -5,7 +5,7 @@
 //! nearly every filter allows, while an unexpected call may kill the process ([`status::Calls`]). Parsing is apart
 //! from reading: each parser takes the bytes of a file or of a line and has samples of real ones as tests.
 //!
-//! Two exceptions have the heap: [`processes`] and [`maps`], which nothing but `headroom` asks.
+//! Two exceptions have the heap: [`processes`] and [`maps`], which only `headroom` reads.
 
 pub(crate) mod cgroup;
 pub(crate) mod file;

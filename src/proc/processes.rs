@@ -30,9 +30,9 @@ pub(crate) fn numbers_in_turn() -> Option<u64> {
 /// The tasks of one real user that /proc shows.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct UserTasks {
-    /// His own.
+    /// The user's own.
     pub(crate) own: u64,
-    /// Those of other users in user namespaces: all count for him who made the namespace, whoever that is.
+    /// Those of other users in user namespaces: all count for the user who made the namespace, who is not known.
     pub(crate) in_namespaces: u64,
 }
 

@@ -15,7 +15,7 @@ pub enum CgroupPlace {
     Ancestor,
     /// A cgroup around it that is not visible in this cgroup namespace or mount.
     Hidden,
-    /// The thread's own or one around it; which cannot be told.
+    /// The thread's own or one around it; which of them is not known.
     Unclear,
 }
 

@@ -80,7 +80,7 @@ impl Evidence for KernelMemory {
                 )
             }
             _ => f.write_str(
-                "Free memory; dmesg tells of failed allocations. Where a memory cgroup is full, raise its limit:\n  \
+                "Free memory; dmesg shows failed allocations. Where a memory cgroup is full, raise its limit:\n  \
                  memory.max or memory.limit_in_bytes (systemd: MemoryMax=, containers: --memory).",
             ),
         }

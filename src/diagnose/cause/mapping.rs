@@ -35,7 +35,7 @@ macro_rules! limit_of_bytes {
         #[non_exhaustive]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub struct $name {
-            /// Bytes asked for.
+            /// Requested bytes.
             pub requested: u64,
             #[doc = concat!($field, ".")]
             pub in_use: Option<u64>,
@@ -154,7 +154,7 @@ impl Evidence for MapCount {
 pub struct Overcommit {
     /// 0: one mapping may not exceed memory and swap. 2: a strict limit for all processes together.
     pub mode: Option<u64>,
-    /// Bytes asked for.
+    /// Requested bytes.
     pub requested: u64,
     /// Mode 2: Committed_AS. Mode 0: 0.
     pub in_use: Option<u64>,
@@ -241,7 +241,7 @@ impl Evidence for Overcommit {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AddressSpaceExhausted {
-    /// Bytes asked for.
+    /// Requested bytes.
     pub requested: u64,
     /// VmSize.
     pub in_use: Option<u64>,

@@ -1,4 +1,4 @@
-//! What was found out about a refusal, and how it is told.
+//! What was found out about a refusal, and how it is reported.
 //!
 //! A cause is a struct: its fields are the evidence, and `show::Evidence` is its line, its report and its remedy.
 //! A name and a title in the list of `causes!` are all that a new one needs besides. Everything is plain `Copy`

@@ -8,7 +8,7 @@ use crate::errno::Errno;
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Answer {
-    /// The question was not asked.
+    /// The call was not made.
     #[default]
     NotAsked,
     /// The call was granted.

@@ -12,7 +12,7 @@ pub enum PidLevel {
     Own,
     /// A namespace around it, whose limit cannot be read from inside.
     Ancestor,
-    /// One of them; which cannot be told.
+    /// One of them; which is not known.
     OwnOrAncestor,
 }
 

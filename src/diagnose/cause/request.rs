@@ -1,16 +1,16 @@
-//! Refused by this crate, before the kernel was asked.
+//! Refused by this crate, before any system call.
 
 use std::fmt::{Formatter, Result};
 
 use super::show::{Evidence, line};
 
-/// The caller asked for something impossible.
+/// The caller configured something impossible.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct InvalidAttribute {
     /// Which attribute.
     pub what: &'static str,
-    /// The value asked for.
+    /// The configured value.
     pub value: u64,
 }
 
@@ -24,7 +24,7 @@ impl Evidence for InvalidAttribute {
     }
 
     fn remedy(&self, f: &mut Formatter<'_>) -> Result {
-        f.write_str("Ask for a value the documentation allows.")
+        f.write_str("Choose a value that the documentation allows.")
     }
 
     #[cfg(test)]

@@ -209,7 +209,7 @@ impl Evidence for DeadlineAdmission {
         f.write_str(match self.narrowed {
             true => "Do not narrow the affinity of a deadline thread; to keep it on some CPUs, give these a cpuset of their own\n  \
                      (exclusive, cpuset.cpus.partition = root).",
-            false => "Ask for less runtime in a longer period, end other deadline threads, or raise\n  \
+            false => "Request less runtime in a longer period, end other deadline threads, or raise\n  \
                       kernel.sched_rt_runtime_us.",
         })
     }
