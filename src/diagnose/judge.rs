@@ -105,7 +105,7 @@ fn by_one_reading(after: &Snapshot) -> Judgement {
     }
 }
 
-/// Nothing has counted the refusal that could.
+/// No counter that could have counted the refusal has risen.
 fn uncounted(before: &Snapshot, after: &Snapshot, full: Option<(usize, Level)>) -> Judgement {
     match full {
         Some((position, level)) => Judgement::Suspected {
@@ -117,7 +117,7 @@ fn uncounted(before: &Snapshot, after: &Snapshot, full: Option<(usize, Level)>) 
     }
 }
 
-/// The kernel counts at the cgroup whose limit was hit. Others' refusals may have counted elsewhere.
+/// The kernel counts at the cgroup whose limit was hit. Refusals of other tasks may have been counted elsewhere.
 fn by_own_counters(before: &Snapshot, after: &Snapshot, full: Option<(usize, Level)>) -> Judgement {
     let levels = after.levels().iter().enumerate();
     let mut risen = levels.filter_map(|(position, level)| {

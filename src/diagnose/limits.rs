@@ -15,7 +15,7 @@ pub(super) struct ProcessLimits {
     pub(super) user: UserProcesses,
     pub(super) threads_max: ThreadsMax,
     pub(super) deadline: DeadlineScheduling,
-    /// RLIMIT_NPROC does not apply to the caller, whatever it is.
+    /// RLIMIT_NPROC does not apply to the caller, whatever its value.
     pub(super) exempt: bool,
     pub(super) nproc_stands: Standing,
     pub(super) threads_stand: Standing,
@@ -101,8 +101,8 @@ impl ProcessLimits {
     }
 }
 
-/// The kernel exports no count of a user's tasks. It refuses where they are as many as the limit: the threads of this
-/// process alone can be.
+/// The kernel exports no count of a user's tasks. It refuses where there are as many as the limit. The threads of this
+/// process alone can be that many.
 fn nproc_stands(user: &UserProcesses, capabilities_known: bool) -> Standing {
     let Some(soft) = user.soft else {
         return Standing::Open;
@@ -113,7 +113,7 @@ fn nproc_stands(user: &UserProcesses, capabilities_known: bool) -> Standing {
         || user
             .tasks
             .is_some_and(|tasks| soft > tasks.saturating_add(MARGIN));
-    // Another user namespace also enforces the limit that it was created under, and exempts who is root outside.
+    // Another user namespace also enforces the limit that it was created under, and exempts a user who is root outside.
     match user.initial_user_namespace {
         Some(true) if reached && capabilities_known && user.uid.is_some() => Standing::Shown,
         _ if reached => Standing::Signed,

@@ -45,7 +45,7 @@ impl Sample {
             ..Sample::default()
         };
         for stride in 0..MOST {
-            // Somewhere in its stride: programs that fork twice leave every other number free.
+            // At another place of each stride: programs that fork twice leave every other number free.
             let within = (stride.wrapping_mul(0x9E37_79B9) >> 16) % step;
             let candidate = RESERVED_PIDS + stride * step + within;
             let Some(number) = i32::try_from(candidate)

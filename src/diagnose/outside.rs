@@ -1,8 +1,8 @@
 //! Who can answer a clone in the place of the kernel's own checks: a tracer, a system-call filter, a security module.
 //!
 //! A filter can kill the process for a call that it does not know, and it compares what is in the registers. So under
-//! a filter no call is made whose registers differ from those of the refused call in more than an address: of clone3
-//! the flags lie in memory, of clone they do not. After a fallback to clone, clone3 is not called any more: a filter
+//! a filter no call is made whose registers differ from those of the refused call in more than an address: clone3's
+//! flags lie in memory, clone's in a register. After a fallback to clone, clone3 is not called any more: a filter
 //! that answers it with ENOSYS can stand before one that kills for it.
 
 use crate::errno::Errno;
@@ -37,8 +37,8 @@ impl Outside {
         kernel: Kernel<'_>,
     ) -> Outside {
         let answer = ask(error, status.calls(), seen, kernel);
-        // The kernel gives EINVAL and nothing else to that probe: who gave it the refusal's errno gave the same to the
-        // refused call.
+        // The kernel answers this probe with EINVAL and nothing else. What answers it with the refusal's errno has
+        // answered the refused call, too.
         let answered = error.errno != Errno::EINVAL && answer.is(error.errno);
         let traced = status.tracer != Some(0);
         let filtered = status.calls() == Calls::FilesOnly;

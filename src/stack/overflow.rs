@@ -64,7 +64,7 @@ fn install() -> bool {
         Ok(_) => {
             for (signal, previous) in SIGNALS.iter().zip(&PREVIOUS) {
                 // SAFETY: sigaction with valid structures. What was there is stored before it can
-                // be needed: asked for first, replaced second.
+                // be needed: it is read first, and replaced second.
                 unsafe {
                     let mut action: libc::sigaction = std::mem::zeroed();
                     libc::sigaction(*signal, std::ptr::null(), &raw mut action);

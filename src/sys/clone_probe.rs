@@ -1,6 +1,6 @@
 //! Calls of clone and clone3 that the kernel always refuses.
 //!
-//! Each one stops at a known place inside the kernel's `copy_process`, so that its errno tells how far a
+//! Each one stops at a known place inside the kernel's `copy_process`, so that its errno shows how far a
 //! clone gets at this moment. None of them requests a new address space or a new parent, and each is refused
 //! before the new task could be seen or run.
 //!
@@ -49,8 +49,8 @@ fn spare_stack() -> usize {
 
 /// Issues a clone-like call whose refusal is expected, or whose child is to end at once.
 ///
-/// A return value of 0 cannot tell a child from a parent whose call a filter "succeeded"; the stack pointer
-/// can. A child, should a foreign kernel ever create one, stands on the spare stack and ends itself without
+/// A return value of 0 does not distinguish a child from a parent whose call a filter "succeeded"; the stack
+/// pointer does. A child, should a foreign kernel ever create one, stands on the spare stack and ends itself without
 /// touching memory.
 ///
 /// # Safety

@@ -83,7 +83,7 @@ pub(crate) unsafe extern "C" fn clone3<E: EntryPoint>(
 ///
 /// # Safety
 /// The stack below `stack_top`, which is 16-byte aligned, the block at `thread_pointer` and `start` are what
-/// [`EntryPoint::main`] asks for, and belong to the new thread alone.
+/// [`EntryPoint::main`] requires, and belong to the new thread alone.
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn clone<E: EntryPoint>(
     flags: usize,

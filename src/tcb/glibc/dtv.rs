@@ -59,7 +59,7 @@ impl Refill {
     }
 
     /// Makes the DTV of a thread that has ended like a new one, if nothing hangs off it, the loader has one namespace,
-    /// and the DTV is long enough: to make it longer the loader asks for memory, and ends the process if there is none.
+    /// and the DTV is long enough: to make it longer the loader allocates memory, and ends the process if there is none.
     ///
     /// # Safety
     /// `dtv` is the DTV of an idle block, whose only owner the caller is.

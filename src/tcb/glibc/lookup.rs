@@ -60,7 +60,7 @@ pub(super) fn field_of(name: &'static CStr, bits: u32) -> Result<usize, RuntimeE
     }
 }
 
-/// Whether words can be read there: all of it is mapped, as mincore(2) tells (or that cannot be asked). Before a
+/// Whether words can be read there: all of it is mapped, as mincore(2) reports it (or mincore is refused). Before a
 /// pointer is followed that only a symbol's word vouches for. Never more than 31 pages.
 pub(super) fn is_mapped(address: usize, length: usize) -> bool {
     let page = page_size();

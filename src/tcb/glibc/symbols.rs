@@ -329,7 +329,7 @@ impl Symbols {
         (end - self.descriptor_size) & !(align - 1)
     }
 
-    /// Whether `__pthread_keys` says of a key in use what `pthread_key_create` was told.
+    /// Whether `__pthread_keys` holds for a key in use what `pthread_key_create` was given.
     pub(super) fn knows_key(
         &self,
         key: libc::pthread_key_t,
