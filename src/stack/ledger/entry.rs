@@ -73,7 +73,7 @@ pub(crate) struct Links<E: 'static> {
     /// A [`State`], written under that lock, after everything that it says is true of the entry: a forked child
     /// believes it.
     pub(super) state: AtomicU8,
-    facts: Guarded<Details>,
+    pub(super) facts: Keyed<Details>,
     /// Neighbours in the list of the entry's state; for a cached entry, in the list of its class.
     home: Pair<E>,
     /// Neighbours by age, for cached entries only.
@@ -91,7 +91,7 @@ impl<E> Links<E> {
         Links {
             owner: AtomicUsize::new(NOBODY),
             state: AtomicU8::new(State::Gone as u8),
-            facts: Guarded::new(Details {
+            facts: Keyed::new(Details {
                 evicted: false,
                 measured: Measured::No,
                 class: None,
@@ -129,35 +129,36 @@ pub(super) enum Measured {
 
 /// Neighbours in a list; stale while the entry is in none. Two cells, because each is mostly set alone.
 pub(super) struct Pair<E: 'static> {
-    prev: Neighbour<E>,
-    next: Neighbour<E>,
+    prev: Keyed<Option<&'static E>>,
+    next: Keyed<Option<&'static E>>,
 }
 
 impl<E> Pair<E> {
     const fn new() -> Self {
         Pair {
-            prev: Neighbour::new(),
-            next: Neighbour::new(),
+            prev: Keyed::new(None),
+            next: Keyed::new(None),
         }
     }
 }
 
-/// One of them.
-struct Neighbour<E: 'static>(Guarded<Option<&'static E>>);
+/// A part of an entry that the ledger's lock guards: entries are reached through the lists behind that lock, or by
+/// `Ledger::enter`, which has compared `owner`.
+pub(super) struct Keyed<T>(Guarded<T>);
 
-impl<E> Neighbour<E> {
-    const fn new() -> Self {
-        Neighbour(Guarded::new(None))
+impl<T: Copy> Keyed<T> {
+    const fn new(value: T) -> Self {
+        Keyed(Guarded::new(value))
     }
 
-    fn get(&self, _key: &Key) -> Option<&'static E> {
-        // SAFETY: the key's lock is held, and the caller has come to this entry through a list behind it.
+    pub(super) fn get(&self, _key: &Key) -> T {
+        // SAFETY: the key's lock is held, and it guards this cell.
         unsafe { self.0.get() }
     }
 
-    fn set(&self, _key: &mut Key, entry: Option<&'static E>) {
-        // SAFETY: the key's lock is held, and the caller has come to this entry through a list behind it.
-        unsafe { self.0.set(entry) }
+    pub(super) fn set(&self, _key: &mut Key, value: T) {
+        // SAFETY: the key's lock is held, and no reference to the cell exists: `get` copies.
+        unsafe { self.0.set(value) }
     }
 }
 
@@ -173,17 +174,6 @@ impl Key {
 }
 
 impl<E: Entry> Links<E> {
-    pub(super) fn facts(&self, _key: &Key) -> Details {
-        // SAFETY: the key's lock is held, and it guards this cell: entries are reached through the
-        // lists behind that lock, or by `Ledger::enter`, which has compared `owner`.
-        unsafe { self.facts.get() }
-    }
-
-    pub(super) fn set_facts(&self, _key: &mut Key, facts: Details) {
-        // SAFETY: the key's lock is held, and no reference to the cell exists: `facts` copies.
-        unsafe { self.facts.set(facts) }
-    }
-
     pub(super) fn state(&self) -> State {
         State::from_byte(self.state.load(Ordering::Relaxed))
     }

@@ -52,7 +52,7 @@ impl<E: Entry> Lists<E> {
     }
 
     pub(super) fn facts(&self, e: &E) -> Details {
-        e.links().facts(&self.key)
+        e.links().facts.get(&self.key)
     }
 
     /// Moves `e` to the list of `state`. A cached entry goes to the given end of its class; by age
@@ -69,7 +69,7 @@ impl<E: Entry> Lists<E> {
         };
         self.count(e, old_state, old, false, end);
         self.count(e, state, new, true, end);
-        e.links().set_facts(&mut self.key, new);
+        e.links().facts.set(&mut self.key, new);
         e.links().state.store(state as u8, Ordering::Release);
     }
 
@@ -129,7 +129,7 @@ impl<E: Entry> Lists<E> {
             bytes,
             resident: 0,
         };
-        e.links().set_facts(&mut self.key, facts);
+        e.links().facts.set(&mut self.key, facts);
         e.links().state.store(State::Gone as u8, Ordering::Relaxed);
         self.put(e, State::Live, 0, End::Front);
     }
@@ -236,7 +236,7 @@ impl<E: Entry> Lists<E> {
             measured: Measured::Asked(self.asked),
             ..self.facts(e)
         };
-        e.links().set_facts(&mut self.key, facts);
+        e.links().facts.set(&mut self.key, facts);
         self.asked
     }
 
@@ -252,7 +252,7 @@ impl<E: Entry> Lists<E> {
             ..old
         };
         self.stats.cached.resident = self.stats.cached.resident - old.resident + new.resident;
-        e.links().set_facts(&mut self.key, new);
+        e.links().facts.set(&mut self.key, new);
     }
 }
 
