@@ -45,68 +45,39 @@ pub(crate) fn ask(question: Question, bytes: usize) -> Result<(), Errno> {
         Question::Unreserved => (anywhere, bytes, WRITABLE, MAP_PRIVATE | MAP_NORESERVE),
         Question::Stack => (anywhere, bytes, WRITABLE, MAP_PRIVATE | MAP_STACK),
     };
-    once(address, bytes, protection, MAP_ANONYMOUS | flags)
+    Mapped::new(address, bytes, protection, MAP_ANONYMOUS | flags).map(drop)
 }
 
 /// [`Question::Addresses`] of locked pages: EAGAIN, or EPERM where nothing may be locked, before the EINVAL.
 pub(crate) fn locked(bytes: usize) -> Result<(), Errno> {
-    once(
-        ptr::null_mut(),
-        bytes,
-        PROT_NONE,
-        MAP_ANONYMOUS | MAP_LOCKED,
-    )
+    let flags = MAP_ANONYMOUS | MAP_LOCKED;
+    Mapped::new(ptr::null_mut(), bytes, PROT_NONE, flags).map(drop)
 }
 
 /// Maps four pages and takes access to two of them away, as the guards of a stack are made: ENOMEM at
 /// `vm.max_map_count` mappings or just below, where a plain mmap still passes. `None` if not even the pages were
 /// granted.
 pub(crate) fn guards() -> Option<Result<(), Errno>> {
-    let bytes = 4 * PAGE;
-    // SAFETY: a fresh private mapping at an address the kernel chooses disturbs nothing.
-    let start = unsafe {
-        libc::mmap(
-            ptr::null_mut(),
-            bytes,
-            PROT_READ | PROT_WRITE,
-            // As for a stack: a filter compares the flags.
-            MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK,
-            -1,
-            0,
-        )
-    };
-    if start == libc::MAP_FAILED {
-        return None;
-    }
+    // As for a stack: a filter compares the flags.
+    let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK;
+    let pages = Mapped::new(ptr::null_mut(), 4 * PAGE, PROT_READ | PROT_WRITE, flags).ok()?;
     let protect = |offset| {
         // SAFETY: a page of the mapping just made, which holds nothing.
-        Errno::result(unsafe { libc::mprotect(start.byte_add(offset), PAGE, PROT_NONE) })
+        Errno::result(unsafe { libc::mprotect(pages.start.byte_add(offset), PAGE, PROT_NONE) })
     };
-    let result = protect(0).and_then(|_| protect(2 * PAGE));
-    // SAFETY: exactly the mapping just made, whose address only this function has. It cannot fail for want of a mapping:
-    // what merging with both neighbours saved is what the split needs.
-    unsafe { libc::munmap(start, bytes) };
-    Some(result)
+    Some(protect(0).and_then(|()| protect(2 * PAGE)))
 }
 
 /// Whether mappings made from now on are locked (mlockall(MCL_FUTURE)). `None` if not even a page was granted.
 ///
 /// No file says so; but `MADV_DONTNEED` is refused for what is locked.
 pub(crate) fn future_is_locked() -> Option<bool> {
-    // SAFETY: a fresh private mapping at an address the kernel chooses disturbs nothing.
-    let start = unsafe {
-        let flags = MAP_PRIVATE | MAP_ANONYMOUS;
-        libc::mmap(ptr::null_mut(), PAGE, PROT_READ, flags, -1, 0)
-    };
-    if start == libc::MAP_FAILED {
-        return None;
-    }
+    let flags = MAP_PRIVATE | MAP_ANONYMOUS;
+    let page = Mapped::new(ptr::null_mut(), PAGE, PROT_READ, flags).ok()?;
     // SAFETY: the mapping just made, which holds nothing.
-    let dropped = Errno::result(unsafe { libc::madvise(start, PAGE, libc::MADV_DONTNEED) });
-    // SAFETY: exactly the mapping just made, whose address only this function has.
-    unsafe { libc::munmap(start, PAGE) };
+    let dropped = Errno::result(unsafe { libc::madvise(page.start, PAGE, libc::MADV_DONTNEED) });
     match dropped {
-        Ok(_) => Some(false),
+        Ok(()) => Some(false),
         Err(Errno::EINVAL) => Some(true),
         Err(_) => None,
     }
@@ -115,18 +86,32 @@ pub(crate) fn future_is_locked() -> Option<bool> {
 /// The page size of x86-64, which the kernel fixes.
 const PAGE: usize = 4096;
 
-fn once(
-    address: *mut libc::c_void,
+/// A mapping, for as long as a probe takes.
+struct Mapped {
+    start: *mut libc::c_void,
     bytes: usize,
-    protection: c_int,
-    flags: c_int,
-) -> Result<(), Errno> {
-    // SAFETY: without MAP_FIXED no existing mapping is replaced; MAP_FIXED_NOREPLACE is refused on a used page.
-    let start = unsafe { libc::mmap(address, bytes, protection, flags, -1, 0) };
-    if start == libc::MAP_FAILED {
-        return Err(Errno::last());
+}
+
+impl Mapped {
+    fn new(
+        address: *mut libc::c_void,
+        bytes: usize,
+        protection: c_int,
+        flags: c_int,
+    ) -> Result<Mapped, Errno> {
+        // SAFETY: without MAP_FIXED no existing mapping is replaced; MAP_FIXED_NOREPLACE is refused on a used page.
+        let start = unsafe { libc::mmap(address, bytes, protection, flags, -1, 0) };
+        match start {
+            libc::MAP_FAILED => Err(Errno::last()),
+            start => Ok(Mapped { start, bytes }),
+        }
     }
-    // SAFETY: exactly the mapping just made, whose address only this function has.
-    unsafe { libc::munmap(start, bytes) };
-    Ok(())
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping that was made, whose address only this value has. It cannot fail for want of a
+        // mapping: what merging with both neighbours saved is what the split needs.
+        unsafe { libc::munmap(self.start, self.bytes) };
+    }
 }
