@@ -14,31 +14,15 @@ use std::time::Duration;
 
 /// A running, or ended, thread and its stack: its owner gives the stack back.
 pub(crate) struct Running {
-    stack: &'static Stack,
-    cache: StackCache,
-    tid: libc::pid_t,
-    name: Option<Shared<String>>,
-    stages: Option<Shared<Stages>>,
+    pub stack: &'static Stack,
+    pub cache: StackCache,
+    pub tid: libc::pid_t,
+    pub name: Option<Shared<String>>,
+    pub stages: Option<Shared<Stages>>,
 }
 
 impl Running {
-    pub(crate) fn new(
-        stack: &'static Stack,
-        cache: StackCache,
-        tid: libc::pid_t,
-        name: Option<Shared<String>>,
-        stages: Option<Shared<Stages>>,
-    ) -> Running {
-        Running {
-            stack,
-            cache,
-            tid,
-            name,
-            stages,
-        }
-    }
-
-    /// Waits for the end of a thread whose result nobody wants.
+    /// Waits for the end of a thread whose result is not wanted.
     pub(crate) fn finish(self) {
         self.stack.wait_released(None);
         self.stack.reap();
@@ -47,7 +31,13 @@ impl Running {
     /// Of a thread that C code knows by its `pthread_t`, and has the right to join or to detach.
     #[cfg(feature = "interpose")]
     pub(crate) fn of(stack: &'static Stack) -> Running {
-        Running::new(stack, StackCache::global().clone(), 0, None, None)
+        Running {
+            stack,
+            cache: StackCache::global().clone(),
+            tid: 0,
+            name: None,
+            stages: None,
+        }
     }
 
     /// The right to join the thread is C code's from its creation on; here nothing is left but what the creation used.

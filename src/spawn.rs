@@ -345,13 +345,14 @@ fn settle(request: &Request, idle: Idle, tid: libc::pid_t) -> Result<Running, Re
         }
     }
     let (stack, cache) = idle.into_running();
-    Ok(Running::new(
+    let name = request.name().cloned();
+    Ok(Running {
         stack,
         cache,
         tid,
-        request.name().cloned(),
+        name,
         stages,
-    ))
+    })
 }
 
 /// A stack, if need be after giving back what the caches hold: cached stacks are mappings and
