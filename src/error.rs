@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// The call that was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Call {
+pub(crate) enum RefusedCall {
     /// One that made the steps of this crate.
     Own(&'static str),
     /// One of the C library's, which says an errno and no more.
@@ -23,7 +23,7 @@ pub(crate) enum Call {
 /// Everything about one refusal: what the error holds, and the core file shows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Refusal {
-    pub(crate) call: Call,
+    pub(crate) call: RefusedCall,
     pub(crate) error: StepError,
     pub(crate) verdict: Verdict,
     /// Usable bytes of stack that were requested.
@@ -39,7 +39,7 @@ pub(crate) struct Refusal {
 impl Refusal {
     pub(crate) const fn new(error: StepError, verdict: Verdict) -> Refusal {
         Refusal {
-            call: Call::Own("spawn"),
+            call: RefusedCall::Own("spawn"),
             error,
             verdict,
             stack_size: 0,
@@ -64,12 +64,12 @@ impl fmt::Display for Refusal {
         let (errno, kind, size) = (self.error.errno, cause.kind(), self.stack_size);
         let step = self.error.step;
         match self.call {
-            Call::Own(call) => write!(
+            RefusedCall::Own(call) => write!(
                 f,
                 "nptl: {call} refused: step={step} errno={errno:?} cause={kind:?} certainty={certainty}: {cause}; stack_size={size}",
             )?,
             #[cfg(feature = "interpose")]
-            Call::Libc(call) => {
+            RefusedCall::Libc(call) => {
                 write!(
                     f,
                     "nptl: {call} refused: errno={errno:?} cause={kind:?} certainty={certainty}: {cause};"
@@ -110,12 +110,12 @@ impl fmt::Display for Report<'_> {
         let (step, errno) = (error.step, error.errno);
         let meaning = errno.meaning();
         match call {
-            Call::Own(_) => {
+            RefusedCall::Own(_) => {
                 writeln!(f, "step: {step}, refused with {errno:?} ({meaning})")?;
                 writeln!(f, "attempts: {attempts}; {stack}")?;
             }
             #[cfg(feature = "interpose")]
-            Call::Libc(call) => writeln!(
+            RefusedCall::Libc(call) => writeln!(
                 f,
                 "call: {call} of the C library, refused with {errno:?} ({meaning})"
             )?,

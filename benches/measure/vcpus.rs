@@ -17,13 +17,13 @@ const NAME: &str = "vcpu0";
 const BLOCKED: libc::c_int = libc::SIGUSR1;
 
 /// A round of one row.
-type Round = fn(threads: usize, stack_bytes: usize) -> io::Result<()>;
+type VcpuRound = fn(threads: usize, stack_bytes: usize) -> io::Result<()>;
 
 /// One of the two.
 pub struct Vcpus {
     name: &'static str,
-    settings: Round,
-    gate: Round,
+    settings: VcpuRound,
+    gate: VcpuRound,
 }
 
 /// std's threads, with everything in their closures.

@@ -10,7 +10,7 @@ use super::threads;
 use crate::debug;
 use crate::diagnose;
 use crate::errno::Errno;
-use crate::error::{Call, Refusal};
+use crate::error::{Refusal, RefusedCall};
 use crate::failures;
 use crate::fork;
 use crate::step::Task;
@@ -26,15 +26,15 @@ pub(super) const COPIES_MEMORY: Task = Task::Process { copies: true };
 
 /// What a call maps before the clone.
 #[derive(Clone, Copy)]
-pub(super) struct Stack {
+pub(super) struct ChildStack {
     pub(super) size: usize,
     pub(super) guard: usize,
 }
 
-impl Stack {
-    pub(super) const NONE: Stack = Stack { size: 0, guard: 0 };
+impl ChildStack {
+    pub(super) const NONE: ChildStack = ChildStack { size: 0, guard: 0 };
     /// What posix_spawn maps for the child, without the room for its arguments.
-    pub(super) const OF_CHILD: Stack = Stack {
+    pub(super) const OF_CHILD: ChildStack = ChildStack {
         size: 32 << 10,
         guard: 0,
     };
@@ -81,7 +81,7 @@ pub(super) fn thread(
 /// `None`: libc is to make it.
 pub(super) fn own(
     name: &'static str,
-    create: impl FnOnce() -> Option<Result<(), threads::Refusal>>,
+    create: impl FnOnce() -> Option<Result<(), threads::NotCreated>>,
 ) -> Option<c_int> {
     let before = Errno::last();
     let created = create();
@@ -89,10 +89,10 @@ pub(super) fn own(
     let Err(refusal) = created? else {
         return Some(0);
     };
-    if let threads::Refusal::Thread(error) = &refusal {
+    if let threads::NotCreated::Thread(error) = &refusal {
         on_own_stack(|| {
             let refusal = Refusal {
-                call: Call::Own(name),
+                call: RefusedCall::Own(name),
                 ..*error.refusal()
             };
             output::refusal(&refusal);
@@ -103,13 +103,13 @@ pub(super) fn own(
 }
 
 /// A call that makes a task was refused with this error number. `errno` stays as it is.
-pub(super) fn refused(name: &'static str, errno: Errno, task: Task, stack: Stack) {
+pub(super) fn refused(name: &'static str, errno: Errno, task: Task, stack: ChildStack) {
     let left = Errno::last();
     explain(name, errno, task, stack);
     left.leave();
 }
 
-fn explain(name: &'static str, errno: Errno, task: Task, stack: Stack) {
+fn explain(name: &'static str, errno: Errno, task: Task, stack: ChildStack) {
     if !matches!(errno, Errno::EAGAIN | Errno::ENOMEM) {
         return;
     }
@@ -123,11 +123,11 @@ fn explain(name: &'static str, errno: Errno, task: Task, stack: Stack) {
 
 /// Not inlined, so that it does not lie on the caller's stack.
 #[inline(never)]
-fn report(name: &'static str, errno: Errno, task: Task, stack: Stack) {
+fn report(name: &'static str, errno: Errno, task: Task, stack: ChildStack) {
     let (error, verdict) =
         diagnose::explain_call(errno, task, stack.size.saturating_add(stack.guard));
     let refusal = Refusal {
-        call: Call::Libc(name),
+        call: RefusedCall::Libc(name),
         stack_size: stack.size,
         ..Refusal::new(error, verdict)
     };
@@ -137,7 +137,7 @@ fn report(name: &'static str, errno: Errno, task: Task, stack: Stack) {
 }
 
 /// What glibc maps for a thread with these attributes; nothing for a stack of the program's own.
-fn stack_of(attributes: *const pthread_attr_t) -> Stack {
+fn stack_of(attributes: *const pthread_attr_t) -> ChildStack {
     unsafe extern "C" {
         fn pthread_attr_getstackaddr(
             attributes: *const pthread_attr_t,
@@ -159,8 +159,8 @@ fn stack_of(attributes: *const pthread_attr_t) -> Stack {
         libc::pthread_attr_getguardsize(attributes, &raw mut guard);
     }
     match own.is_null() {
-        true => Stack { size, guard },
-        false => Stack::NONE,
+        true => ChildStack { size, guard },
+        false => ChildStack::NONE,
     }
 }
 

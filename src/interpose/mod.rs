@@ -21,10 +21,10 @@ mod threads;
 
 use crate::errno::Errno;
 use crate::fork;
-use explain::{COPIES_MEMORY, SHARES_MEMORY, Stack, call};
+use explain::{COPIES_MEMORY, ChildStack, SHARES_MEMORY, call};
 use libc::{c_char, c_int, c_void, pid_t, pthread_attr_t, pthread_t};
-use real::{Routine, ThreadMain};
-use settings::{Mode, Settings};
+use real::{ThreadMain, ThreadRoutine};
+use settings::{Environment, Mode};
 
 /// Makes this crate part of the program (feature `interpose`), so that `pthread_create(3)` and its relatives are this crate's
 /// everywhere in it: in std, in other crates, in C code. Write it once, in the program's root.
@@ -52,7 +52,7 @@ static AT_LOAD: extern "C" fn() = {
     extern "C" fn at_load() {
         real::look_up_all();
         // Threads are made with locks that a forked child must not find taken.
-        if Settings::get().mode == Mode::Threads {
+        if Environment::get().mode == Mode::Threads {
             let _ = fork::guard();
         }
     }
@@ -77,11 +77,11 @@ static AT_EXIT: extern "C" fn() = {
 pub unsafe extern "C" fn pthread_create(
     thread: *mut pthread_t,
     attributes: *const pthread_attr_t,
-    routine: Routine,
+    routine: ThreadRoutine,
     argument: *mut c_void,
 ) -> c_int {
     const NAME: &str = "pthread_create";
-    if Settings::get().mode == Mode::Threads {
+    if Environment::get().mode == Mode::Threads {
         // SAFETY: the caller's own arguments.
         let create = || unsafe { threads::create(thread, attributes, routine, argument) };
         if let Some(answer) = explain::own(NAME, create) {
@@ -114,9 +114,9 @@ pub unsafe extern "C" fn thrd_create(
     const NAME: &str = "thrd_create";
     /// `thrd_error` and `thrd_nomem` (threads.h).
     const REFUSALS: std::ops::RangeInclusive<c_int> = 2..=3;
-    if Settings::get().mode == Mode::Threads {
+    if Environment::get().mode == Mode::Threads {
         // SAFETY: what the function returns in one register is read from there as wide as it is written: by thrd_join.
-        let start = unsafe { std::mem::transmute::<ThreadMain, Routine>(routine) };
+        let start = unsafe { std::mem::transmute::<ThreadMain, ThreadRoutine>(routine) };
         // SAFETY: the caller's own arguments; null attributes are the process's default.
         let create = || unsafe { threads::create(thread, std::ptr::null(), start, argument) };
         if let Some(answer) = explain::own(NAME, create) {
@@ -147,7 +147,7 @@ pub unsafe extern "C" fn fork() -> pid_t {
         fork::inside(|| unsafe { fork() })
     });
     if answer == -1 {
-        explain::refused("fork", Errno::last(), COPIES_MEMORY, Stack::NONE);
+        explain::refused("fork", Errno::last(), COPIES_MEMORY, ChildStack::NONE);
     }
     answer
 }
@@ -166,7 +166,7 @@ pub unsafe extern "C" fn vfork() -> pid_t {
 extern "C" fn vfork_refused(errno: c_int) -> c_int {
     let errno = Errno::new(errno);
     errno.leave();
-    explain::refused("vfork", errno, SHARES_MEMORY, Stack::NONE);
+    explain::refused("vfork", errno, SHARES_MEMORY, ChildStack::NONE);
     -1
 }
 
@@ -194,7 +194,7 @@ macro_rules! posix_spawn {
                     stringify!($name),
                     Errno::new(answer),
                     SHARES_MEMORY,
-                    Stack::OF_CHILD,
+                    ChildStack::OF_CHILD,
                 );
             }
             answer
@@ -224,7 +224,12 @@ pub unsafe extern "C" fn clone(
         unsafe { clone(routine, stack, flags, argument, parent_tid, tls, child_tid) }
     });
     if answer == -1 {
-        explain::refused("clone", Errno::last(), explain::task_of(flags), Stack::NONE);
+        explain::refused(
+            "clone",
+            Errno::last(),
+            explain::task_of(flags),
+            ChildStack::NONE,
+        );
     }
     answer
 }

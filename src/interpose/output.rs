@@ -1,7 +1,7 @@
 //! What is written: nothing without a refusal, a wrong setting or `NPTL_STATS`.
 
-use super::page::{Page, write_to};
-use super::settings::{Report, Settings};
+use super::page::{ReportText, write_to};
+use super::settings::{Environment, ReportTo};
 use crate::error::Refusal;
 use crate::failures;
 use crate::mem::text::Text;
@@ -12,22 +12,22 @@ use std::fmt::{self, Write};
 
 /// Writes the line and the report of a refusal to where `NPTL_REPORT` says.
 pub(super) fn refusal(refusal: &Refusal) {
-    let file = match &Settings::get().report {
-        Report::Nowhere => return,
-        Report::Stderr => None,
-        Report::File(path) => Some(path),
+    let file = match &Environment::get().report {
+        ReportTo::Nowhere => return,
+        ReportTo::Stderr => None,
+        ReportTo::File(path) => Some(path),
     };
-    let mut page = Page::EMPTY;
+    let mut page = ReportText::EMPTY;
     let _ = writeln!(page, "{refusal} {Program}\n{}", refusal.report());
     write_to(file.map(|path| ("NPTL_REPORT", path.as_c_str())), page);
 }
 
 /// At exit.
 pub(super) fn statistics() {
-    let Some(path) = &Settings::get().statistics else {
+    let Some(path) = &Environment::get().statistics else {
         return;
     };
-    let mut page = Page::EMPTY;
+    let mut page = ReportText::EMPTY;
     let _ = writeln!(page, "nptl: {Program} {Statistics}");
     write_to(Some(("NPTL_STATS", path)), page);
 }
@@ -52,7 +52,7 @@ impl fmt::Display for Statistics {
         write!(
             f,
             "mode={} refusals={} cache_hits={} cache_misses={} cache_evictions={} cached_stacks={} cached_resident_bytes={} live_stacks={} mapped_stacks={}",
-            Settings::get().mode,
+            Environment::get().mode,
             failures::count(),
             stats.hits,
             stats.misses,

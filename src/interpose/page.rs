@@ -10,21 +10,21 @@ use std::fmt::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
 /// Holds the longest report, with the program's name.
-pub(super) type Page = Text<4096>;
+pub(super) type ReportText = Text<4096>;
 
 /// A line about a setting.
 pub(super) fn complain(line: fmt::Arguments<'_>) {
-    let mut page = Page::EMPTY;
+    let mut page = ReportText::EMPTY;
     let _ = writeln!(page, "nptl: {line}");
     write_to(None, page);
 }
 
 /// The file of a variable, or stderr: which is also where it goes if the file cannot be opened.
-pub(super) fn write_to(file: Option<(&str, &CStr)>, mut page: Page) {
+pub(super) fn write_to(file: Option<(&str, &CStr)>, mut page: ReportText) {
     page.mark_cut();
     // A reader of stderr that has gone, or a file that may not grow, is no reason for the program to end.
     let quiet = Quiet::new();
-    let write = |to: BorrowedFd<'_>, page: &Page| {
+    let write = |to: BorrowedFd<'_>, page: &ReportText| {
         let written = nix::unistd::write(to, page.as_bytes());
         quiet.took(written.map(drop).map_err(Errno::of));
     };
@@ -35,7 +35,7 @@ pub(super) fn write_to(file: Option<(&str, &CStr)>, mut page: Page) {
         match nix::fcntl::open(path, flags, Mode::from_bits_truncate(0o644)) {
             Ok(file) => return write(file.as_fd(), &page),
             Err(errno) => {
-                let mut line = Page::EMPTY;
+                let mut line = ReportText::EMPTY;
                 let path = path.to_string_lossy();
                 let _ = writeln!(
                     line,

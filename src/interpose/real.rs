@@ -11,10 +11,10 @@ use std::ffi::CStr;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-pub(super) type Routine = unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void;
+pub(super) type ThreadRoutine = unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void;
 pub(super) type ThreadMain = unsafe extern "C-unwind" fn(*mut c_void) -> c_int;
 /// A cancellation point. For `thrd_t` (threads.h), too, which is the same type.
-type Join<R> = unsafe extern "C-unwind" fn(pthread_t, R) -> c_int;
+type JoinWith<R> = unsafe extern "C-unwind" fn(pthread_t, R) -> c_int;
 pub(super) type Posixly = unsafe extern "C" fn(
     *mut pid_t,
     *const c_char,
@@ -89,10 +89,10 @@ macro_rules! functions {
 
 functions! {
     PTHREAD_CREATE = c"pthread_create":
-        unsafe extern "C" fn(*mut pthread_t, *const pthread_attr_t, Routine, *mut c_void) -> c_int,
+        unsafe extern "C" fn(*mut pthread_t, *const pthread_attr_t, ThreadRoutine, *mut c_void) -> c_int,
     THRD_CREATE = c"thrd_create": unsafe extern "C" fn(*mut pthread_t, ThreadMain, *mut c_void) -> c_int,
-    PTHREAD_JOIN = c"pthread_join": Join<*mut *mut c_void>,
-    PTHREAD_TRYJOIN = c"pthread_tryjoin_np": Join<*mut *mut c_void>,
+    PTHREAD_JOIN = c"pthread_join": JoinWith<*mut *mut c_void>,
+    PTHREAD_TRYJOIN = c"pthread_tryjoin_np": JoinWith<*mut *mut c_void>,
     PTHREAD_TIMEDJOIN = c"pthread_timedjoin_np":
         unsafe extern "C-unwind" fn(pthread_t, *mut *mut c_void, *const timespec) -> c_int,
     PTHREAD_CLOCKJOIN = c"pthread_clockjoin_np":
@@ -100,7 +100,7 @@ functions! {
     PTHREAD_DETACH = c"pthread_detach": unsafe extern "C" fn(pthread_t) -> c_int,
     PTHREAD_GETATTR = c"pthread_getattr_np":
         unsafe extern "C" fn(pthread_t, *mut pthread_attr_t) -> c_int,
-    THRD_JOIN = c"thrd_join": Join<*mut c_int>,
+    THRD_JOIN = c"thrd_join": JoinWith<*mut c_int>,
     THRD_DETACH = c"thrd_detach": unsafe extern "C" fn(pthread_t) -> c_int,
     FORK = c"fork": unsafe extern "C" fn() -> pid_t,
     POSIX_SPAWN = c"posix_spawn": Posixly,

@@ -39,29 +39,29 @@ impl fmt::Display for Mode {
 
 /// `NPTL_REPORT`
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Report {
+pub(super) enum ReportTo {
     Stderr,
     File(CString),
     Nowhere,
 }
 
 #[derive(Debug)]
-pub(super) struct Settings {
+pub(super) struct Environment {
     pub(super) mode: Mode,
-    pub(super) report: Report,
+    pub(super) report: ReportTo,
     /// `NPTL_STATS`: where the statistics go when the process exits.
     pub(super) statistics: Option<CString>,
 }
 
-static SETTINGS: OnceLock<Settings> = OnceLock::new();
+static SETTINGS: OnceLock<Environment> = OnceLock::new();
 
-impl Settings {
-    pub(super) fn get() -> &'static Settings {
-        SETTINGS.get_or_init(Settings::read)
+impl Environment {
+    pub(super) fn get() -> &'static Environment {
+        SETTINGS.get_or_init(Environment::read)
     }
 
-    fn read() -> Settings {
-        let settings = Settings {
+    fn read() -> Environment {
+        let settings = Environment {
             mode: read(
                 c"NPTL_MODE",
                 "explain or threads",
@@ -75,11 +75,11 @@ impl Settings {
             report: read(
                 c"NPTL_REPORT",
                 "stderr, none or a file",
-                Report::Stderr,
+                ReportTo::Stderr,
                 |value| match value {
-                    b"stderr" => Some(Report::Stderr),
-                    b"none" => Some(Report::Nowhere),
-                    value => path(value).map(Report::File),
+                    b"stderr" => Some(ReportTo::Stderr),
+                    b"none" => Some(ReportTo::Nowhere),
+                    value => path(value).map(ReportTo::File),
                 },
             ),
             statistics: read(c"NPTL_STATS", "a file", None, |value| path(value).map(Some)),

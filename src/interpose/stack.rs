@@ -14,12 +14,12 @@ const BYTES: usize = match cfg!(debug_assertions) {
 
 /// Memory that is the kernel's until something is refused.
 #[repr(align(4096))]
-struct Memory(UnsafeCell<[u8; BYTES]>);
+struct ExplainStack(UnsafeCell<[u8; BYTES]>);
 
 // SAFETY: nothing refers to the bytes but the thread that runs on them.
-unsafe impl Sync for Memory {}
+unsafe impl Sync for ExplainStack {}
 
-static MEMORY: Memory = Memory(UnsafeCell::new([0; BYTES]));
+static MEMORY: ExplainStack = ExplainStack(UnsafeCell::new([0; BYTES]));
 
 /// Calls `run` on it. Signals wait meanwhile, and so do other threads that call this.
 pub(super) fn on_own_stack<F: FnOnce()>(run: F) {

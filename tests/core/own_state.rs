@@ -328,19 +328,19 @@ fn pthread_getattr_np_tells_what_the_handle_tells() {
 }
 
 /// Deleted when the test is over, as the process has only 1,024 of them.
-struct PthreadKey(libc::pthread_key_t);
+struct OwnKey(libc::pthread_key_t);
 
-impl PthreadKey {
-    fn new(destructor: Option<unsafe extern "C" fn(*mut c_void)>) -> PthreadKey {
+impl OwnKey {
+    fn new(destructor: Option<unsafe extern "C" fn(*mut c_void)>) -> OwnKey {
         let mut key = 0;
         // SAFETY: a valid place for the key; the destructors below take what the tests set.
         let answer = unsafe { libc::pthread_key_create(&raw mut key, destructor) };
         assert_eq!(answer, 0);
-        PthreadKey(key)
+        OwnKey(key)
     }
 }
 
-impl Drop for PthreadKey {
+impl Drop for OwnKey {
     fn drop(&mut self) {
         // SAFETY: a key of ours.
         unsafe { libc::pthread_key_delete(self.0) };
@@ -366,8 +366,8 @@ fn key_values_are_destroyed_once_and_do_not_reach_the_next_thread() {
     }
     // More than the 32 that lie in the descriptor itself: the rest are in a table of the second level.
     // Every other one has no destructor.
-    let keys: Vec<PthreadKey> = (0..100)
-        .map(|n| PthreadKey::new((n % 2 == 0).then_some(add as _)))
+    let keys: Vec<OwnKey> = (0..100)
+        .map(|n| OwnKey::new((n % 2 == 0).then_some(add as _)))
         .collect();
     let numbers: Vec<_> = keys.iter().map(|key| key.0).collect();
     assert!(
@@ -402,7 +402,7 @@ fn a_key_that_is_set_again_by_its_destructor_is_destroyed_in_four_rounds() {
         CALLS.fetch_add(1, Ordering::Relaxed);
         set_key(KEY.load(Ordering::Relaxed) as _, value.addr());
     }
-    let key = PthreadKey::new(Some(again));
+    let key = OwnKey::new(Some(again));
     KEY.store(key.0 as usize, Ordering::Relaxed);
     let number = key.0;
     let ((), next) = on_one_block(move || set_key(number, 5), move || key_value(number));
@@ -415,13 +415,13 @@ fn a_deleted_key_is_not_destroyed_and_its_successor_starts_empty() {
         panic!("the destructor of a deleted key");
     }
     let (old_value, new_value) = nptl::spawn(|| {
-        let key = PthreadKey::new(Some(never));
+        let key = OwnKey::new(Some(never));
         let old = key.0;
         set_key(old, 1);
         let value = key_value(old);
         drop(key);
         // The same slot, if no other test was quicker; then its value is that of another key.
-        let successor = PthreadKey::new(None);
+        let successor = OwnKey::new(None);
         (value, key_value(successor.0))
     })
     .unwrap()
@@ -444,7 +444,7 @@ fn a_thread_local_first_used_by_a_key_destructor_is_destroyed_in_its_thread() {
     unsafe extern "C" fn touch(_: *mut c_void) {
         LATE.with(|_| ());
     }
-    let key = PthreadKey::new(Some(touch));
+    let key = OwnKey::new(Some(touch));
     let number = key.0;
     let set = move || {
         set_key(number, 1);

@@ -29,7 +29,7 @@ pub(super) const CALLS_OF_A_SPAWN: [libc::c_long; 7] = [
 
 /// Everything that a refused spawn must not change.
 #[derive(Debug)]
-struct Surroundings {
+struct Unchanged {
     snapshot: Snapshot,
     listed: Vec<usize>,
     stats: StackCacheStats,
@@ -37,8 +37,8 @@ struct Surroundings {
     locked: String,
 }
 
-impl Surroundings {
-    fn take(cache: &StackCache) -> Surroundings {
+impl Unchanged {
+    fn take(cache: &StackCache) -> Unchanged {
         let mut mask = 0_u64;
         // SAFETY: a null set only asks; the place has the kernel's size.
         unsafe {
@@ -52,7 +52,7 @@ impl Surroundings {
         };
         let status = std::fs::read_to_string("/proc/self/status").expect("status");
         let locked = status.lines().find(|line| line.starts_with("VmLck"));
-        Surroundings {
+        Unchanged {
             listed: listed_threads(),
             stats: cache.stats(),
             signal_mask: mask,
@@ -63,21 +63,21 @@ impl Surroundings {
 
     /// The same when the kernel has taken back the threads that were joined before: what it takes back later would
     /// look like a change.
-    fn settled(cache: &StackCache) -> Surroundings {
+    fn settled(cache: &StackCache) -> Unchanged {
         await_reaping();
-        Surroundings::take(cache)
+        Unchanged::take(cache)
     }
 
     /// The heap has grown to what two of these need.
     fn warm_up(cache: &StackCache) {
         drop(std::hint::black_box(vec![1_u8; 100 << 10]));
         await_reaping();
-        let two = [Surroundings::take(cache), Surroundings::take(cache)];
+        let two = [Unchanged::take(cache), Unchanged::take(cache)];
         two[0].snapshot.diff(&two[1].snapshot);
     }
 
     #[track_caller]
-    fn expect_unchanged(&self, later: &Surroundings, what: &str) {
+    fn expect_unchanged(&self, later: &Unchanged, what: &str) {
         println!("{what}");
         self.snapshot.diff(&later.snapshot).expect_nothing_left();
         assert_eq!(self.listed, later.listed, "{what}: glibc's thread list");
@@ -302,15 +302,15 @@ fn refuse_each_way(case: &Case, cached: bool, active: &AtomicBool) {
         builder.spawn(|| ()).expect(&what).join().expect(&what);
         assert_eq!(cache.stats().cached_stacks, 1, "{what}");
     }
-    Surroundings::warm_up(&cache);
+    Unchanged::warm_up(&cache);
     for round in 0..3 {
-        let before = Surroundings::settled(&cache);
+        let before = Unchanged::settled(&cache);
         let moved = Box::new(round);
         let refused = obstructed(case, active, || build().spawn_or_return(move || *moved));
         let (error, work) = refused.expect_err(&what).into_parts();
         assert_eq!(work(), round, "{what}: the closure");
         // A word or two: the error and the closure are alive here, as they are in a caller.
-        let after = Surroundings::take(&cache);
+        let after = Unchanged::take(&cache);
         before.expect_unchanged(&after, &what);
         check_error(case, cached, &error);
         drop(error);
@@ -658,11 +658,11 @@ fn meet_real_limit(name: &str, step: Step, errno: Errno) {
                 .expect("its end");
         }
         let ballast = obstacle(name, true);
-        Surroundings::warm_up(&cache);
+        Unchanged::warm_up(&cache);
         for _ in 0..3 {
-            let before = Surroundings::settled(&cache);
+            let before = Unchanged::settled(&cache);
             let error = build().spawn(|| ()).expect_err("a refusal");
-            let after = Surroundings::take(&cache);
+            let after = Unchanged::take(&cache);
             before.expect_unchanged(&after, name);
             assert_eq!(
                 (error.step(), error.errno().raw()),
@@ -749,9 +749,9 @@ fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
             |call| refuse(call).filter(|_| active.load(Ordering::Acquire)),
             || {
                 let cache = StackCache::global();
-                Surroundings::warm_up(cache);
+                Unchanged::warm_up(cache);
                 for round in 0..2 {
-                    let before = Surroundings::settled(cache);
+                    let before = Unchanged::settled(cache);
                     active.store(true, Ordering::Release);
                     let (error, work) = Builder::new()
                         .retry(nptl::RetryPolicy::never())
@@ -759,7 +759,7 @@ fn a_refused_calibration_is_a_refusal_and_the_next_spawn_calibrates() {
                         .expect_err("a refusal")
                         .into_parts();
                     active.store(false, Ordering::Release);
-                    let after = Surroundings::settled(cache);
+                    let after = Unchanged::settled(cache);
                     assert_eq!(
                         (error.step(), error.errno().raw()),
                         (step, errno as i32),

@@ -5,7 +5,7 @@ use super::executable;
 use crate::builder::Builder;
 use crate::error::SpawnError;
 use crate::handle::Running;
-use crate::interpose::real::Routine as Start;
+use crate::interpose::real::ThreadRoutine;
 use crate::mem::{Body, try_box};
 use crate::settings::{Owner, Special};
 use crate::spawn;
@@ -20,18 +20,18 @@ use libc::{c_int, c_void, pthread_attr_t, pthread_t};
 const LARGEST_GUARD: usize = 16;
 
 /// A program's function, and what it is called with.
-struct Routine {
-    start: Start,
+struct RoutineCall {
+    start: ThreadRoutine,
     argument: *mut c_void,
 }
 
 // SAFETY: the argument is passed on, from the one that creates a thread to the thread: what may be done with it is
 // between those two.
-unsafe impl Send for Routine {}
+unsafe impl Send for RoutineCall {}
 // SAFETY: only the thread looks at it.
-unsafe impl Sync for Routine {}
+unsafe impl Sync for RoutineCall {}
 
-impl Body for Routine {
+impl Body for RoutineCall {
     fn run(&self) {
         if let Some(runtime) = Runtime::existing() {
             // SAFETY: called once, by the new thread; the program vouches for its function.
@@ -52,19 +52,19 @@ impl Body for Routine {
 pub(crate) unsafe fn create(
     id: *mut pthread_t,
     attributes: *const pthread_attr_t,
-    start: Start,
+    start: ThreadRoutine,
     argument: *mut c_void,
-) -> Option<Result<(), Refusal>> {
+) -> Option<Result<(), NotCreated>> {
     if executable::stacks_wanted() {
         return None;
     }
     // SAFETY: by the caller's promise.
     let attributes = match unsafe { Attributes::read(attributes) } {
         Ok(attributes) => attributes,
-        Err(errno) => return Some(Err(Refusal::Attributes(errno))),
+        Err(errno) => return Some(Err(NotCreated::Attributes(errno))),
     };
     if attributes.size.checked_add(attributes.guard).is_none() {
-        return Some(Err(Refusal::Attributes(libc::EINVAL)));
+        return Some(Err(NotCreated::Attributes(libc::EINVAL)));
     }
     if attributes.is_unusual || attributes.guard > LARGEST_GUARD * page_size() {
         return None;
@@ -72,31 +72,31 @@ pub(crate) unsafe fn create(
     // A program of its own handlers and signal stacks, which glibc's threads do not touch either.
     overflow::disable_overflow_reports();
     let is_detached = attributes.is_detached;
-    match start_thread(id, attributes, Routine { start, argument }) {
+    match start_thread(id, attributes, RoutineCall { start, argument }) {
         Ok(running) if is_detached => drop(running),
         Ok(running) => running.release(),
         // Nothing of glibc's that the crate relies on, or the child of a `_Fork`: as without this crate.
         Err(error) if error.step() == Step::Runtime => return None,
-        Err(error) => return Some(Err(Refusal::Thread(error))),
+        Err(error) => return Some(Err(NotCreated::Thread(error))),
     }
     Some(Ok(()))
 }
 
 /// Why there is no thread.
-pub(crate) enum Refusal {
+pub(crate) enum NotCreated {
     /// The attributes could not be read, or sizes in them cannot be added.
     Attributes(c_int),
     Thread(SpawnError),
 }
 
-impl Refusal {
+impl NotCreated {
     /// What pthread_create(3) returns.
     pub(crate) fn errno(&self) -> c_int {
         match self {
-            Refusal::Attributes(errno) => *errno,
+            NotCreated::Attributes(errno) => *errno,
             // A size that cannot exist is one that glibc's mmap is refused.
-            Refusal::Thread(error) if error.step() == Step::Attributes => libc::EAGAIN,
-            Refusal::Thread(error) => error.pthread_errno().raw(),
+            NotCreated::Thread(error) if error.step() == Step::Attributes => libc::EAGAIN,
+            NotCreated::Thread(error) => error.pthread_errno().raw(),
         }
     }
 }
@@ -104,7 +104,7 @@ impl Refusal {
 fn start_thread(
     id: *mut pthread_t,
     attributes: Attributes,
-    routine: Routine,
+    routine: RoutineCall,
 ) -> Result<Running, SpawnError> {
     let builder = Builder::new()
         .stack_size(attributes.size)
@@ -132,6 +132,6 @@ fn start_thread(
     let request = builder.with_special(special).request();
     match spawn::share(routine) {
         Ok(routine) => spawn::spawn(&request, Work::Free(&routine.body())),
-        Err(_) => Err(spawn::refused_memory(&request, size_of::<Routine>())),
+        Err(_) => Err(spawn::refused_memory(&request, size_of::<RoutineCall>())),
     }
 }

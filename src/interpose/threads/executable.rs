@@ -13,7 +13,7 @@ static SEEN: AtomicU64 = AtomicU64::new(0);
 /// What the last look found.
 static WANTED: AtomicU8 = AtomicU8::new(0);
 
-struct Look {
+struct LoadedObjects {
     first: bool,
     /// The objects that were loaded so far.
     loaded: u64,
@@ -24,7 +24,7 @@ struct Look {
 /// ones. In a forked child what the parent knew stands: another thread of the parent can have held the loader's lock (G25).
 pub(super) fn stacks_wanted() -> bool {
     if forks() == 0 {
-        let mut look = Look {
+        let mut look = LoadedObjects {
             first: true,
             loaded: 0,
             wanted: false,
@@ -39,10 +39,10 @@ pub(super) fn stacks_wanted() -> bool {
 }
 
 /// # Safety
-/// Called by dl_iterate_phdr(3) with a [`Look`] as its data.
+/// Called by dl_iterate_phdr(3) with a [`LoadedObjects`] as its data.
 unsafe extern "C" fn visit(info: *mut dl_phdr_info, _size: usize, data: *mut c_void) -> c_int {
     // SAFETY: dl_iterate_phdr passes a valid description, and `data` is our Look.
-    let (info, look) = unsafe { (&*info, &mut *data.cast::<Look>()) };
+    let (info, look) = unsafe { (&*info, &mut *data.cast::<LoadedObjects>()) };
     if std::mem::take(&mut look.first) {
         look.loaded = info.dlpi_adds;
         if SEEN.load(Ordering::Acquire) == look.loaded + 1 {

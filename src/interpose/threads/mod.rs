@@ -9,5 +9,5 @@ mod executable;
 mod exports;
 mod join;
 
-pub(super) use create::{Refusal, create};
+pub(super) use create::{NotCreated, create};
 pub(super) use exports::thrd;
