@@ -147,7 +147,7 @@ fn stack_of(attributes: *const pthread_attr_t) -> ChildStack {
     let (mut own, mut size, mut guard) = (std::ptr::null_mut(), 0, 0);
     let mut default = MaybeUninit::uninit();
     // SAFETY: null, or what libc has just made a thread by. Attributes that were only initialised have the process's
-    // default size; initialising and reading them asks for no memory.
+    // default size; initialising and reading them allocates nothing.
     unsafe {
         libc::pthread_attr_init(default.as_mut_ptr());
         let attributes = match attributes.is_null() {

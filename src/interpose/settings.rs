@@ -1,4 +1,4 @@
-//! What the environment asks for, read once: when the object is loaded, or at a call that comes before that. A set-id
+//! What the environment configures, read once: when the object is loaded, or at a call that comes before that. A set-id
 //! program gets the defaults.
 
 use super::page::complain;
@@ -19,8 +19,8 @@ pub(super) enum Mode {
 }
 
 impl Mode {
-    /// Who turns the feature on in a program of theirs asks for its threads. Who preloads a library into a program of
-    /// others asks for nothing else than there was.
+    /// The author of a program who turns the feature on wants its threads. A user who preloads a library into another's
+    /// program gets the threads that there were.
     const DEFAULT: Mode = match cfg!(feature = "preload") {
         true => Mode::Explain,
         false => Mode::Threads,

@@ -24,7 +24,7 @@ static MEMORY: ExplainStack = ExplainStack(UnsafeCell::new([0; BYTES]));
 /// Calls `run` on it. Signals wait meanwhile, and so do other threads that call this.
 pub(super) fn on_own_stack<F: FnOnce()>(run: F) {
     extern "C" fn call<F: FnOnce()>(run: *mut c_void) {
-        // SAFETY: the option below, which nobody else has.
+        // SAFETY: the option below, which only this frame has.
         let run = unsafe { &mut *run.cast::<Option<F>>() };
         if let Some(run) = run.take() {
             run();

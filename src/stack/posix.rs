@@ -32,7 +32,7 @@ impl Stack {
         (top - size_of::<usize>()) as *mut usize
     }
 
-    /// The record of a thread, if it is one of this crate, whoever has created it.
+    /// The record of a thread, if it is one of this crate, whether C or Rust code has created it.
     ///
     /// # Safety
     /// The thread's descriptor is mapped, as for every other function that takes a `pthread_t`.
@@ -79,7 +79,7 @@ impl Stack {
         }
     }
 
-    /// What is wrong with the id of a thread that nobody can join: it is detached, or no thread any more.
+    /// What is wrong with the id of a thread that cannot be joined: it is detached, or no thread any more.
     fn lost(&self) -> Errno {
         match self.has_ended() {
             true => Errno::ESRCH,
@@ -138,7 +138,7 @@ impl Stack {
         }
     }
 
-    /// The thread has ended, and the calling thread has claimed it: its result, and nobody can join it any more.
+    /// The thread has ended, and the calling thread has claimed it: its result, and it cannot be joined any more.
     pub(crate) fn take_result(&self) -> *mut libc::c_void {
         let result = Runtime::existing().map_or(std::ptr::null_mut(), |runtime| {
             // SAFETY: the block of a thread that is not joined yet is mapped, and nothing runs on it.
@@ -148,7 +148,7 @@ impl Stack {
         result
     }
 
-    /// Makes the thread one that nobody can join. Returns `true` if the stack is now the caller's to
+    /// Makes the thread one that cannot be joined. Returns `true` if the stack is now the caller's to
     /// [leave](Stack::leave_handle), `false` if another thread is joining it, which glibc takes for done.
     ///
     /// # Errors
@@ -191,8 +191,8 @@ fn is_before_1970(time: *const libc::timespec) -> bool {
 }
 
 impl Idle {
-    /// Makes the stack, which is enlisted, known by its `pthread_t`, and describes it to glibc as it was asked for. Before
-    /// clone, because the thread can use its id at once, and others whom it tells.
+    /// Makes the stack, which is enlisted, known by its `pthread_t`, and describes it to glibc as it was requested. Before
+    /// clone, because the thread can use its id at once, and pass it to others.
     pub(crate) fn hand_to(&self, owner: &Owner) {
         let (stack, runtime) = (self.stack(), self.runtime());
         let joiner = if owner.joinable { JOINABLE } else { NOBODY };

@@ -43,7 +43,7 @@ impl<T> Roll<T> {
         }
     }
 
-    /// What has that number. Any number may be asked for.
+    /// What has that number. Any number may be looked up.
     pub(super) fn get(&self, number: usize) -> Option<&'static T> {
         // SAFETY: null, or what `set` was given.
         unsafe { self.place(number)?.load(Ordering::Acquire).as_ref() }

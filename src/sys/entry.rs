@@ -34,7 +34,7 @@ pub(crate) struct Next {
     pub distance: isize,
 }
 
-/// What [`call_routine`](super::call_routine) calls in a thread that C code has asked for.
+/// What [`call_routine`](super::call_routine) calls in a thread that C code has created.
 #[cfg(feature = "interpose")]
 #[repr(C)]
 pub(crate) struct Routine {

@@ -18,7 +18,7 @@ unsafe extern "C" {
     static environ: *const *mut c_char;
 }
 
-/// A user who may have no other task than this, and is told of it in a moment when nothing else runs.
+/// A user who may have no other task than this, and learns of it in a moment when nothing else runs.
 fn alone_under_a_limit() -> Result<(), String> {
     become_unused_user()?;
     support::await_reaping();
@@ -62,7 +62,7 @@ fn answers(call: &str) -> (c_int, c_int) {
         pid
     };
     set_errno(77);
-    // SAFETY: each with what its manual page asks for; a child of vfork does nothing but end.
+    // SAFETY: each with the arguments that its manual page demands; a child of vfork does nothing but end.
     let answer = unsafe {
         match call {
             "pthread_create" => {
@@ -275,7 +275,7 @@ fn a_thread_with_a_small_stack_is_told_why_it_gets_none() {
     );
 }
 
-/// A thread of the parent is writing its report, and nobody reads it.
+/// A thread of the parent is writing its report, which is not read.
 #[test]
 fn a_forked_child_does_not_wait_for_a_thread_of_its_parent() {
     let test = "calls::a_forked_child_does_not_wait_for_a_thread_of_its_parent";

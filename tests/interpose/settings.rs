@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use support::{Child, Output, case, child, or_skip, report};
 
-/// A refusal that needs no limit of anybody's.
+/// A refusal that needs no limit.
 fn refuse_one() {
     let errno = std::thread::Builder::new().stack_size(1 << 60).spawn(|| ());
     assert_eq!(support::errno(errno), Some(libc::EAGAIN));
@@ -154,7 +154,7 @@ fn statistics_are_written_at_exit() {
     assert_eq!(text.lines().count(), 1, "{text}");
 }
 
-/// Nobody reads stderr any more, and the program has not asked for SIGPIPE to be ignored.
+/// Stderr has no reader any more, and the program does not ignore SIGPIPE.
 #[test]
 fn a_report_that_nobody_reads_does_not_end_the_program() {
     let test = "settings::a_report_that_nobody_reads_does_not_end_the_program";

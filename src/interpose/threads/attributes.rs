@@ -1,4 +1,4 @@
-//! What a `pthread_attr_t` asks for, by the public getters.
+//! What a `pthread_attr_t` contains, by the public getters.
 
 use crate::settings::{Cpus, Scheduler};
 use crate::sys::{KernelSigSet, page_size, sched};

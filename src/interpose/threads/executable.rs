@@ -1,6 +1,6 @@
 //! Whether the program wants stacks that it can execute.
 //!
-//! glibc maps such stacks as soon as one loaded object asks for them (gcc's nested functions, GNAT). This crate's never
+//! glibc maps such stacks as soon as one loaded object requests them (gcc's nested functions, GNAT). This crate's never
 //! are, so the threads of such a program are left to glibc.
 
 use crate::sync::forks;
@@ -20,7 +20,7 @@ struct LoadedObjects {
     wanted: bool,
 }
 
-/// Whether one of the objects that are loaded asks for executable stacks. Looks at all of them again only if there are new
+/// Whether one of the objects that are loaded requests executable stacks. Looks at all of them again only if there are new
 /// ones. In a forked child what the parent knew stands: another thread of the parent can have held the loader's lock (G25).
 pub(super) fn stacks_wanted() -> bool {
     if forks() == 0 {
