@@ -210,3 +210,40 @@ fn is_nearly_full(level: &Level) -> bool {
     let used = level.current.map(|bytes| bytes.saturating_add(ASKED_FOR));
     matches!((used, level.maximum), (Some(used), Some(maximum)) if used >= maximum)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnose::cause::Certainty;
+
+    /// A clone that gets as far as its pid number and is refused one with ENOMEM, before and after a repetition.
+    fn at_numbers(short: bool, all_read: bool) -> (Option<CauseKind>, Certainty) {
+        let facts = Facts {
+            outside: Outside {
+                tracer: Standing::Excluded,
+                filter: Standing::Excluded,
+                module: Standing::Excluded,
+                clone3: true,
+            },
+            reached: [Reached::PidMemory; 2],
+            counted: false,
+            all_read,
+            short,
+            starved_of_files: false,
+            shadow_stack: false,
+            copy: Standing::Excluded,
+        };
+        let ruling = rule(&facts.checks(), true);
+        (ruling.named, ruling.certainty)
+    }
+
+    /// The structure of a pid number is charged, and a cgroup can be so full that nothing but that does not fit.
+    #[test]
+    fn a_full_memory_cgroup_is_not_called_a_dying_namespace() {
+        let memory = (Some(CauseKind::KernelMemory), Certainty::Inferred);
+        assert_eq!(at_numbers(true, true), memory);
+        assert_eq!(at_numbers(true, false), memory);
+        let dying = Some(CauseKind::DyingPidNamespace);
+        assert_eq!(at_numbers(false, true), (dying, Certainty::Proven));
+    }
+}

@@ -470,6 +470,28 @@ fn without_a_repetition_nothing_is_proven() {
     }
 }
 
+/// Without a repetition nothing tells a sibling that was inside execve at the refusal and is no more: a clone that nothing
+/// refuses any longer is worth a retry where there is a sibling, and not worth one where there is none.
+#[test]
+fn a_sibling_that_may_have_been_inside_execve_is_transient() {
+    for with_sibling in [true, false] {
+        let report = in_child("nothing refuses any longer", |report| {
+            if with_sibling {
+                std::thread::spawn(std::thread::park);
+            }
+            let error = StepError {
+                call: CloneCall::Clone3,
+                ..StepError::new(Step::Clone, Errno::EAGAIN, 0)
+            };
+            report.record(Err(diagnose_once(&error)));
+        });
+        let verdict = report.and_then(|report| report.last).expect("a verdict");
+        let listed = verdict.alternatives.contains(CauseKind::SiblingExec);
+        assert_eq!((listed, verdict.transient), (with_sibling, with_sibling));
+        assert_eq!(verdict.certainty, Certainty::Unknown);
+    }
+}
+
 /// Under a filter no clone is made but with the refused one's flags. The kernel gives no EPERM to them; for ENOMEM it may
 /// have had no memory.
 #[test]

@@ -234,22 +234,58 @@ fn what_comes_and_goes_is_never_named_wrongly() {
     }
 }
 
+/// Another thread takes the rest of RLIMIT_AS between two questions, and gives it back before the numbers are read: the
+/// answers say that a limit on writable mappings refused, which no number explains.
+#[test]
+fn answers_that_no_limit_explains_leave_the_address_space_possible() {
+    let roomy = PLAIN;
+    let full = World {
+        size: Limited3::Full,
+        ..roomy
+    };
+    let place = ask(
+        true,
+        Calls::Any,
+        &mut MemoryOracle::default(),
+        &mut |question| match question {
+            Question::Unreserved | Question::Stack => full.answer(question),
+            _ => roomy.answer(question),
+        },
+    );
+    assert_eq!(place, Place::DataOrCommit);
+    let facts = Facts {
+        errno: Errno::ENOMEM,
+        outside: outside(&roomy.status()),
+        places: [place; 2],
+        numbers: [roomy.numbers(); 2],
+        exempt: false,
+    };
+    let ruling = rule(&facts.checks(), true);
+    assert!(
+        ruling.possible().contains(CauseKind::AddressSpace),
+        "{ruling:?}"
+    );
+    assert_ne!(ruling.certainty, Certainty::Proven);
+}
+
+/// Where nothing refuses.
+const PLAIN: World = World {
+    filtered: false,
+    filter_refuses: false,
+    many: false,
+    no_addresses: false,
+    locked_full: false,
+    exempt: false,
+    size: Limited3::Roomy,
+    data: Limited3::Roomy,
+    mode: 0,
+    commit_full: false,
+    mode_known: true,
+    no_memory: false,
+};
+
 #[test]
 fn one_cause_alone_is_proven() {
-    let plain = World {
-        filtered: false,
-        filter_refuses: false,
-        many: false,
-        no_addresses: false,
-        locked_full: false,
-        exempt: false,
-        size: Limited3::Roomy,
-        data: Limited3::Roomy,
-        mode: 0,
-        commit_full: false,
-        mode_known: true,
-        no_memory: false,
-    };
     for (change, certainty) in [
         (
             (|world| world.many = true) as fn(&mut World),
@@ -271,7 +307,7 @@ fn one_cause_alone_is_proven() {
         // No number shows it.
         (|world| world.no_memory = true, Certainty::Unknown),
     ] {
-        let mut world = plain;
+        let mut world = PLAIN;
         change(&mut world);
         assert!(check(&world, &world, &world));
         let ruling = found(&world, &world, &world).expect("a refusal");
