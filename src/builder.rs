@@ -660,7 +660,8 @@ where
 /// Does now what the first spawn of a process does besides creating its thread: it examines glibc, with a thread of
 /// glibc's that ends at once, installs the handlers for overflow reports (unless
 /// [`disable_overflow_reports`](crate::disable_overflow_reports) was called) and for fork(3), and finds out what this
-/// kernel does with a stack and its guards. Afterwards a spawn makes only the system calls that `docs/seccomp.md` in the
+/// kernel does with a stack and its guards. Besides, it looks up where the cgroups are, so that no refusal has to read a
+/// long table of mounts. Afterwards a spawn makes only the system calls that `docs/seccomp.md` in the
 /// repository lists for each spawn: call it before a filter is installed. Later calls return at once.
 ///
 /// # Errors

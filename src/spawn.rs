@@ -106,6 +106,7 @@ pub(crate) fn prepare(request: &Request) -> Result<(), SpawnError> {
         // What the kernel does with a stack and its guards is found out with the first one, which is unmapped again.
         obtain(request, runtime, &mut attempts).map(drop)
     })();
+    diagnose::prepare();
     prepared.map_err(|refusal| report(refusal, reserve, request, attempts))
 }
 

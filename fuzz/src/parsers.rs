@@ -6,7 +6,7 @@ use crate::proc::limits::{Limit, Limited};
 use crate::proc::machine::{LoadAverage, MemInfo, parse_version};
 use crate::proc::mounts::{Mount, lists, unescape};
 use crate::proc::status::Status;
-use crate::proc::{cgroup, maps, parse, task};
+use crate::proc::{maps, parse, place, task};
 use std::hint::black_box;
 
 fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
@@ -86,7 +86,7 @@ pub const PARSERS: [Parser; 10] = [
         "cgroup",
         |text| {
             lines(text).for_each(|line| {
-                black_box(cgroup::Membership::parse(line));
+                black_box(place::Membership::parse(line));
             });
         },
         b"4:pids,cpu:/a:b\n0::/user.slice\n",

@@ -15,7 +15,7 @@ use super::settings::hierarchy_of;
 use super::verdict::Verdict;
 use crate::mem::text::InlinePath;
 use crate::proc::cgroup::{Hierarchy, PIDS, Snapshot};
-use crate::proc::status::Status;
+use crate::proc::status::{Calls, Status};
 use crate::stack::cache;
 use crate::step::{StepError, Task};
 use crate::sys::clone_probe::probe as probe_kernel;
@@ -59,7 +59,15 @@ pub(super) fn diagnose(
     };
     let mut numbers = PidNumbers::UNREAD;
     for _ in 0..MOST_ROUNDS {
-        let Some(round) = Round::take(error, status, &outside, &mut cgroup, seen, repetition)?
+        let calls = status.calls();
+        let first = probe::ask(&mut seen.oracle, error, &outside, calls, &mut probe_kernel);
+        let hierarchy = match first.may_be_cgroup() {
+            true => cgroup
+                .get_or_insert_with(|| hierarchy(error, calls))
+                .as_ref(),
+            false => None,
+        };
+        let Some(round) = Round::take(first, hierarchy, error, status, &outside, seen, repetition)?
         else {
             // Refused with another errno than before: something else is going on.
             return Ok(Verdict::UNKNOWN.transient());
@@ -114,6 +122,17 @@ pub(super) fn diagnose(
     Ok(Verdict::ruled(&ruling, cause).transient_if(exec || ended && possible.has_count()))
 }
 
+/// The cgroup that a task of the refused call counts in. Found before the readings are taken: both need much of the
+/// stack.
+#[inline(never)]
+fn hierarchy(error: &StepError, calls: Calls) -> Option<Hierarchy> {
+    match error.cgroup {
+        // Which is charged in place of the creator's.
+        Some(asked) => hierarchy_of(asked, calls),
+        None => Hierarchy::of_thread(b"pids", calls),
+    }
+}
+
 /// A repetition of the refused call, with what was asked and read before and after it.
 struct Round {
     reached: [Reached; 2],
@@ -122,18 +141,18 @@ struct Round {
 }
 
 impl Round {
-    /// `None`: the call was refused with another errno.
+    /// `first`: the answer before it. `None`: the call was refused with another errno.
     #[inline(never)]
     fn take(
+        first: Reached,
+        hierarchy: Option<&Hierarchy>,
         error: &StepError,
         status: &Status,
         outside: &Outside,
-        cgroup: &mut Option<Option<Hierarchy>>,
         seen: &mut Unknown,
         repetition: &mut Repetition<'_>,
     ) -> Result<Option<Round>, Granted> {
         let calls = status.calls();
-        let first = probe::ask(&mut seen.oracle, error, outside, calls, &mut probe_kernel);
         let look = || first.may_be_numbers().then(|| Look::take(calls));
         if cgroup.is_none() && first.may_be_cgroup() {
             *cgroup = Some(match error.cgroup {

@@ -10,7 +10,7 @@ use super::probe::{self, Reached};
 use super::rule::{Standing, rule};
 use super::verdict::Verdict;
 use crate::proc::cgroup::{Hierarchy, Level, MEMORY_V1, MEMORY_V2, Snapshot};
-use crate::proc::status::Status;
+use crate::proc::status::{Calls, Status};
 use crate::proc::task::{self, OWN_PID_NAMESPACE};
 use crate::step::{StepError, Task};
 use crate::sys::clone_probe::probe as probe_kernel;
@@ -31,7 +31,7 @@ pub(super) fn diagnose(
     let hierarchy = status
         .error
         .is_none()
-        .then(|| Hierarchy::of_thread(b"memory"))
+        .then(|| Hierarchy::of_thread(b"memory", calls))
         .flatten();
     let files = match hierarchy.as_ref().map(|hierarchy| hierarchy.version) {
         Some(1) => MEMORY_V1,
@@ -178,8 +178,8 @@ fn risen(hierarchy: &Hierarchy, before: &Snapshot, after: &Snapshot) -> Option<K
 }
 
 /// A memory cgroup in sight that has hardly any room.
-pub(super) fn nearly_full() -> Option<KernelMemory> {
-    let hierarchy = Hierarchy::of_thread(b"memory")?;
+pub(super) fn nearly_full(calls: Calls) -> Option<KernelMemory> {
+    let hierarchy = Hierarchy::of_thread(b"memory", calls)?;
     let files = match hierarchy.version {
         1 => MEMORY_V1,
         _ => MEMORY_V2,

@@ -154,7 +154,8 @@ fn by_common_counter(
         _ => full,
     };
     match (counted, known) {
-        (Some(0), None) => Judgement::Excluded,
+        // What was not read may be the counter that rose.
+        (Some(0), None) if !before.unread && !after.unread => Judgement::Excluded,
         (Some(0), _) => uncounted(before, after, full),
         (Some(rise), Some((position, level))) => Judgement::Counted {
             level: Some(level),

@@ -348,7 +348,7 @@ fn lock(error: &StepError, status: &Status, seen: &mut Unknown) -> Verdict {
 
 /// Pages of a stack that were to be resident: no memory, which is mostly the memory cgroup's.
 fn prefault(status: &Status) -> Verdict {
-    let cgroup = enomem::nearly_full();
+    let cgroup = enomem::nearly_full(status.calls());
     let standing = match cgroup {
         Some(_) => Standing::Signed,
         None => Standing::Open,
@@ -384,7 +384,7 @@ fn guard(status: &Status, seen: &mut Unknown) -> Verdict {
     let is_short = |(many, guard): (bool, Answer)| many || guard.is(Errno::ENOMEM);
     // Making pages inaccessible charges nothing, so that ENOMEM means the split: the number of mappings, or no memory
     // for the structure that describes one.
-    let memory = enomem::nearly_full();
+    let memory = enomem::nearly_full(status.calls());
     let count = match (is_short(first) && is_short(second), memory) {
         (true, None) => Standing::Shown,
         (true, Some(_)) => Standing::Signed,

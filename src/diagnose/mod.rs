@@ -48,6 +48,7 @@ use rule::{Standing, rule};
 pub(crate) use verdict::Verdict;
 
 pub use crate::mem::text::InlinePath;
+use crate::proc::cgroup::Hierarchy;
 #[cfg(feature = "interpose")]
 use crate::proc::status::Calls;
 use crate::proc::status::Status;
@@ -204,6 +205,13 @@ pub fn explain(errno: i32) -> Explanation {
     }
     verdict.infer();
     Explanation { errno, verdict }
+}
+
+/// Looks up in good times where the cgroups are: the table of mounts can have thousands of lines.
+pub(crate) fn prepare() {
+    // Reading files is a cancellation point.
+    let _cancellation = NoCancellation::new();
+    Hierarchy::prepare(Status::read().calls());
 }
 
 /// [`diagnose`] without a repetition.

@@ -21,7 +21,8 @@ use crate::sys;
 use crate::sys::sched::{self, SCHED_DEADLINE};
 
 /// The cgroup that a thread was to be in, by its open directory.
-pub(super) fn hierarchy_of(directory: RawFd, calls: Calls) -> Hierarchy {
+#[inline(never)]
+pub(super) fn hierarchy_of(directory: RawFd, calls: Calls) -> Option<Hierarchy> {
     let mut name = [0; 512];
     let mut link = Text::<64>::EMPTY;
     let _ = write!(link, "/proc/thread-self/fd/{directory}");
@@ -31,12 +32,12 @@ pub(super) fn hierarchy_of(directory: RawFd, calls: Calls) -> Hierarchy {
         _ => None,
     };
     let name = length.and_then(|length| name.get(..length));
-    Hierarchy::of_directory(directory, name)
+    Hierarchy::of_directory(directory, name, calls)
 }
 
 impl Requested<'_> {
     fn hierarchy(&self, calls: Calls) -> Option<Hierarchy> {
-        Some(hierarchy_of(self.cgroup?.as_raw_fd(), calls))
+        hierarchy_of(self.cgroup?.as_raw_fd(), calls)
     }
 
     /// The first CPU that a list does not have, and whether it has others.
@@ -99,7 +100,7 @@ fn affinity(errno: Errno, requested: &Requested<'_>, calls: Calls) -> Verdict {
     let found = requested
         .hierarchy(calls)
         .and_then(cpuset)
-        .or_else(|| Hierarchy::of_thread(b"cpuset").and_then(cpuset));
+        .or_else(|| Hierarchy::of_thread(b"cpuset", calls).and_then(cpuset));
     let (directory, (missing, partly)) = found.unwrap_or_else(|| {
         let online = file::first(c"/sys/devices/system/cpu/online", missing);
         (InlinePath::EMPTY, online.unwrap_or_default())
@@ -177,7 +178,7 @@ fn scheduler(errno: Errno, requested: &Requested<'_>, status: &Status) -> Verdic
     let found = requested
         .hierarchy(calls)
         .and_then(runtime)
-        .or_else(|| Hierarchy::of_thread(b"cpu").and_then(runtime));
+        .or_else(|| Hierarchy::of_thread(b"cpu", calls).and_then(runtime));
     if let Some((true, directory)) = found {
         return Verdict::proven(RealTimeRuntime { directory });
     }

@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::sys::stat::Mode;
+use nix::fcntl::{AT_FDCWD, OFlag};
+use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 use super::parse;
@@ -26,7 +26,23 @@ pub(crate) enum Calls {
 const MOST_INTERRUPTIONS: u32 = 8;
 
 pub(crate) fn open(path: &CStr) -> Result<OwnedFd, Errno> {
-    uninterrupted(|| nix::fcntl::open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()))
+    open_at(None, path)
+}
+
+/// A file by its path from a directory.
+pub(crate) fn open_at(directory: Option<&OwnedFd>, path: &CStr) -> Result<OwnedFd, Errno> {
+    open_as(directory, path, OFlag::O_RDONLY)
+}
+
+/// A directory, for nothing but to open files from it.
+pub(crate) fn directory(above: Option<&OwnedFd>, path: &CStr) -> Result<OwnedFd, Errno> {
+    open_as(above, path, OFlag::O_PATH | OFlag::O_DIRECTORY)
+}
+
+fn open_as(directory: Option<&OwnedFd>, path: &CStr, flags: OFlag) -> Result<OwnedFd, Errno> {
+    let directory = directory.map_or(AT_FDCWD, AsFd::as_fd);
+    let flags = flags | OFlag::O_CLOEXEC;
+    uninterrupted(|| nix::fcntl::openat(directory, path, flags, Mode::empty()))
 }
 
 fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
@@ -65,6 +81,14 @@ pub(crate) fn open_genuine(path: &CStr, calls: Calls) -> Result<OwnedFd, Errno> 
     genuine.then_some(file).ok_or(Errno::ENODATA)
 }
 
+/// What files of one mount have in common: the device, or by reading alone the number of the mount.
+pub(crate) fn mount_of(file: &OwnedFd, calls: Calls) -> Option<u64> {
+    match calls {
+        Calls::Any => fstat(file).ok().map(|status| status.st_dev),
+        Calls::FilesOnly => mount_id(file),
+    }
+}
+
 fn mount_id(file: &OwnedFd) -> Option<u64> {
     described(file, b"mnt_id:")
 }
@@ -73,7 +97,7 @@ fn mount_id(file: &OwnedFd) -> Option<u64> {
 pub(crate) fn described(file: &OwnedFd, key: &[u8]) -> Option<u64> {
     let mut info = Text::<64>::EMPTY;
     let _ = write!(info, "/proc/thread-self/fdinfo/{}", file.as_raw_fd());
-    value_in(info.as_c_str()?, key)
+    value_of(&open(info.as_c_str()?).ok()?, key)
 }
 
 /// A sysctl: a file of the kernel's own whose whole content is a number.
@@ -103,14 +127,20 @@ pub(crate) fn number_in(path: &CStr) -> Option<u64> {
 }
 
 /// The number after `key` in a file of `key value` lines.
-pub(crate) fn value_in(path: &CStr, key: &[u8]) -> Option<u64> {
-    first(path, |line| parse::value(line, key).and_then(parse::number))
+pub(crate) fn value_of(file: &OwnedFd, key: &[u8]) -> Option<u64> {
+    first_of(file, |line| parse::value(line, key).and_then(parse::number))
 }
 
 /// What a parser finds in the first line in which it finds anything.
-pub(crate) fn first<T>(path: &CStr, mut parse: impl FnMut(&[u8]) -> Option<T>) -> Option<T> {
+pub(crate) fn first<T>(path: &CStr, parse: impl FnMut(&[u8]) -> Option<T>) -> Option<T> {
+    first_of(&open(path).ok()?, parse)
+}
+
+/// The same for an open file.
+#[inline(never)]
+pub(crate) fn first_of<T>(file: &OwnedFd, mut parse: impl FnMut(&[u8]) -> Option<T>) -> Option<T> {
     let mut found = None;
-    lines(path, |line| {
+    lines_of(file, |line| {
         found = parse(line);
         match found {
             Some(_) => ControlFlow::Break(()),
@@ -131,34 +161,61 @@ pub(crate) fn lines_of(
     file: &OwnedFd,
     mut each: impl FnMut(&[u8]) -> ControlFlow<()>,
 ) -> Result<(), Errno> {
+    pieces(file, |piece| match piece.first && piece.last {
+        true => each(piece.text),
+        false => ControlFlow::Continue(()),
+    })
+}
+
+/// A line, or a part of one that does not fit the buffer.
+pub(crate) struct Piece<'a> {
+    pub(crate) text: &'a [u8],
+    /// The line begins, or ends, with it.
+    pub(crate) first: bool,
+    pub(crate) last: bool,
+}
+
+/// Calls `each` for every line, and for each part of a longer one.
+pub(crate) fn pieces(
+    file: &OwnedFd,
+    mut each: impl FnMut(&Piece<'_>) -> ControlFlow<()>,
+) -> Result<(), Errno> {
     let mut buffer = [0; 1024];
     let mut filled = 0;
-    let mut skipping = false;
+    let mut first = true;
     loop {
         let space = buffer.get_mut(filled..).unwrap_or_default();
         let count = read(file, space)?;
         let end = filled + count;
         let mut rest = buffer.get(..end).unwrap_or_default();
         while let Some(at) = rest.iter().position(|byte| *byte == b'\n') {
-            let (line, tail) = rest.split_at(at);
+            let (text, tail) = rest.split_at(at);
             rest = tail.get(1..).unwrap_or_default();
-            if !std::mem::take(&mut skipping) && each(line).is_break() {
+            let last = true;
+            if each(&Piece { text, first, last }).is_break() {
                 return Ok(());
             }
+            first = true;
         }
-        if count == 0 {
-            if !rest.is_empty() && !skipping {
-                let _ = each(rest);
-            }
-            return Ok(());
-        }
+        let last = count == 0;
         let kept = rest.len();
-        if kept == buffer.len() {
-            skipping = true;
+        if last && kept > 0 || kept == buffer.len() {
+            let piece = Piece {
+                text: rest,
+                first,
+                last,
+            };
+            if each(&piece).is_break() {
+                return Ok(());
+            }
+            first = false;
             filled = 0;
         } else {
             buffer.copy_within(end - kept..end, 0);
             filled = kept;
+        }
+        if last {
+            return Ok(());
         }
     }
 }

@@ -14,6 +14,7 @@ pub(crate) mod machine;
 pub(crate) mod maps;
 pub(crate) mod mounts;
 pub(crate) mod parse;
+pub(crate) mod place;
 pub(crate) mod processes;
 pub(crate) mod status;
 pub(crate) mod task;

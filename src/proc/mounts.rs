@@ -2,12 +2,17 @@
 
 use std::ops::ControlFlow;
 
-use super::file;
+use nix::sys::stat::makedev;
+
+use super::file::{self, Calls};
+use super::parse::number;
 use crate::mem::text::Text;
 
 /// A line of it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Mount<'a> {
+    pub(crate) id: u64,
+    pub(crate) device: u64,
     /// The directory of the file system that is mounted.
     pub(crate) root: &'a [u8],
     /// Where it is mounted, escaped.
@@ -20,14 +25,36 @@ pub(crate) struct Mount<'a> {
 impl Mount<'_> {
     pub(crate) fn parse(line: &[u8]) -> Option<Mount<'_>> {
         let mut words = line.split(|byte| *byte == b' ');
-        let (root, point) = (words.nth(3)?, words.next()?);
+        let (id, device) = (number(words.next()?)?, words.nth(1)?);
+        let (root, point) = (words.next()?, words.next()?);
+        let mut device = device.splitn(2, |byte| *byte == b':').map(number);
+        let (major, minor) = (device.next()??, device.next()??);
         // Any number of optional fields, then the kind, the source and the options.
         let mut rest = words.skip_while(|word| *word != b"-").skip(1);
         Some(Mount {
+            id,
+            device: makedev(major, minor),
             root,
             point,
             kind: rest.next()?,
             options: rest.nth(1)?,
+        })
+    }
+
+    /// Of cgroups.
+    pub(crate) fn version(&self) -> Option<u8> {
+        match self.kind {
+            b"cgroup" => Some(1),
+            b"cgroup2" => Some(2),
+            _ => None,
+        }
+    }
+
+    /// What [`file::mount_of`] says of its files.
+    pub(crate) fn identity(&self, calls: Calls) -> Option<u64> {
+        Some(match calls {
+            Calls::Any => self.device,
+            Calls::FilesOnly => self.id,
         })
     }
 
@@ -85,6 +112,8 @@ mod tests {
     fn lines_with_and_without_optional_fields() {
         let line = b"35 32 0:30 /docker/4f2a /sys/fs/cgroup/cpu\\040acct ro,nosuid master:9 shared:3 - cgroup cgroup rw,pids";
         let mount = Mount {
+            id: 35,
+            device: 30,
             root: b"/docker/4f2a",
             point: b"/sys/fs/cgroup/cpu\\040acct",
             kind: b"cgroup",

@@ -2,6 +2,7 @@
 //! evidence may be out of sight. Then what a builder can be asked for, what `headroom` predicts, and the sandbox itself.
 
 mod attributes;
+mod cgroups;
 mod failure;
 mod gated;
 mod headroom;

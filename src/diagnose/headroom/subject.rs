@@ -218,7 +218,9 @@ impl Subject<'_> {
         let pids = cause == CauseKind::PidsCgroup;
         let unit = if pids { Unit::Tasks } else { Unit::Bytes };
         let hidden = |why| HeadroomLimit::hidden(cause, unit, why);
-        let Some(hierarchy) = Hierarchy::locate(&self.file("cgroup"), controller.as_bytes()) else {
+        let Some(hierarchy) =
+            Hierarchy::locate(&self.file("cgroup"), controller.as_bytes(), self.calls)
+        else {
             list.push(hidden(
                 "the cgroup of the process is not visible".to_owned(),
             ));
