@@ -86,7 +86,10 @@ fn repeat(
         }
         refusal = match attempt(request, work, &mut attempts) {
             Ok(running) => return Ok(running),
-            Err(refusal) => refusal,
+            Err(next) => Refusal {
+                verdict: next.verdict.after(&refusal.verdict),
+                ..next
+            },
         };
     }
 }

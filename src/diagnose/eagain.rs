@@ -12,7 +12,7 @@ use super::outside::{self, Outside};
 use super::probe::{self, Reached};
 use super::rule::{Standing, rule};
 use super::settings::hierarchy_of;
-use super::verdict::Verdict;
+use super::verdict::{Verdict, since};
 use crate::mem::text::InlinePath;
 use crate::proc::cgroup::{Hierarchy, PIDS, Snapshot};
 use crate::proc::status::{Calls, Status};
@@ -45,6 +45,7 @@ pub(super) fn diagnose(
     let reaping = is_reaping(status);
     let early = ProcessLimits::read(status, seen);
     let mut cgroup = None;
+    let mut counted = None;
     let mut agreeing = 0;
     let mut facts = Facts {
         outside,
@@ -80,6 +81,7 @@ pub(super) fn diagnose(
         facts.reached = round.reached[0];
         facts.repeated = repetition.is_possible();
         facts.cgroup = round.cgroup;
+        counted = since(counted, round.counted);
         (facts.numbers, numbers) = round.numbers;
         facts.pid_max = numbers.pid_max;
         if facts.are_enough(agreeing) {
@@ -88,7 +90,10 @@ pub(super) fn diagnose(
     }
     let of_memory = matches!(facts.reached, Reached::KernelMemory | Reached::PidMemory);
     if !facts.are_enough(agreeing) || of_memory {
-        return Ok(Verdict::UNKNOWN.transient());
+        return Ok(Verdict {
+            counted,
+            ..Verdict::UNKNOWN.transient()
+        });
     }
     facts.limits = early.and(ProcessLimits::read(&Status::read(), seen));
     let ruling = rule(&facts.checks(), facts.repeated);
@@ -138,6 +143,7 @@ struct Round {
     reached: [Reached; 2],
     numbers: (Numbers, PidNumbers),
     cgroup: Judgement,
+    counted: Option<[u64; 2]>,
 }
 
 impl Round {
@@ -183,6 +189,10 @@ impl Round {
         Ok(Some(Round {
             reached: [first, second],
             numbers: numbers::compare(numbers, numbers_after, seen),
+            counted: before
+                .refusals()
+                .zip(after.refusals())
+                .map(<[u64; 2]>::from),
             cgroup: match hierarchy {
                 Some(_) if repeats => judge(Some(&before), &after),
                 Some(_) => judge(None, &after),

@@ -19,6 +19,8 @@ pub(crate) struct Verdict {
     pub(crate) transient: bool,
     /// How often the refused call was repeated.
     pub(crate) repeated: u32,
+    /// The refusals that the thread's own cgroup had counted at the first and at the last reading.
+    pub(crate) counted: Option<[u64; 2]>,
     pub(crate) spent: Duration,
 }
 
@@ -30,6 +32,7 @@ impl Verdict {
         silence: None,
         transient: false,
         repeated: 0,
+        counted: None,
         spent: Duration::ZERO,
     };
 
@@ -81,6 +84,18 @@ impl Verdict {
         self.transient_if(other.transient && self.certainty == Certainty::Unknown)
     }
 
+    /// That of a later attempt of the same spawn. Where the cgroup has counted a refusal since the first reading, it may
+    /// have refused an attempt that a sibling inside execve seems to have refused, and will when the sibling is gone.
+    pub(crate) fn after(mut self, earlier: &Verdict) -> Verdict {
+        self.counted = since(earlier.counted, self.counted);
+        let risen = self.counted.is_some_and(|[first, last]| last > first);
+        if risen && self.cause.kind() == CauseKind::SiblingExec {
+            self.certainty = Certainty::Inferred;
+            self.alternatives = self.alternatives.with(CauseKind::PidsCgroup);
+        }
+        self
+    }
+
     pub(super) fn transient(self) -> Verdict {
         self.transient_if(true)
     }
@@ -88,6 +103,14 @@ impl Verdict {
     pub(super) fn transient_if(mut self, yes: bool) -> Verdict {
         self.transient |= yes;
         self
+    }
+}
+
+/// A counter at the first of earlier readings and at the last of later ones.
+pub(super) fn since(earlier: Option<[u64; 2]>, later: Option<[u64; 2]>) -> Option<[u64; 2]> {
+    match (earlier, later) {
+        (Some([first, _]), Some([_, last])) => Some([first, last]),
+        _ => later.or(earlier),
     }
 }
 
@@ -171,6 +194,24 @@ mod tests {
             });
         }
         all
+    }
+
+    /// A sibling inside execve refuses at each look, and between two of them the cgroup, which only its counter tells.
+    #[test]
+    fn a_counter_that_rises_between_two_attempts_is_remembered() {
+        let exec = |counted| Verdict {
+            counted,
+            ..Verdict::proven(SiblingExec { threads: Some(2) }).transient()
+        };
+        let first = exec(Some([7, 7]));
+        let second = exec(Some([7, 7])).after(&first);
+        assert_eq!(second.certainty, Certainty::Proven);
+        for later in [exec(None), exec(Some([8, 8]))] {
+            let third = exec(Some([8, 8])).after(&second);
+            let last = later.after(&third);
+            assert_eq!(last.certainty, Certainty::Inferred);
+            assert!(last.alternatives.contains(CauseKind::PidsCgroup));
+        }
     }
 
     /// All texts lie in a file that a reader can read. Where they changed on purpose,

@@ -100,6 +100,11 @@ impl Snapshot {
         self.levels().iter().position(with_controller).unwrap_or(0)
     }
 
+    /// How many tasks it has counted as refused.
+    pub(crate) fn refusals(&self) -> Option<u64> {
+        self.levels().get(self.charged_first())?.failures
+    }
+
     /// A made-up one.
     #[cfg(test)]
     pub(crate) fn of(levels: &[Level], hidden: bool) -> Snapshot {
