@@ -12,6 +12,7 @@ use super::outside::{self, Outside};
 use super::probe::{self, Reached};
 use super::rule::{Standing, rule};
 use super::settings::hierarchy_of;
+use super::user_tasks;
 use super::verdict::{Verdict, since};
 use crate::mem::text::InlinePath;
 use crate::proc::cgroup::{Hierarchy, PIDS, Snapshot};
@@ -95,7 +96,14 @@ pub(super) fn diagnose(
             ..Verdict::UNKNOWN.transient()
         });
     }
+    let visible = match facts.reached {
+        Reached::ProcessLimits => visible_tasks(&early, status, seen, repetition)?,
+        _ => None,
+    };
     facts.limits = early.and(ProcessLimits::read(&Status::read(), seen));
+    if let Some(visible) = visible {
+        facts.limits = facts.limits.counted(visible);
+    }
     let ruling = rule(&facts.checks(), facts.repeated);
     let cause = ruling.named.map(|kind| -> Cause {
         match kind {
@@ -125,6 +133,26 @@ pub(super) fn diagnose(
     let unclear = ruling.named.is_none() || status.threads.is_none();
     let ended = reaping || unclear && cache::thread_ended_within(20);
     Ok(Verdict::ruled(&ruling, cause).transient_if(exec || ended && possible.has_count()))
+}
+
+/// The tasks of the user that could be seen before and after a repetition, where they may be what the limit is for.
+fn visible_tasks(
+    limits: &ProcessLimits,
+    status: &Status,
+    seen: &mut Unknown,
+    repetition: &mut Repetition<'_>,
+) -> Result<Option<u64>, Granted> {
+    // /proc can be of a namespace outside, whose last number cannot be read here.
+    let can_count = status.calls() == Calls::Any && status.pid_levels == Some(1);
+    let Some((uid, soft)) = limits.uncounted().filter(|_| can_count) else {
+        return Ok(None);
+    };
+    let count = || user_tasks::at_least(uid, soft).filter(|tasks| *tasks >= soft);
+    let Some(before) = count() else {
+        return Ok(None);
+    };
+    let refused = repetition.refused(seen)?;
+    Ok(count().filter(|_| refused).map(|after| after.min(before)))
 }
 
 /// The cgroup that a task of the refused call counts in. Found before the readings are taken: both need much of the

@@ -37,6 +37,7 @@ impl ProcessLimits {
             initial_user_namespace: task::in_initial_user_namespace(calls),
             tasks,
             own_threads: status.threads,
+            visible: None,
         };
         ProcessLimits::of(
             status,
@@ -93,6 +94,22 @@ impl ProcessLimits {
             deadline_stands: common(true, self.deadline_stands, later.deadline_stands),
             ..later
         }
+    }
+
+    /// Real user and limit, where the count of the user's tasks would tell whether it is reached.
+    pub(super) fn uncounted(&self) -> Option<(u32, u64)> {
+        let known = self.user.initial_user_namespace == Some(true);
+        let open = self.nproc_stands == Standing::Open;
+        self.user.uid.zip(self.user.soft).filter(|_| known && open)
+    }
+
+    /// So many tasks of the user could be seen, before and after a repetition that was refused.
+    pub(super) fn counted(mut self, visible: u64) -> ProcessLimits {
+        if self.uncounted().is_some_and(|(_, soft)| visible >= soft) {
+            self.nproc_stands = Standing::Shown;
+            self.user.visible = Some(visible);
+        }
+        self
     }
 
     /// None of the counters can have refused, now or in between.

@@ -26,6 +26,7 @@ mod outside;
 mod probe;
 mod rule;
 mod settings;
+mod user_tasks;
 mod verdict;
 
 use std::time::Instant;

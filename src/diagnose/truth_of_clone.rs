@@ -175,6 +175,7 @@ impl World {
             initial_user_namespace: Some(!in_namespace),
             tasks,
             own_threads: status.threads,
+            visible: None,
         };
         let threads_max = ThreadsMax {
             tasks,

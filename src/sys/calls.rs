@@ -3,6 +3,7 @@
 
 use super::arch::syscall;
 use crate::errno::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -95,6 +96,18 @@ pub(crate) fn read_link(path: &std::ffi::CStr, into: &mut [u8]) -> Result<usize,
     // SAFETY: a NUL-terminated path, and a buffer of this length.
     let answer = unsafe { libc::readlink(path.as_ptr(), into.as_mut_ptr().cast(), into.len()) };
     usize::try_from(answer).map_err(|_| Errno::last())
+}
+
+/// getdents64(2): entries of an open directory, as many as fit. The length of what was written, 0 at the end.
+pub(crate) fn directory_entries(
+    directory: BorrowedFd<'_>,
+    into: &mut [u8],
+) -> Result<usize, Errno> {
+    let fd = directory.as_raw_fd() as usize;
+    let buffer = into.as_mut_ptr() as usize;
+    // SAFETY: the kernel writes no more than this length into the buffer.
+    let answer = unsafe { syscall(libc::SYS_getdents64, [fd, buffer, into.len(), 0, 0, 0]) };
+    Errno::checked(answer)
 }
 
 /// tgkill(2).

@@ -20,8 +20,8 @@ pub(crate) use arch::{
     fault_handler, fill_header, leave_signal_stack, syscall, thread_pointer, unwind_buffer,
 };
 pub(crate) use calls::{
-    at_fork, cpu_time, exit_thread, futex_wait, futex_wake, lll_lock, lll_try_lock, lll_unlock,
-    madvise, pidfd_open_thread, process_id, read_link, tgkill,
+    at_fork, cpu_time, directory_entries, exit_thread, futex_wait, futex_wake, lll_lock,
+    lll_try_lock, lll_unlock, madvise, pidfd_open_thread, process_id, read_link, tgkill,
 };
 pub(crate) use cancel::{
     __pthread_register_cancel, __pthread_unregister_cancel, NoCancellation,

@@ -13,3 +13,4 @@ mod retry;
 mod sandbox;
 mod stack_use;
 mod unreadable;
+mod user;

@@ -21,6 +21,8 @@ pub struct UserProcesses {
     pub tasks: Option<u64>,
     /// Threads of this process: a lower bound of the user's.
     pub own_threads: Option<u64>,
+    /// Tasks of the user that /proc shows, counted until they were as many as the limit. `None` if they were not counted.
+    pub visible: Option<u64>,
 }
 
 impl Evidence for UserProcesses {
@@ -39,6 +41,9 @@ impl Evidence for UserProcesses {
         line(f, "RLIMIT_NPROC, hard", Value(self.hard))?;
         let own = Value(self.own_threads);
         line(f, "/proc/thread-self/status, Threads", own)?;
+        if let Some(visible) = self.visible {
+            line(f, "/proc/PID/status, tasks of this user, at least", visible)?;
+        }
         line(f, "/proc/loadavg, tasks of all users", Value(self.tasks))?;
         if self.initial_user_namespace != Some(true) {
             f.write_str("  A user namespace also enforces the RLIMIT_NPROC it was created under, which may be\n  lower than the one above; no file shows it.\n")?;
@@ -75,8 +80,17 @@ impl Evidence for UserProcesses {
             initial_user_namespace,
             tasks: Some(4321),
             own_threads: Some(480),
+            visible: None,
         };
-        vec![user(Some(1234), Some(true)), user(None, Some(false))]
+        let counted = UserProcesses {
+            visible: Some(500),
+            ..user(Some(1234), Some(true))
+        };
+        vec![
+            user(Some(1234), Some(true)),
+            user(None, Some(false)),
+            counted,
+        ]
     }
 }
 
