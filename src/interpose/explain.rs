@@ -90,13 +90,16 @@ pub(super) fn own(
         return Some(0);
     };
     if let threads::NotCreated::Thread(error) = &refusal {
-        on_own_stack(|| {
+        let report = || {
             let refusal = Refusal {
                 call: RefusedCall::Own(name),
                 ..*error.refusal()
             };
             output::refusal(&refusal);
-        });
+        };
+        if is_reported(error.errno()) {
+            on_own_stack(report);
+        }
         error.errno().leave();
     }
     Some(refusal.errno())
@@ -109,8 +112,13 @@ pub(super) fn refused(name: &'static str, errno: Errno, task: Task, stack: Child
     left.leave();
 }
 
+/// Of something that was short. What is wrong with the call itself its own error says.
+fn is_reported(errno: Errno) -> bool {
+    matches!(errno, Errno::EAGAIN | Errno::ENOMEM)
+}
+
 fn explain(name: &'static str, errno: Errno, task: Task, stack: ChildStack) {
-    if !matches!(errno, Errno::EAGAIN | Errno::ENOMEM) {
+    if !is_reported(errno) {
         return;
     }
     // So that a forked child does not find a lock taken for ever. Without the memory for that it is tried again.
