@@ -61,6 +61,16 @@ pub(super) fn diagnose(
         short: starved_of_files || after.as_ref().is_some_and(is_short),
         starved_of_files,
         shadow_stack: status.shadow_stack || status.error.is_some(),
+        elsewhere: match error.task {
+            Task::Thread => false,
+            Task::Process { .. } => {
+                let own = task::namespace(OWN_PID_NAMESPACE, calls);
+                let children = task::namespace(PID_NAMESPACE_FOR_CHILDREN, calls);
+                own.ok()
+                    .zip(children.ok())
+                    .is_some_and(|(own, children)| own != children)
+            }
+        },
         copy: match error.task {
             Task::Process { copies: true } => commit::copy_stands(status),
             _ => Standing::Excluded,
@@ -75,7 +85,7 @@ pub(super) fn diagnose(
             })
             .into(),
         CauseKind::DyingPidNamespace => DyingPidNamespace {
-            namespace: task::namespace(OWN_PID_NAMESPACE, calls).ok(),
+            namespace: task::namespace(PID_NAMESPACE_FOR_CHILDREN, calls).ok(),
         }
         .into(),
         CauseKind::Overcommit => commit::copy_commit(status).into(),
@@ -99,6 +109,8 @@ struct Facts {
     starved_of_files: bool,
     /// The thread may have a shadow stack: that of a new task is a mapping, and refused as one.
     shadow_stack: bool,
+    /// A process was to be made in another pid namespace than its parent's, where the probes are not asked.
+    elsewhere: bool,
     /// The commit limit, for a copy of this process's memory.
     copy: Standing,
 }
@@ -130,6 +142,8 @@ impl Facts {
             // The number itself is a charge as well.
             (_, true) if self.short => Standing::Open,
             (_, true) => Standing::Shown,
+            // One that takes tasks is not short of memory for them where everything in sight has room.
+            _ if self.elsewhere && self.all_read && !self.short => Standing::Signed,
             _ => Standing::Open,
         };
         let shadow = match self.shadow_stack && !at_numbers {

@@ -136,7 +136,10 @@ fn report(name: &'static str, errno: Errno, task: Task, stack: ChildStack) {
         diagnose::explain_call(errno, task, stack.size.saturating_add(stack.guard));
     let refusal = Refusal {
         call: RefusedCall::Libc(name),
-        stack_size: stack.size,
+        stack_size: match task {
+            Task::Thread => stack.size,
+            Task::Process { .. } => 0,
+        },
         ..Refusal::new(error, verdict)
     };
     debug::keep();

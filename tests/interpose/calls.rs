@@ -1,6 +1,7 @@
 //! What is refused to libc's own calls. In each test they are made by the test program itself, and the linker has given
 //! it this crate's.
 
+use nptl::diagnose::CauseKind;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -181,6 +182,38 @@ fn nothing_is_written_or_changed_where_nothing_is_refused() {
     }
     let output = or_skip!(explained(test));
     assert_eq!(reports(&output), [""; 0], "{output}");
+}
+
+/// "fork: Cannot allocate memory", as after `unshare --pid` without `--fork`: the first child was the namespace's init.
+#[test]
+fn a_process_of_a_namespace_without_init_is_told_so() {
+    let test = "calls::a_process_of_a_namespace_without_init_is_told_so";
+    if case().is_some() {
+        // Not in a user namespace: the harness's thread stands in the way of one.
+        if !support::is_root() {
+            support::skip!("needs root");
+        }
+        // SAFETY: changes what the children of this process are made in.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWPID) }, 0);
+        assert!(answers("fork").0 > 0);
+        for call in ["fork", "vfork"] {
+            assert_eq!(answers(call), (-1, libc::ENOMEM));
+            let failure = nptl::last_failure().expect("the refusal");
+            let kind = failure.cause().kind();
+            // Where no memory cgroup can be read, memory can be short.
+            let listed = failure
+                .alternatives()
+                .contains(CauseKind::DyingPidNamespace);
+            let unknown = kind == CauseKind::Unknown && listed;
+            assert!(kind == CauseKind::DyingPidNamespace || unknown, "{failure}");
+        }
+        return;
+    }
+    let output = or_skip!(explained(test));
+    assert!(
+        output.skipped().is_some() || reports(&output).len() == 2,
+        "{output}"
+    );
 }
 
 static IN_HANDLER: AtomicI32 = AtomicI32::new(0);

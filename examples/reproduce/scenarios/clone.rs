@@ -1035,7 +1035,7 @@ fn ask_while_dying(seen: &'static NamespaceReport) {
             ref other => other_cause(other),
         });
         let number = namespace.unwrap_or_default();
-        let line = format!("/proc/thread-self/ns/pid: {number}\n");
+        let line = format!("/proc/thread-self/ns/pid_for_children: {number}\n");
         let judgement = judgement.and_then(|()| reports(&error, &[&line, &"Nothing from inside"]));
         tell_answer(&error, judgement);
         seen.nptl.fetch_add(1, Ordering::SeqCst);

@@ -117,7 +117,7 @@ impl Evidence for PidNumbers {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DyingPidNamespace {
-    /// Inode of the namespace.
+    /// Inode of the namespace: /proc/thread-self/ns/pid_for_children.
     pub namespace: Option<u64>,
 }
 
@@ -127,13 +127,18 @@ impl Evidence for DyingPidNamespace {
     }
 
     fn report(&self, f: &mut Formatter<'_>) -> Result {
-        line(f, "/proc/thread-self/ns/pid", Value(self.namespace))
+        line(
+            f,
+            "/proc/thread-self/ns/pid_for_children",
+            Value(self.namespace),
+        )
     }
 
     fn remedy(&self, f: &mut Formatter<'_>) -> Result {
         f.write_str(
             "Nothing from inside: the namespace's init has ended and every process in it is being killed.\n  \
-             Keep the first process of the namespace (the container's main process) alive while threads are needed.",
+             Keep the first process of the namespace (the container's main process) alive while threads are needed. After\n  \
+             unshare(CLONE_NEWPID) that is the first child: unshare --pid --fork.",
         )
     }
 
