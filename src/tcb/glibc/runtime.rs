@@ -220,12 +220,12 @@ impl Runtime {
         /// # Safety
         /// Called by an ending thread of this crate.
         unsafe extern "C-unwind" fn finish() {
-            // A cancellation that comes at any instruction shall not unwind through what follows.
-            // SAFETY: changes the type of the calling thread; destructors run in it, with signals open.
-            unsafe {
-                sys::pthread_setcanceltype(sys::PTHREAD_CANCEL_DEFERRED, std::ptr::null_mut());
-                if let Some(runtime) = Runtime::existing() {
+            if let Some(runtime) = Runtime::existing() {
+                // SAFETY: the calling thread comes to its end, with signals open. What is left after the last round is
+                // dropped here, or it would have more rounds when this returns.
+                unsafe {
                     runtime.run_destructors();
+                    runtime.clear_keys(false);
                 }
             }
         }
