@@ -251,7 +251,7 @@ pub(crate) struct Owner {
     pub id: usize,
     /// It is not created detached.
     pub joinable: bool,
-    /// Bytes of stack and guard, in whole pages.
+    /// Bytes of stack, as asked for, and of guard.
     pub size: usize,
     pub guard: usize,
     /// Policy and priority, where they are not inherited.

@@ -24,8 +24,9 @@ const CPU_WORDS: usize = sched::WORDS + 1;
 
 /// What a thread is to have.
 pub(super) struct Attributes {
-    /// Bytes of stack and guard, in whole pages.
+    /// Bytes of stack.
     pub size: usize,
+    /// Bytes of guard, in whole pages.
     pub guard: usize,
     /// The program brings the stack, or names CPUs that no kernel has.
     pub is_unusual: bool,
@@ -78,7 +79,7 @@ impl Attributes {
         // SAFETY: initialised, by the caller's promise.
         let affinity = unsafe { affinity(attributes) };
         Attributes {
-            size: size.checked_next_multiple_of(page).unwrap_or(size),
+            size,
             guard: guard.checked_next_multiple_of(page).unwrap_or(guard),
             is_unusual: has_stack || matches!(affinity, Affinity::Unknown),
             is_detached: state == libc::PTHREAD_CREATE_DETACHED,

@@ -132,6 +132,12 @@ impl Runtime {
         (self.symbols.tls_size + slack).next_multiple_of(page)
     }
 
+    /// What a stack of glibc's own ends at a multiple of, in bytes; a power of two.
+    #[cfg(feature = "interpose")]
+    pub(crate) fn alignment(&self) -> usize {
+        self.symbols.tls_align
+    }
+
     /// The thread pointer of a block that ends at `end`.
     pub(crate) fn thread_pointer_in(&self, end: usize) -> usize {
         self.symbols.thread_pointer_in(end)
