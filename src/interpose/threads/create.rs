@@ -14,10 +14,14 @@ use crate::step::Step;
 use crate::sys::page_size;
 use crate::tcb::Runtime;
 use libc::{c_int, c_void, pthread_attr_t, pthread_t};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The largest guard, in pages, of a stack that the cache keeps. A larger one is glibc's to make: mapped writable with the
 /// stack, as this crate does it, it would count as memory that the program can use.
 const LARGEST_GUARD: usize = 16;
+
+/// The crate does not know this glibc, or this is a child of `_Fork(3)`: every thread is glibc's.
+static UNSUPPORTED: AtomicBool = AtomicBool::new(false);
 
 /// A program's function, and what it is called with.
 struct RoutineCall {

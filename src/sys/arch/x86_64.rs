@@ -306,7 +306,7 @@ pub(crate) unsafe fn leave_signal_stack(
 }
 
 /// Calls `routine.start` so that pthread_exit(3) and cancellation end in this frame, as they end in the first frame of a
-/// thread of glibc's; then `routine.finish`, which runs the thread's destructors. Returns when that is done.
+/// thread of glibc's (G33); then `routine.finish`, which runs the thread's destructors. Returns when that is done.
 ///
 /// ```text
 ///  r12 = 0        start(argument); its result into the descriptor        finish ──► return
@@ -380,7 +380,7 @@ pub(crate) unsafe extern "C" fn call_routine(routine: *const Routine) {
 }
 
 /// futex(2) as a cancellation point: returns what the kernel answers. If the calling thread is cancelled before or
-/// meanwhile, stores `released` to `claim`, and the unwinding goes on.
+/// meanwhile, stores `released` to `claim`, and the unwinding goes on (G34).
 ///
 /// # Safety
 /// Word, time-out and claim are valid until this returns or unwinds. No frame with destructors of Rust may lie below it.

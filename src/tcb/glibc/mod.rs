@@ -1,4 +1,4 @@
-//! glibc 2.34 and newer: docs/glibc.md, turned into code rule by rule (G1 to G32).
+//! glibc 2.34 and newer: docs/glibc.md, turned into code rule by rule (G1 to G34).
 //!
 //! ```text
 //!   block_size bytes, page-aligned at both ends
