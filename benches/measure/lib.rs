@@ -3,6 +3,7 @@
 //! runs the same generic code, and callers interleave the subjects round by round.
 pub mod floor;
 pub mod gate;
+pub mod preload;
 pub mod proc;
 pub mod pthread;
 pub mod refusal;
@@ -67,9 +68,18 @@ impl<S: Subject> Runner for S {
 }
 
 /// The names of all subjects, in the order of the tables.
-pub const SUBJECTS: [&str; 4] = [floor::NAME, pthread::NAME, rust::STD, rust::NPTL];
+pub const SUBJECTS: [&str; 8] = [
+    floor::NAME,
+    pthread::NAME,
+    rust::STD,
+    rust::NPTL,
+    preload::PTHREAD,
+    preload::PRELOAD,
+    preload::STD,
+    preload::INTERPOSE,
+];
 
-/// The subjects that can run a row, in the order of [`SUBJECTS`].
+/// Those subjects that can run a row in this process, in the order of [`SUBJECTS`].
 pub fn subjects(row: &Row) -> io::Result<Vec<Box<dyn Runner>>> {
     if matches!(row.workload, Workload::Settings | Workload::Gate) {
         return Ok(vec![Box::new(vcpus::BY_HAND), Box::new(vcpus::BUILT)]);

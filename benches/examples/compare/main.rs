@@ -1,8 +1,9 @@
-//! Every row of the performance table in one run: floor, pthread, std and nptl, interleaved round
-//! by round, medians and the ratios they must reach. A missed target is a line in the table, never
+//! Every row of the performance table in one run: floor, pthread, std, nptl, and what a program gains that only
+//! preloads libnptl.so (where `cargo build --release -p nptl-preload` has made it), interleaved round by round, medians and the ratios they must reach. A missed target is a line in the table, never
 //! a failure: machines are noisy.
 //!
 //! ```text
+//! cargo build --release -p nptl-preload
 //! cargo run --release --example compare -- [--quick] [--only ROW]... [--live N]... [--json FILE] [--svg DIR]
 //! ```
 //!
@@ -29,11 +30,13 @@ use std::process::{Command, ExitCode, Stdio};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use measure::preload::Alone;
 use measure::summary::Figure;
 use measure::workload::{self, COLD_TUNABLE, Row, Workload};
 use measure::{Runner, SUBJECTS};
 
-/// Compare the price of a thread: raw clone (floor), pthread_create, std::thread and nptl.
+/// Compare the price of a thread: raw clone (floor), pthread_create, std::thread and nptl; and in processes of
+/// their own the second and third without and with libnptl.so (preload (threads), interpose).
 #[derive(Parser)]
 struct Arguments {
     /// Only this row, or all rows of this workload (burst, contended, live); may be repeated.
@@ -59,6 +62,9 @@ struct Arguments {
     /// of its own runs.
     #[arg(long, hide = true)]
     child: bool,
+    /// Run the rounds of one row that standard input asks for: the process of a subject that is alone.
+    #[arg(long, value_name = "SUBJECT", hide = true)]
+    serve: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -71,6 +77,9 @@ fn run() -> Result<(), Box<dyn Error>> {
     if arguments.list {
         rows.iter().for_each(|row| println!("{}", row.label()));
         return Ok(());
+    }
+    if let (Some(subject), Some(row)) = (&arguments.serve, rows.first()) {
+        return measure::preload::serve(subject, row);
     }
     if arguments.child {
         let mut figures = Vec::new();
@@ -194,8 +203,16 @@ impl Entrant {
 
 /// A figure for each subject that can run the row.
 fn measure_row(row: &Row, progress: &ProgressBar) -> Result<Vec<Figure>, Box<dyn Error>> {
-    let subjects = measure::subjects(row)?.into_iter();
+    let mut subjects = measure::subjects(row)?;
+    match measure::preload::library() {
+        Ok(library) => {
+            let alone = Alone::subjects(row, &library)?.into_iter();
+            subjects.extend(alone.map(|subject| Box::new(subject) as Box<dyn Runner>));
+        }
+        Err(why) => progress.suspend(|| eprintln!("{}: {why}", row.label())),
+    }
     let mut entrants: Vec<_> = subjects
+        .into_iter()
         .map(|subject| Entrant {
             subject,
             samples: Vec::with_capacity(row.rounds),

@@ -15,6 +15,10 @@ const COLOURS: [RGBColor; SUBJECTS.len()] = [
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
     RGBColor(0, 114, 90),
+    RGBColor(240, 200, 120),
+    RGBColor(204, 121, 167),
+    RGBColor(170, 215, 240),
+    RGBColor(213, 94, 0),
 ];
 const FONT: &str = "sans-serif";
 /// Height of the legend's line, which lies between the caption and the plot: over the plot it would hide figures.
