@@ -70,6 +70,12 @@ pub(crate) unsafe fn create(
     if attributes.size.checked_add(attributes.guard).is_none() {
         return Some(Err(NotCreated::Attributes(libc::EINVAL)));
     }
+    // Of these two the thread would ask the kernel for the policy alone.
+    if let Some((libc::SCHED_OTHER, priority)) = attributes.scheduling
+        && priority != 0
+    {
+        return Some(Err(Refusal::Attributes(libc::EINVAL)));
+    }
     if attributes.is_unusual || attributes.guard > LARGEST_GUARD * page_size() {
         return None;
     }
