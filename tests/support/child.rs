@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::ptr;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
@@ -105,6 +106,8 @@ enum Proc {
 /// A child process to be: what it runs, and the sandbox that it runs in.
 #[must_use]
 pub struct Child {
+    /// Instead of this program.
+    executable: Option<PathBuf>,
     test: Option<String>,
     case: String,
     arguments: Vec<OsString>,
@@ -122,6 +125,7 @@ pub struct Child {
 /// [`case`] returning `case` there.
 pub fn child(test: &str, case: &str) -> Child {
     Child {
+        executable: None,
         test: Some(test.to_owned()),
         case: case.to_owned(),
         arguments: Vec::new(),
@@ -142,6 +146,14 @@ pub fn program(case: &str) -> Child {
     Child {
         test: None,
         ..child("", case)
+    }
+}
+
+/// Another program, with the arguments given by [`Child::arg`].
+pub fn executable(path: impl Into<PathBuf>) -> Child {
+    Child {
+        executable: Some(path.into()),
+        ..program("")
     }
 }
 
@@ -255,17 +267,22 @@ impl Child {
     }
 
     fn command(&self) -> Command {
-        let mut arguments = std::env::args_os();
         let mut command = match std::env::var(LOADER_VARIABLE) {
             Ok(loader) => {
                 let mut words = loader.split_ascii_whitespace();
                 let mut command = Command::new(words.next().unwrap_or_default());
+                let own = || std::env::args_os().next().unwrap_or_default();
+                let executable = self.executable.as_ref();
                 command
                     .args(words)
-                    .arg(arguments.next().unwrap_or_default());
+                    .arg(executable.map_or_else(own, |path| path.as_os_str().to_owned()));
                 command
             }
-            Err(_) => Command::new(std::env::current_exe().expect("the path of this program")),
+            Err(_) => Command::new(
+                self.executable
+                    .clone()
+                    .unwrap_or_else(|| std::env::current_exe().expect("the path of this program")),
+            ),
         };
         if let Some(test) = &self.test {
             command.args(["--exact", test, "--nocapture", "--test-threads=1"]);
