@@ -132,7 +132,11 @@ pub(super) fn diagnose(
     // Where that is not known, or nothing is named that refuses still, an end that lies near is enough.
     let unclear = ruling.named.is_none() || status.threads.is_none();
     let ended = reaping || unclear && cache::thread_ended_within(20);
-    Ok(Verdict::ruled(&ruling, cause).transient_if(exec || ended && possible.has_count()))
+    let verdict = Verdict {
+        counted,
+        ..Verdict::ruled(&ruling, cause)
+    };
+    Ok(verdict.transient_if(exec || ended && possible.has_count()))
 }
 
 /// The tasks of the user that could be seen before and after a repetition, where they may be what the limit is for.
@@ -160,9 +164,9 @@ fn visible_tasks(
 #[inline(never)]
 fn hierarchy(error: &StepError, calls: Calls) -> Option<Hierarchy> {
     match error.cgroup {
+        -1 => Hierarchy::of_thread(b"pids", calls),
         // Which is charged in place of the creator's.
-        Some(asked) => hierarchy_of(asked, calls),
-        None => Hierarchy::of_thread(b"pids", calls),
+        requested => hierarchy_of(requested, calls),
     }
 }
 
@@ -188,17 +192,6 @@ impl Round {
     ) -> Result<Option<Round>, Granted> {
         let calls = status.calls();
         let look = || first.may_be_numbers().then(|| Look::take(calls));
-        if cgroup.is_none() && first.may_be_cgroup() {
-            *cgroup = Some(match error.cgroup {
-                -1 => Hierarchy::of_thread(b"pids"),
-                // Which is charged in place of the creator's.
-                requested => Some(hierarchy_of(requested, calls)),
-            });
-        }
-        let hierarchy = match first.may_be_cgroup() {
-            true => cgroup.as_ref().and_then(Option::as_ref),
-            false => None,
-        };
         let [mut before, mut after] = [const { Snapshot::EMPTY }; 2];
         let read = |snapshot: &mut Snapshot| {
             if let Some(hierarchy) = hierarchy {

@@ -11,7 +11,7 @@ use super::rule::{Standing, rule};
 use super::verdict::Verdict;
 use crate::proc::cgroup::{Hierarchy, Level, MEMORY_V1, MEMORY_V2, Snapshot};
 use crate::proc::status::{Calls, Status};
-use crate::proc::task::{self, OWN_PID_NAMESPACE};
+use crate::proc::task::{self, OWN_PID_NAMESPACE, PID_NAMESPACE_FOR_CHILDREN};
 use crate::step::{StepError, Task};
 use crate::sys::clone_probe::probe as probe_kernel;
 

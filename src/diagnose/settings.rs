@@ -190,6 +190,7 @@ fn scheduler(errno: Errno, requested: &Requested<'_>, status: &Status) -> Verdic
 
 fn cgroup(errno: Errno, requested: &Requested<'_>, calls: Calls) -> Verdict {
     let hierarchy = requested.hierarchy(calls);
+    let hierarchy = hierarchy.as_ref();
     let directory = hierarchy.map_or(InlinePath::EMPTY, |found| found.own_directory());
     match errno {
         Errno::EACCES | Errno::EPERM => Verdict::proven(NotPermitted {
