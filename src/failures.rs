@@ -223,6 +223,7 @@ mod tests {
                 version: 1,
                 usage: Some(u64::MAX - 1),
                 limit: Some(u64::MAX - 1),
+                swap: true,
                 failures: Some(u64::MAX - 1),
                 unread: None,
             };

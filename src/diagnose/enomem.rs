@@ -9,7 +9,9 @@ use super::outside::{self, Outside};
 use super::probe::{self, Reached};
 use super::rule::{Standing, rule};
 use super::verdict::Verdict;
-use crate::proc::cgroup::{Hierarchy, Level, MEMORY_V1, MEMORY_V2, Snapshot};
+use crate::proc::cgroup::{
+    Files, Hierarchy, Level, MEMORY_V1, MEMORY_V1_SWAP, MEMORY_V2, Snapshot,
+};
 use crate::proc::status::{Calls, Status};
 use crate::proc::task::{self, OWN_PID_NAMESPACE, PID_NAMESPACE_FOR_CHILDREN};
 use crate::step::{StepError, Task};
@@ -79,6 +81,7 @@ pub(super) fn diagnose(
     let ruling = rule(&facts.checks(), repeated);
     let cause = ruling.named.map(|kind| match kind {
         CauseKind::KernelMemory => risen
+            .or_else(|| full_by(hierarchy.as_ref()?, &MEMORY_V1_SWAP))
             .unwrap_or(KernelMemory {
                 unread: status.error,
                 ..KernelMemory::NO_CGROUP
@@ -183,6 +186,7 @@ fn risen(hierarchy: &Hierarchy, before: &Snapshot, after: &Snapshot) -> Option<K
                 version: hierarchy.version,
                 usage: new.current,
                 limit: new.maximum,
+                swap: false,
                 failures: Some(rise),
                 unread: None,
             });
@@ -194,11 +198,18 @@ fn risen(hierarchy: &Hierarchy, before: &Snapshot, after: &Snapshot) -> Option<K
 /// A memory cgroup in sight that has hardly any room.
 pub(super) fn nearly_full(calls: Calls) -> Option<KernelMemory> {
     let hierarchy = Hierarchy::of_thread(b"memory", calls)?;
-    let files = match hierarchy.version {
-        1 => MEMORY_V1,
-        _ => MEMORY_V2,
+    let limits = match hierarchy.version {
+        1 => &[MEMORY_V1, MEMORY_V1_SWAP][..],
+        _ => &[MEMORY_V2],
     };
-    let snapshot = hierarchy.snapshot(&files);
+    limits.iter().find_map(|files| full_by(&hierarchy, files))
+}
+
+/// The first one that has hardly any by its limit of this kind. In v1 memory and swap together have one of their own: it
+/// is met first, and raises no counter.
+#[inline(never)]
+fn full_by(hierarchy: &Hierarchy, files: &Files) -> Option<KernelMemory> {
+    let snapshot = hierarchy.snapshot(files);
     let level = snapshot
         .levels()
         .iter()
@@ -208,6 +219,7 @@ pub(super) fn nearly_full(calls: Calls) -> Option<KernelMemory> {
         version: hierarchy.version,
         usage: level.current,
         limit: level.maximum,
+        swap: files.is_of_swap(),
         failures: None,
         unread: None,
     })
@@ -227,8 +239,34 @@ fn is_nearly_full(level: &Level) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
+    use support::{Cgroup, or_skip};
+
     use super::*;
     use crate::diagnose::cause::Certainty;
+    use crate::diagnose::settings::hierarchy_of;
+
+    #[test]
+    fn memory_and_swap_together_have_a_limit_of_their_own() {
+        let cgroup = or_skip!(Cgroup::memory());
+        if cgroup.is_unified() || !cgroup.path().join("memory.memsw.failcnt").exists() {
+            println!("skipped: v2 has none, and v1 only if the kernel counts swap");
+            return;
+        }
+        let directory = std::fs::File::open(cgroup.path()).expect("a directory");
+        let full = || {
+            let hierarchy = hierarchy_of(directory.as_raw_fd(), Calls::Any).expect("a cgroup");
+            full_by(&hierarchy, &MEMORY_V1_SWAP)
+        };
+        assert_eq!(full(), None);
+        for file in ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"] {
+            cgroup.set(file, 64 << 10);
+        }
+        let found = full().expect("no room for a task");
+        assert_eq!(found.directory.to_str(), cgroup.path().to_str());
+        assert_eq!((found.limit, found.swap), (Some(64 << 10), true));
+    }
 
     /// A clone that gets as far as its pid number and is refused one with ENOMEM, before and after a repetition.
     fn at_numbers(short: bool, all_read: bool) -> (Option<CauseKind>, Certainty) {

@@ -37,6 +37,15 @@ pub(crate) const MEMORY_V1: Files = Files {
     key: b"",
 };
 
+/// Of memory and swap together. The counter stands still on kernels of today.
+pub(crate) const MEMORY_V1_SWAP: Files = Files {
+    maximum: b"/memory.memsw.limit_in_bytes",
+    current: b"/memory.memsw.usage_in_bytes",
+    local: None,
+    events: b"/memory.memsw.failcnt",
+    key: b"",
+};
+
 pub(crate) const MEMORY_V2: Files = Files {
     maximum: b"/memory.max",
     current: b"/memory.current",
@@ -44,6 +53,12 @@ pub(crate) const MEMORY_V2: Files = Files {
     events: b"/memory.events",
     key: b"max",
 };
+
+impl Files {
+    pub(crate) fn is_of_swap(&self) -> bool {
+        self.maximum == MEMORY_V1_SWAP.maximum
+    }
+}
 
 /// One cgroup at one moment.
 #[derive(Clone, Copy, Debug)]

@@ -11,7 +11,7 @@ use crate::mem::text::InlinePath;
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelMemory {
-    /// Directory of the memory cgroup whose failure counter rose; empty if none did.
+    /// Directory of the memory cgroup whose failure counter rose, or else that has no room; empty if there is none.
     pub directory: InlinePath,
     /// 1, 2, or 0 when no cgroup is named.
     pub version: u8,
@@ -19,6 +19,8 @@ pub struct KernelMemory {
     pub usage: Option<u64>,
     /// memory.max or memory.limit_in_bytes.
     pub limit: Option<u64>,
+    /// Whether both are of memory and swap together: those of memory.memsw.*.
+    pub swap: bool,
     /// How far the counter of failed charges rose over a refused probe.
     pub failures: Option<u64>,
     /// Why the files that could name a cgroup were not read: a kernel without memory opens none.
@@ -31,6 +33,7 @@ impl KernelMemory {
         version: 0,
         usage: None,
         limit: None,
+        swap: false,
         failures: None,
         unread: None,
     };
@@ -58,14 +61,24 @@ impl Evidence for KernelMemory {
         }
         line(f, "directory", self.directory)?;
         line(f, "cgroup version", self.version)?;
-        line(f, "memory in use", Size(self.usage))?;
-        line(f, "memory limit", Size(self.limit))?;
-        let what = "failed charges during a refused probe";
-        line(f, what, Value(self.failures))
+        let (in_use, limit) = match self.swap {
+            true => ("memory and swap in use", "limit of memory and swap"),
+            false => ("memory in use", "memory limit"),
+        };
+        line(f, in_use, Size(self.usage))?;
+        line(f, limit, Size(self.limit))?;
+        match self.failures {
+            Some(failures) => line(f, "failed charges during a refused probe", failures),
+            None => Ok(()),
+        }
     }
 
     fn remedy(&self, f: &mut Formatter<'_>) -> Result {
         match self.version {
+            1 if self.swap => {
+                set(f, "BYTES", &self.directory, "memory.memsw.limit_in_bytes")?;
+                f.write_str(" (containers: --memory-swap),\n  or free memory in that cgroup.")
+            }
             1 => {
                 set(f, "BYTES", &self.directory, "memory.limit_in_bytes")?;
                 f.write_str(" (containers: --memory),\n  or free memory in that cgroup.")
@@ -93,11 +106,17 @@ impl Evidence for KernelMemory {
             version,
             usage: Some(66_000_000),
             limit: Some(67_108_864),
+            swap: false,
             failures: Some(2),
             unread: None,
         };
         vec![
             of(1, InlinePath::new(b"/sys/fs/cgroup/memory/vm")),
+            KernelMemory {
+                swap: true,
+                failures: None,
+                ..of(1, InlinePath::new(b"/sys/fs/cgroup/memory/vm"))
+            },
             of(1, super::show::cut_path()),
             of(2, InlinePath::new(b"/sys/fs/cgroup/vm.scope")),
             of(2, super::show::cut_path()),
