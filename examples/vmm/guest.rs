@@ -74,6 +74,15 @@ impl Machine {
         Ok(vcpu)
     }
 
+    /// A first KVM_RUN that enters no guest: what the kernel makes for a machine at that time, a thread among it, is there
+    /// afterwards, or refused.
+    pub fn warm_up(&self, vcpu: &mut VcpuFd) -> io::Result<()> {
+        vcpu.set_kvm_immediate_exit(1);
+        let ran = self.run(vcpu).map(drop);
+        vcpu.set_kvm_immediate_exit(0);
+        ran
+    }
+
     /// Runs guest instructions until the vCPU exits.
     pub fn run(&self, vcpu: &mut VcpuFd) -> io::Result<Exit> {
         match vcpu.run() {

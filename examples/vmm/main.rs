@@ -5,16 +5,18 @@
 //! cargo run --example vmm                     four vCPUs
 //! cargo run --example vmm -- --vcpus 2 --json
 //! cargo run --example vmm -- --fail-at 2      the third vCPU (they count from 0) meets a full pids cgroup
+//! cargo run --example vmm -- --fail-at kvm    the thread meets it that KVM starts at the first KVM_RUN (Linux 6.13)
 //! ```
 //! Exit codes: 0 all went well (with `--fail-at`: it was refused, and no guest instruction ran), 1 it did not, 2 wrong
-//! arguments, 77 no /dev/kvm, or with `--fail-at` no cgroup.
+//! arguments, 77 no /dev/kvm, or with `--fail-at` no cgroup, or a KVM that starts no such thread.
 
 mod guest;
 
 use guest::{Exit, Machine};
 use kvm_ioctls::{Kvm, VcpuFd};
+use nptl::diagnose::Explanation;
 use nptl::seccomp::{self, Phase};
-use nptl::{Builder, Cancelled, JoinHandle, SetupError, StartGate};
+use nptl::{Builder, Cancelled, Cause, JoinHandle, SetupError, StartGate};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -22,6 +24,7 @@ use seccompiler::{
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::fmt::{Display, Formatter};
 use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,8 +38,24 @@ const LONGEST: Duration = Duration::from_secs(10);
 
 struct Options {
     vcpus: u8,
-    fail_at: Option<u8>,
+    fail_at: Option<At>,
     json: bool,
+}
+
+/// What meets the limit.
+#[derive(Clone, Copy, PartialEq)]
+enum At {
+    Vcpu(u8),
+    Kvm,
+}
+
+impl At {
+    fn parse(text: &str) -> Option<At> {
+        match text {
+            "kvm" => Some(At::Kvm),
+            number => number.parse().map(At::Vcpu).ok(),
+        }
+    }
 }
 
 impl Options {
@@ -49,20 +68,23 @@ impl Options {
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--vcpus" => options.vcpus = arguments.next()?.parse().ok()?,
-                "--fail-at" => options.fail_at = Some(arguments.next()?.parse().ok()?),
+                "--fail-at" => options.fail_at = Some(At::parse(&arguments.next()?)?),
                 "--json" => options.json = true,
                 _ => return None,
             }
         }
         let fits = (1..=26).contains(&options.vcpus);
-        let fails = options.fail_at.is_none_or(|number| number < options.vcpus);
+        let fails = match options.fail_at {
+            Some(At::Vcpu(number)) => number < options.vcpus,
+            Some(At::Kvm) | None => true,
+        };
         (fits && fails).then_some(options)
     }
 }
 
 fn main() -> ExitCode {
     let Some(options) = Options::parse(std::env::args().skip(1)) else {
-        eprintln!("usage: vmm [--vcpus 1..26] [--fail-at NUMBER] [--json]");
+        eprintln!("usage: vmm [--vcpus 1..26] [--fail-at NUMBER|kvm] [--json]");
         return ExitCode::from(2);
     };
     let kvm = match Kvm::new() {
@@ -73,12 +95,12 @@ fn main() -> ExitCode {
         }
     };
     let outcome = match (options.fail_at, support::case()) {
-        (None, _) => boot(&options, &kvm),
-        (Some(number), Some(_)) => fail(&options, &kvm, number, &inherited_cgroup(0)),
+        (None, _) => boot(&options, &kvm).map(|()| ExitCode::SUCCESS),
+        (Some(at), Some(_)) => fail(&options, &kvm, at, &inherited_cgroup(0)),
         (Some(_), None) => return in_a_cgroup(),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE
@@ -143,7 +165,8 @@ fn start(
         .start_gate(gate)
         .spawn_with_setup(
             move || {
-                let vcpu = made.vcpu(number)?;
+                let mut vcpu = made.vcpu(number)?;
+                made.warm_up(&mut vcpu).map_err(of_run)?;
                 seccompiler::apply_filter(&filter).map_err(io::Error::other)?;
                 Ok(vcpu)
             },
@@ -278,7 +301,7 @@ fn boot(options: &Options, kvm: &Kvm) -> Result<(), Box<dyn Error>> {
             .join_timeout(LONGEST)
             .map_err(|_| "a vCPU did not halt")?;
         let kicks = match ended {
-            Ok(kicks) => kicks.map_err(of_run)?,
+            Ok(kicks) => kicks?,
             Err(_) => return Err("a vCPU panicked".into()),
         };
         threads.push(
@@ -302,25 +325,71 @@ fn boot(options: &Options, kvm: &Kvm) -> Result<(), Box<dyn Error>> {
         .ok_or_else(|| "the serial port has other output than expected".into())
 }
 
-/// KVM starts a thread of its own at the first KVM_RUN of a machine, and hands its refusal on.
-fn of_run(error: io::Error) -> Box<dyn Error> {
+/// KVM starts a thread of its own at the first KVM_RUN of a machine, and hands its refusal on. Explained at once and in the
+/// thread that was refused: a moment later, or in another thread, there can be room.
+fn of_run(error: io::Error) -> io::Error {
     match error.raw_os_error() {
-        Some(errno) if errno == libc::EAGAIN || errno == libc::ENOMEM => format!(
-            "KVM_RUN: {error}\n{}",
-            nptl::diagnose::explain(errno).report()
-        )
-        .into(),
-        _ => error.into(),
+        Some(errno) if errno == libc::EAGAIN || errno == libc::ENOMEM => {
+            io::Error::new(error.kind(), Explained(error, nptl::explain(errno)))
+        }
+        _ => error,
     }
 }
 
-/// The vCPU `number` meets the limit of the cgroup. The ones before it must go without having run.
+#[derive(Debug)]
+struct Explained(io::Error, Explanation);
+
+impl Display for Explained {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KVM_RUN: {}", self.0)
+    }
+}
+
+impl Error for Explained {}
+
+/// What was refused, and why.
+struct Refusal {
+    what: String,
+    step: String,
+    cause: Cause,
+    report: String,
+}
+
+impl Refusal {
+    fn new(error: SetupError<io::Error>) -> Result<Refusal, Box<dyn Error>> {
+        let what = error.to_string();
+        let failed = match error {
+            SetupError::Refused(error) => {
+                return Ok(Refusal {
+                    what,
+                    step: error.step().to_string(),
+                    cause: *error.cause(),
+                    report: error.report().to_string(),
+                });
+            }
+            SetupError::Failed(failed) => failed,
+            SetupError::Panicked(_) => return Err(what.into()),
+        };
+        let explained = failed.get_ref().and_then(|inner| inner.downcast_ref());
+        let Some(Explained(_, explanation)) = explained else {
+            return Err(what.into());
+        };
+        Ok(Refusal {
+            what,
+            step: "KVM_RUN".to_owned(),
+            cause: *explanation.cause(),
+            report: explanation.report().to_string(),
+        })
+    }
+}
+
+/// A vCPU, or what KVM starts for the first, meets the limit of the cgroup. The ones before it must go without having run.
 fn fail(
     options: &Options,
     kvm: &Kvm,
-    number: u8,
+    at: At,
     cgroup: &CgroupDir,
-) -> Result<(), Box<dyn Error>> {
+) -> Result<ExitCode, Box<dyn Error>> {
     nptl::prepare()?;
     let (machine, control) = (Arc::new(Machine::new(kvm)?), Arc::new(Control::default()));
     let filter = Arc::new(filter()?);
@@ -328,19 +397,24 @@ fn fail(
     let mut vcpus = Vec::new();
     let mut refused = None;
     for next in 0..options.vcpus {
-        if next == number {
-            cgroup.set("pids.max", cgroup.get("pids.current"));
+        match at {
+            At::Vcpu(number) if next == number => cgroup.set("pids.max", cgroup.tasks()),
+            At::Kvm if next == 0 => cgroup.set("pids.max", cgroup.tasks() + 1),
+            _ => {}
         }
         match start(next, &machine, &control, &filter, &gate) {
+            Ok(_) if at == At::Kvm => {
+                eprintln!("this KVM starts no thread at the first KVM_RUN");
+                return Ok(ExitCode::from(SKIPPED));
+            }
             Ok(vcpu) => vcpus.push(vcpu),
-            Err(SetupError::Refused(error)) => {
-                refused = Some(error);
+            Err(error) => {
+                refused = Some(Refusal::new(error)?);
                 break;
             }
-            Err(other) => return Err(other.to_string().into()),
         }
     }
-    let error = refused.ok_or("no vCPU was refused")?;
+    let refusal = refused.ok_or("no vCPU was refused")?;
     gate.cancel();
     let created = vcpus.len();
     let cancelled = vcpus
@@ -348,27 +422,32 @@ fn fail(
         .filter_map(|vcpu| vcpu.join_timeout(LONGEST).ok()?.err())
         .filter(|payload| payload.is::<Cancelled>())
         .count();
-    // The kernel shows a thread for a moment after its join.
+    // With the machine goes the thread that KVM has started for it. The kernel shows a thread for a moment after its join.
+    let serial = machine.serial();
+    drop(machine);
     let tasks = || io::Result::Ok(std::fs::read_dir("/proc/self/task")?.count());
     wait_until("only this thread is left", || Ok(tasks()? == 1))?;
     if options.json {
         let report = json!({
-            "refused": error.to_string(),
-            "step": error.step().to_string(),
-            "cause": format!("{:?}", error.cause().kind()),
+            "refused": refusal.what,
+            "step": refusal.step,
+            "cause": format!("{:?}", refusal.cause.kind()),
             "created_before": created,
             "cancelled": cancelled,
-            "serial": machine.serial(),
+            "serial": serial,
             "tasks_left": tasks()?,
         });
         println!("{report:#}");
     } else {
-        println!("vcpu {number}: {error}\n\n{}\n", error.report());
+        println!("vcpu {created}: {}\n\n{}\n", refusal.what, refusal.report);
         println!("the {created} before it: {cancelled} cancelled at the gate, no thread is left");
-        println!("serial port: {:?}", machine.serial());
+        println!("serial port: {serial:?}");
     }
-    let good =
-        cancelled == created && created == usize::from(number) && machine.serial().is_empty();
-    good.then_some(())
+    let before = match at {
+        At::Vcpu(number) => number.into(),
+        At::Kvm => 0,
+    };
+    let good = cancelled == created && created == before && serial.is_empty();
+    good.then_some(ExitCode::SUCCESS)
         .ok_or_else(|| "guest code ran, or a thread was left".into())
 }

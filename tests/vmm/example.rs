@@ -57,6 +57,18 @@ fn a_refused_vcpu_ends_the_machine_before_a_guest_instruction() {
     }
 }
 
+/// Not a thread of the program, but the one that KVM starts for a machine: `nptl::explain` in the setup of the first vCPU.
+#[test]
+fn what_kvm_is_refused_ends_the_machine_with_its_explanation() {
+    let output = or_skip!(vmm(&["--vcpus", "2", "--fail-at", "kvm"]));
+    let report = report(&output);
+    assert_eq!(report["step"], "KVM_RUN");
+    assert_eq!(report["cause"], "PidsCgroup");
+    assert_eq!(report["created_before"], 0);
+    assert_eq!(report["serial"], "");
+    assert_eq!(report["tasks_left"], 1);
+}
+
 #[test]
 fn wrong_arguments_are_refused() {
     match vmm(&["--vcpus", "0"]) {
