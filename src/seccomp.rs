@@ -49,6 +49,8 @@ pub enum Phase {
     Gate,
     /// From the closure to the end of the thread.
     End,
+    /// In addition, if the thread overflows its stack: the report, and abort(3).
+    Overflow,
     /// In addition, in every thread that lives, if another thread changes a user or group id through glibc: its handler
     /// repeats the call.
     SetId,
@@ -237,6 +239,13 @@ calls! {
         SYS_futex[1: PRIVATE_WAIT],
         SYS_futex[1: PRIVATE_WAKE],
         SYS_rt_sigreturn,
+    }
+    Overflow {
+        SYS_write[0: 2],
+        SYS_rt_sigprocmask[0: libc::SIG_UNBLOCK],
+        SYS_gettid,
+        SYS_getpid,
+        SYS_tgkill[2: libc::SIGABRT],
     }
     SetId {
         SYS_setresuid,

@@ -8,9 +8,9 @@ use nptl::{
 use std::convert::Infallible;
 use std::time::Duration;
 use support::{
-    Allow, allow, allow_only, case, child, cloud_hypervisor_vcpu_filter,
+    Allow, Cgroup, allow, allow_only, case, child, cloud_hypervisor_vcpu_filter,
     cloud_hypervisor_vmm_filter, contract, deny, deny_guard_marks, firecracker_vcpu_filter,
-    or_skip, report,
+    inherited_cgroup, or_skip, report,
 };
 
 /// Runs one case of a test in a child, and what it has to report.
@@ -31,6 +31,7 @@ fn filter_of(name: &str) -> fn() -> Vec<Allow> {
     match name {
         "firecracker" => firecracker_vcpu_filter,
         "cloud-hypervisor" => cloud_hypervisor_vcpu_filter,
+        "overflow" => || contract([Phase::Report, Phase::End, Phase::Overflow]),
         _ => || contract([Phase::Report, Phase::Gate, Phase::End]),
     }
 }
@@ -107,18 +108,18 @@ fn a_vcpu_thread_lives_and_ends_behind_each_filter() {
 fn an_overflow_is_reported_behind_each_filter() {
     const TEST: &str = "filters::an_overflow_is_reported_behind_each_filter";
     let Some(name) = case() else {
-        for case in ["firecracker", "cloud-hypervisor"] {
+        for case in ["firecracker", "cloud-hypervisor", "contract"] {
             let output = or_skip!(child(TEST, case).time_limit(Duration::from_secs(60)).run());
-            // Firecracker's has no tgkill for abort(3), which then dies by the filter; but the report is out.
             assert!(
                 output.stderr.contains("has overflowed its stack"),
                 "{output}"
             );
-            let signal = output.signal();
-            assert!(
-                [Some(libc::SIGABRT), Some(libc::SIGSYS)].contains(&signal),
-                "{output}"
-            );
+            let signal = match case {
+                // It has no tgkill for abort(3).
+                "firecracker" => libc::SIGSYS,
+                _ => libc::SIGABRT,
+            };
+            assert_eq!(output.signal(), Some(signal), "{output}");
         }
         return;
     };
@@ -128,7 +129,11 @@ fn an_overflow_is_reported_behind_each_filter() {
     }
     nptl::prepare().unwrap();
     let setup = move || {
-        allow_only(filter_of(&name)());
+        let name = match name.as_str() {
+            "contract" => "overflow",
+            name => name,
+        };
+        allow_only(filter_of(name)());
         Ok::<_, Infallible>(())
     };
     let thread = Builder::new()
@@ -201,7 +206,7 @@ fn a_creator_behind_each_filter_spawns_and_joins() {
     creator.unwrap().join().unwrap();
 }
 
-/// Refusals of a mapping and of a setting: their analysis makes no call beyond the list, and none beyond what Cloud
+/// Refusals of a mapping, of a setting, and, where there is a pids cgroup, of a clone: their analysis makes no call beyond the list, and none beyond what Cloud
 /// Hypervisor's vmm thread may do.
 #[test]
 fn an_analysis_behind_each_filter_lives() {
@@ -209,11 +214,21 @@ fn an_analysis_behind_each_filter_lives() {
     let Some(name) = case() else {
         return ["cloud-hypervisor", "contract"]
             .into_iter()
-            .for_each(|case| in_child(TEST, case));
+            .for_each(|case| {
+                in_child(TEST, case);
+                let cgroup = or_skip!(Cgroup::pids());
+                let output = child(TEST, &format!("{case}, pids")).cgroup(&cgroup);
+                let output = or_skip!(output.run()).success();
+                assert_eq!(output.get("clone"), Some("PidsCgroup"), "{output}");
+            });
     };
     nptl::prepare().unwrap();
-    let own = name == "contract";
+    let own = name.starts_with("contract");
+    let full = name.ends_with("pids").then(|| inherited_cgroup(0));
     let body = move || {
+        if let Some(cgroup) = &full {
+            cgroup.set("pids.max", cgroup.tasks());
+        }
         let mut filter = match own {
             true => contract([
                 Phase::Spawn,
@@ -230,6 +245,11 @@ fn an_analysis_behind_each_filter_lives() {
         };
         filter.extend(of_the_test());
         allow_only(filter);
+        if full.is_some() {
+            let error = nptl::spawn(|| ()).unwrap_err();
+            assert_eq!(error.step(), Step::Clone, "{error}");
+            return report("clone", format_args!("{:?}", error.cause().kind()));
+        }
         let error = Builder::new().stack_size(1 << 46).spawn(|| ()).unwrap_err();
         assert_eq!(error.step(), Step::MapStack, "{error}");
         let outside = Builder::new().cpu_affinity([4095]);
