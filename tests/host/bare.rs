@@ -1,7 +1,7 @@
 //! Children of `_Fork(3)` and of a bare clone(2): glibc does not repair itself there, and can start no thread.
 
 use super::process::{BARE, Fork, fork, forked, in_child, is_good, wait};
-use super::{spawn_and_join, wait_until};
+use super::{assert_gone, spawn_and_join, wait_until};
 use nptl::diagnose::CauseKind;
 use nptl::{Builder, JoinHandle, SpawnError, StackCache, StackCacheConfig, Step};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,13 +19,7 @@ pub fn assert_refused(error: &SpawnError) {
 /// What handles of threads that ran, or had ended, answer in a bare child.
 fn answers_at_once(living: [JoinHandle<()>; 4], ended: [JoinHandle<u8>; 2]) {
     for handle in &living {
-        assert!(handle.is_finished());
-        assert_eq!(support::errno(handle.kill(0)), Some(libc::ESRCH));
-        assert_eq!(
-            support::errno(handle.kill(libc::SIGTERM)),
-            Some(libc::ESRCH)
-        );
-        assert_eq!(support::errno(handle.pidfd()), Some(libc::ESRCH));
+        assert_gone(handle);
     }
     let [joined, tried, timed, dropped] = living;
     assert!(joined.join().is_err());

@@ -1,7 +1,7 @@
 //! What a child of fork(3) can do, whichever thread has forked, and what its copies of handles answer.
 
 use super::process::{fork, forked, is_good, wait};
-use super::{spawn_and_join, wait_until};
+use super::{assert_gone, spawn_and_join, wait_until};
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig};
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -134,13 +134,7 @@ impl Crowd {
     /// In the child, at once.
     fn check_copies(self) {
         for handle in self.running {
-            assert!(handle.is_finished());
-            assert_eq!(support::errno(handle.kill(0)), Some(libc::ESRCH));
-            assert_eq!(
-                support::errno(handle.kill(libc::SIGTERM)),
-                Some(libc::ESRCH)
-            );
-            assert_eq!(support::errno(handle.pidfd()), Some(libc::ESRCH));
+            assert_gone(&handle);
             assert!(handle.join().is_err());
         }
         for handle in self.ending {

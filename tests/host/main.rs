@@ -69,3 +69,13 @@ fn spawn_and_join() {
     let handle = nptl::spawn(|| 7).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(handle.join().expect("its end"), 7);
 }
+
+/// In a child: what the handle of a thread of the parent answers.
+#[track_caller]
+fn assert_gone<T>(handle: &nptl::JoinHandle<T>) {
+    assert!(handle.is_finished());
+    for signal in [0, libc::SIGTERM] {
+        assert_eq!(support::errno(handle.kill(signal)), Some(libc::ESRCH));
+    }
+    assert_eq!(support::errno(handle.pidfd()), Some(libc::ESRCH));
+}
