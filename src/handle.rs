@@ -6,7 +6,7 @@ use crate::settings::{Cpus, Scheduler, Stages, set_affinity};
 use crate::stack::cache::StackCache;
 use crate::stack::{Stack, StackInfo};
 use crate::sync::notice_fork;
-use crate::sys::sched;
+use crate::sys::{self, sched};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::thread::Result as Outcome;
@@ -226,7 +226,7 @@ macro_rules! shared_methods {
             if (32..libc::SIGRTMIN()).contains(&signal) {
                 return Err(Errno::EINVAL.into());
             }
-            Ok(running.stack.signal(running.tid, signal)?)
+            Ok(running.with_tid(|tid| sys::tgkill(sys::process_id(), tid, signal))?)
         }
 
         /// A pidfd of the thread: readable (poll(2)) when it has ended.
@@ -245,7 +245,7 @@ macro_rules! shared_methods {
         /// # Ok::<(), nptl::SpawnError>(())
         /// ```
         pub fn pidfd(&self) -> io::Result<OwnedFd> {
-            match self.0.running.stack.pidfd(self.0.running.tid) {
+            match self.0.running.with_tid(sys::pidfd_open_thread) {
                 // The flag; the tid is that of a living thread.
                 Err(Errno::EINVAL) => Err(io::Error::new(
                     io::ErrorKind::Unsupported,
@@ -393,7 +393,7 @@ macro_rules! shared_methods {
         /// # Ok::<(), std::io::Error>(())
         /// ```
         pub fn cpu_time(&self) -> io::Result<Duration> {
-            Ok(self.0.running.stack.cpu_time(self.0.running.tid)?)
+            Ok(self.0.running.with_tid(sys::cpu_time)?)
         }
     };
 }

@@ -529,10 +529,11 @@ impl Stages {
         }
         if let Some(core) = self.core {
             self.begin(Step::CoreScheduling);
-            let set = match core {
-                CoreScheduling::New => sched::new_core_cookie(),
-                CoreScheduling::SameAs(tid) => sched::core_cookie_of(tid),
+            let (operation, tid) = match core {
+                CoreScheduling::New => (libc::PR_SCHED_CORE_CREATE, 0),
+                CoreScheduling::SameAs(tid) => (libc::PR_SCHED_CORE_SHARE_FROM, tid),
             };
+            let set = sched::core_scheduling(operation, tid);
             set.map_err(|errno| (Step::CoreScheduling, errno))?;
         }
         Ok(())

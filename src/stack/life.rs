@@ -66,21 +66,6 @@ impl Stack {
         }
     }
 
-    /// Sends `signal` (0 probes) to the thread `tid` that runs here, and to no other.
-    pub(crate) fn signal(&self, tid: libc::pid_t, signal: libc::c_int) -> Result<(), Errno> {
-        self.with_tid(|| sys::tgkill(sys::process_id(), tid, signal))
-    }
-
-    /// A pidfd of the thread `tid` that runs here, and of no other.
-    pub(crate) fn pidfd(&self, tid: libc::pid_t) -> Result<std::os::fd::OwnedFd, Errno> {
-        self.with_tid(|| sys::pidfd_open_thread(tid))
-    }
-
-    /// The processor time of the thread `tid` that runs here, and of no other.
-    pub(crate) fn cpu_time(&self, tid: libc::pid_t) -> Result<Duration, Errno> {
-        self.with_tid(|| sys::cpu_time(tid))
-    }
-
     /// Whether the calling thread runs on this stack. Shown by the thread pointer: while there is a handle no other thread has
     /// it, and a forked child's thread keeps it.
     pub(crate) fn is_current(&self) -> bool {
@@ -104,7 +89,7 @@ impl Stack {
         result
     }
 
-    /// The thread ends normally: from here on no sender uses the tid ([`Stack::signal`]), and its heap cache, which it
+    /// The thread ends normally: from here on no sender uses the tid ([`Stack::with_tid`]), and its heap cache, which it
     /// does not use any more, goes on to the next thread here (G9).
     pub(crate) fn mark_ended(&self) {
         sys::lll_lock(&self.signal_lock);

@@ -61,17 +61,9 @@ pub(crate) fn attributes() -> libc::sched_attr {
     attributes
 }
 
-/// A cookie of its own for the calling thread: prctl(2), `PR_SCHED_CORE_CREATE`.
-pub(crate) fn new_core_cookie() -> Result<(), Errno> {
-    core_scheduling(libc::PR_SCHED_CORE_CREATE, 0)
-}
-
-/// The cookie of the thread `tid` for the calling thread: prctl(2), `PR_SCHED_CORE_SHARE_FROM`.
-pub(crate) fn core_cookie_of(tid: libc::pid_t) -> Result<(), Errno> {
-    core_scheduling(libc::PR_SCHED_CORE_SHARE_FROM, tid)
-}
-
-fn core_scheduling(operation: libc::c_int, tid: libc::pid_t) -> Result<(), Errno> {
+/// For the calling thread, with `PR_SCHED_CORE_CREATE` a cookie of its own, and with `PR_SCHED_CORE_SHARE_FROM` that of the
+/// thread `tid`: prctl(2), `PR_SCHED_CORE`.
+pub(crate) fn core_scheduling(operation: libc::c_int, tid: libc::pid_t) -> Result<(), Errno> {
     /// `PR_SCHED_CORE_SCOPE_THREAD`
     const THREAD: usize = 0;
     let (option, operation) = (libc::PR_SCHED_CORE as usize, operation as usize);
