@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
-use support::{Output, become_unused_user, case, child, or_skip, report, set_rlimit};
+use support::{Output, become_unused_user, case, child, deny, or_skip, report, set_rlimit};
 
 unsafe extern "C" {
     fn vfork() -> libc::pid_t;
@@ -214,6 +214,58 @@ fn a_process_of_a_namespace_without_init_is_told_so() {
         output.skipped().is_some() || reports(&output).len() == 2,
         "{output}"
     );
+}
+
+fn glibc_version() -> (u32, u32) {
+    // SAFETY: a constant of the C library.
+    let version = unsafe { CStr::from_ptr(libc::gnu_get_libc_version()) };
+    let version = version.to_str().expect("ASCII");
+    let (major, minor) = version.split_once('.').expect("two numbers");
+    let number = |text: &str| text.parse().expect("a number");
+    (number(major), number(minor))
+}
+
+/// A filter has made glibc give clone3 up, and a later one kills for it; and one alone kills for what makes no process here:
+/// the analysis must not make such a call, or the program dies of a question.
+#[test]
+fn the_analysis_makes_no_call_that_a_filter_kills_for() {
+    let test = "calls::the_analysis_makes_no_call_that_a_filter_kills_for";
+    let Some(case) = case() else {
+        // Before 2.37 glibc asks for clone3 again and again, and dies of such a filter itself.
+        let remembers = glibc_version() >= (2, 37);
+        for case in ["thread", "process"]
+            .into_iter()
+            .skip(usize::from(!remembers))
+        {
+            let output = or_skip!(child(test, case).env("NPTL_MODE", "explain").run()).success();
+            if output.skipped().is_some() {
+                return;
+            }
+            let lines = reports(&output);
+            assert_eq!(lines.len(), 1, "{output}");
+            assert!(
+                lines[0].contains("=UserProcesses certainty=inferred"),
+                "{output}"
+            );
+        }
+        return;
+    };
+    or_skip!(become_unused_user());
+    match case.as_str() {
+        "thread" => {
+            deny(libc::SYS_clone3, libc::ENOSYS).install();
+            assert_eq!(answers("pthread_create").0, 0);
+            deny(libc::SYS_clone3, 0).install_trap();
+        }
+        // fork makes its process by clone.
+        _ => deny(libc::SYS_clone3, 0).install_trap(),
+    }
+    support::await_reaping();
+    set_rlimit(libc::RLIMIT_NPROC, 1);
+    match case.as_str() {
+        "thread" => assert_eq!(answers("pthread_create").0, libc::EAGAIN),
+        _ => assert_eq!(answers("fork").0, -1),
+    }
 }
 
 static IN_HANDLER: AtomicI32 = AtomicI32::new(0);
