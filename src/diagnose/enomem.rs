@@ -283,6 +283,7 @@ mod tests {
             short,
             starved_of_files: false,
             shadow_stack: false,
+            elsewhere: false,
             copy: Standing::Excluded,
         };
         let ruling = rule(&facts.checks(), true);

@@ -32,7 +32,7 @@ mod warden;
 
 pub use cgroup::{Cgroup, CgroupDir, inherited_cgroup};
 pub use child::{
-    Child, Output, StartedChild, alone, case, child, kernel_at_least, program, report,
+    Child, Output, StartedChild, alone, case, child, executable, kernel_at_least, program, report,
 };
 pub use limits::{
     Mappings, Sleepers, become_unused_user, become_user, is_root, set_rlimit, unused_uid,

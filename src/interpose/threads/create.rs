@@ -59,7 +59,7 @@ pub(crate) unsafe fn create(
     start: ThreadRoutine,
     argument: *mut c_void,
 ) -> Option<Result<(), NotCreated>> {
-    if executable::stacks_wanted() {
+    if UNSUPPORTED.load(Ordering::Relaxed) || executable::stacks_wanted() {
         return None;
     }
     // SAFETY: by the caller's promise.
@@ -74,7 +74,7 @@ pub(crate) unsafe fn create(
     if let Some((libc::SCHED_OTHER, priority)) = attributes.scheduling
         && priority != 0
     {
-        return Some(Err(Refusal::Attributes(libc::EINVAL)));
+        return Some(Err(NotCreated::Attributes(libc::EINVAL)));
     }
     if attributes.is_unusual || attributes.guard > LARGEST_GUARD * page_size() {
         return None;
@@ -85,8 +85,10 @@ pub(crate) unsafe fn create(
     match start_thread(id, attributes, RoutineCall { start, argument }) {
         Ok(running) if is_detached => drop(running),
         Ok(running) => running.release(),
-        // Nothing of glibc's that the crate relies on, or the child of a `_Fork`: as without this crate.
-        Err(error) if error.step() == Step::Runtime => return None,
+        Err(error) if error.step() == Step::Runtime => {
+            UNSUPPORTED.store(true, Ordering::Relaxed);
+            return None;
+        }
         Err(error) => return Some(Err(NotCreated::Thread(error))),
     }
     Some(Ok(()))
