@@ -1,6 +1,6 @@
 # What the scripts beside it share; to be sourced. Each runs an unmodified qemu-system-x86_64 under libnptl.so in the
 # modes that are its arguments (both, if none), checks what it claims, and fails where that is not so. Nothing that the
-# whole machine shares is changed.
+# whole machine shares is changed. NPTL_QEMU_ACCEL=kvm or =tcg takes the choice of the accelerator away from it.
 set -euo pipefail
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -93,13 +93,18 @@ accelerator=(-accel tcg)
 
 # choose_accelerator: KVM, where there is one that QEMU can make a machine with.
 choose_accelerator() {
-  [ ! -r /dev/kvm ] || [ ! -w /dev/kvm ] || accelerator=("${kvm[@]}")
+  case ${NPTL_QEMU_ACCEL:-} in
+    tcg) return ;;
+    kvm) ;;
+    *) [ -r /dev/kvm ] && [ -w /dev/kvm ] || return 0 ;;
+  esac
+  accelerator=("${kvm[@]}")
 }
 
 # choose_accelerator_that_boots: KVM without hardware below it can be too slow for a BIOS, or fail at it.
 choose_accelerator_that_boots() {
   choose_accelerator
-  [ "${accelerator[1]}" = kvm ] || return 0
+  [ "${accelerator[1]}" = kvm ] && [ -z "${NPTL_QEMU_ACCEL:-}" ] || return 0
   # shellcheck disable=SC2046 # words
   qemu-system-x86_64 "${kvm[@]}" "${bare[@]}" $(bios_log "$work/kvm") </dev/null >/dev/null 2>&1 &
   machines+=($!)
