@@ -17,7 +17,7 @@ extern "C" {
 int nptl_last_failure(char *buffer, size_t size);
 
 /* Every limit that this process can meet when it makes a thread, a line each: in use, maximum, left, and where that was
- * read. Takes milliseconds and allocates; the first call starts a thread, to learn what one takes. */
+ * read. The last line says which is reached first by threads with the process's default stack. Takes milliseconds and allocates; the first call starts a thread, to learn what one takes. */
 int nptl_headroom(char *buffer, size_t size);
 
 /* What NPTL_STATS writes when the process exits, in one line of key=value pairs. */

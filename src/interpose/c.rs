@@ -1,6 +1,7 @@
 //! The functions of `nptl.h`. Each has snprintf(3)'s convention: what fits is written, with a NUL at the end if there is
 //! any room, and the length that all of it has is returned.
 
+use super::explain::stack_of;
 use super::output::Statistics;
 use crate::diagnose::headroom;
 use crate::failures;
@@ -55,7 +56,8 @@ pub unsafe extern "C" fn nptl_last_failure(buffer: *mut c_char, size: usize) -> 
     unsafe { fill(buffer, size, |buffer| failures::write_last(buffer)) }
 }
 
-/// How full every limit is that this process can meet when it makes a thread: a line for each. Takes milliseconds and
+/// How full every limit is that this process can meet when it makes a thread: a line for each, and which is reached first
+/// by threads with the process's default stack. Takes milliseconds and
 /// allocates; the first call starts a thread, to learn what one takes.
 ///
 /// # Safety
@@ -63,7 +65,24 @@ pub unsafe extern "C" fn nptl_last_failure(buffer: *mut c_char, size: usize) -> 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nptl_headroom(buffer: *mut c_char, size: usize) -> c_int {
     // SAFETY: the caller's promise.
-    unsafe { fill(buffer, size, |buffer| write!(buffer, "{}", headroom())) }
+    unsafe {
+        fill(buffer, size, |buffer| {
+            let headroom = headroom();
+            write!(buffer, "{headroom}")?;
+            let stack = stack_of(std::ptr::null()).size;
+            match headroom.first(stack) {
+                Some((first, threads)) => {
+                    let title = first.cause.title();
+                    let most = threads.end();
+                    writeln!(
+                        buffer,
+                        "first reached: {title}, after {most} more threads of {stack} bytes at most"
+                    )
+                }
+                None => Ok(()),
+            }
+        })
+    }
 }
 
 /// What `NPTL_STATS` writes at exit.

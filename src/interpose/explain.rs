@@ -148,7 +148,7 @@ fn report(name: &'static str, errno: Errno, task: Task, stack: ChildStack) {
 }
 
 /// What glibc maps for a thread with these attributes; nothing for a stack of the program's own.
-fn stack_of(attributes: *const pthread_attr_t) -> ChildStack {
+pub(super) fn stack_of(attributes: *const pthread_attr_t) -> ChildStack {
     unsafe extern "C" {
         fn pthread_attr_getstackaddr(
             attributes: *const pthread_attr_t,

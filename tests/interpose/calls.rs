@@ -455,7 +455,10 @@ fn the_functions_of_the_header_fill_a_buffer_as_snprintf_does() {
                 failure.starts_with(&format!("{line}\nstep: attributes, ")),
                 "{failure}"
             );
-            assert!(whole(nptl_headroom).contains("RLIMIT_NPROC"));
+            let headroom = whole(nptl_headroom);
+            assert!(headroom.contains("RLIMIT_NPROC"), "{headroom}");
+            let last = headroom.lines().last().expect("a line");
+            assert!(last.starts_with("first reached: "), "{headroom}");
             let stats = whole(nptl_stats);
             assert!(
                 stats.starts_with("mode=threads refusals=1 cache_hits="),
