@@ -56,7 +56,7 @@ fn register() -> Result<(), StepError> {
     Ok(())
 }
 
-/// Has the kernel tell a forked child of it. Without the handlers, which are not registered in a signal handler.
+/// Lets the kernel mark forked children. Without the handlers, which are not registered in a signal handler.
 pub(crate) fn watch() -> Result<(), Errno> {
     match is_watched() {
         true => Ok(()),
@@ -64,7 +64,7 @@ pub(crate) fn watch() -> Result<(), Errno> {
     }
 }
 
-/// For who has no handlers: calls fork(3), by which a child is told from one of `_Fork(3)`.
+/// Where no handlers are registered: calls fork(3) so that its child is not taken for one of `_Fork(3)`.
 #[cfg(feature = "interpose")]
 pub(crate) fn inside(fork: impl FnOnce() -> libc::pid_t) -> libc::pid_t {
     if !is_watched() {

@@ -241,7 +241,7 @@ fn attempt(request: &Request, work: Work<'_>, attempts: &mut u32) -> Result<Runn
     }
 
     // 6. and 7. TLS and clone. Cached stacks have resident pages, which a memory cgroup counts together with the
-    // kernel's memory for a task. Not for TLS: to ask for it again is to allocate after a refusal (A4).
+    // kernel's memory for a task. Not for TLS: a second attempt would allocate after a refusal (A4).
     let lacks = |error: &StepError| {
         error.step == Step::Clone && request.retry.repeats() && StackCache::could_mend(error)
     };
@@ -305,7 +305,7 @@ fn enter(
     }
     let enlisted = idle.enlist(&signals);
     if !enlisted.allocate_tls() {
-        // _dl_allocate_tls says null and no more; memory is the one thing it asks for.
+        // _dl_allocate_tls says null and no more; it does nothing that can fail but allocate.
         return Err(StepError::new(Step::AllocateTls, Errno::ENOMEM, 0));
     }
 

@@ -96,7 +96,7 @@ impl ProcessLimits {
         }
     }
 
-    /// Real user and limit, where the count of the user's tasks would tell whether it is reached.
+    /// Real user and limit, where the count of the user's tasks would show whether it is reached.
     pub(super) fn uncounted(&self) -> Option<(u32, u64)> {
         let known = self.user.initial_user_namespace == Some(true);
         let open = self.nproc_stands == Standing::Open;

@@ -91,9 +91,9 @@ pub(crate) fn diagnose<T>(
 
 /// Why a call of the C library's was refused a moment ago with `errno`, which is the kernel's own. It maps `mapped` bytes
 /// before the clone, guard included, or none. Like that of [`explain`], it cannot be repeated: [`Certainty::Inferred`] at
-/// most. But a thread that ends at once can be asked for in its place.
+/// most. But a thread that ends at once can be requested in its place.
 ///
-/// Which of its system calls was refused only the errno tells, and what each of them would meet now. Of two that are
+/// Which of its system calls was refused is shown only by the errno, and by what each of them would meet now. Of two that are
 /// refused for different reasons none is named: the mapping comes first, but a cached stack needs none.
 #[cfg(feature = "interpose")]
 pub(crate) fn explain_call(errno: Errno, task: Task, mapped: usize) -> (StepError, Verdict) {

@@ -450,7 +450,7 @@ fn without_a_repetition_nothing_is_proven() {
     }
 }
 
-/// Without a repetition nothing tells whether a sibling was inside execve, where there is one.
+/// Without a repetition it is not known whether a sibling was inside execve, where there is one.
 #[test]
 fn a_sibling_that_may_have_been_inside_execve_is_transient() {
     for with_sibling in [true, false] {

@@ -429,7 +429,7 @@ fn what_comes_and_goes_is_never_named_wrongly() {
     }
 }
 
-/// Where one thing refuses and nobody looks on, it is proven.
+/// Where one thing refuses, and no filter or tracer is there, it is proven.
 #[test]
 fn one_cause_alone_is_proven() {
     let plain = World {

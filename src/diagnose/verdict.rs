@@ -196,7 +196,7 @@ mod tests {
         all
     }
 
-    /// A sibling inside execve refuses at each look, and between two of them the cgroup, which only its counter tells.
+    /// A sibling inside execve refuses at each look, and between two of them the cgroup, which only its counter shows.
     #[test]
     fn a_counter_that_rises_between_two_attempts_is_remembered() {
         let exec = |counted| Verdict {

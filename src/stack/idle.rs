@@ -129,11 +129,11 @@ pub(crate) struct Idle {
     from_cache: bool,
     /// It came locked, from an earlier thread that wanted that.
     was_locked: bool,
-    /// Memory was asked for that must go again if no thread comes of it.
+    /// Memory was locked or prefaulted that must go again if no thread comes of it.
     prepared: Cell<bool>,
 }
 
-/// What a spawn asks of its stack.
+/// What a spawn requests of its stack.
 pub(crate) struct Wanted {
     /// Usable bytes.
     pub size: usize,
@@ -181,7 +181,7 @@ impl Idle {
         });
         let (stack, from_cache) = match hit {
             Some(stack) => {
-                // SAFETY: whoever takes a stack from the ledger is its only owner.
+                // SAFETY: the ledger hands a stack out once, so this spawn is its only owner.
                 unsafe { stack.renew(cache, runtime) };
                 (stack, true)
             }
@@ -221,7 +221,7 @@ impl Idle {
         self.runtime
     }
 
-    /// mlock and prefault, as asked for.
+    /// mlock and prefault, as configured.
     #[inline]
     pub(crate) fn prepare(&self, wanted: &Wanted) -> Result<(), StepError> {
         let refused = |bytes| move |errno| StepError::new(Step::PrepareStack, errno, bytes);
@@ -267,7 +267,7 @@ impl Idle {
     /// application's runs in it before it is ready.
     ///
     /// SIGSETXID stays unblocked across the clone, where nptl blocks it, which saves a system call. A
-    /// set-id broadcast meets one of three moments, and it repeats until nobody is left to signal
+    /// set-id broadcast meets one of three moments, and it repeats until no thread is left to signal
     /// (G1): the creator handles it before the kernel copies the credentials, and the new thread
     /// has the new ones; or it is pending when clone begins, and the kernel then handles it first and
     /// starts clone again; or it comes later, and finds the new thread's tid in its descriptor before

@@ -197,7 +197,7 @@ impl Idle {
         let (stack, runtime) = (self.stack(), self.runtime());
         let joiner = if owner.joinable { JOINABLE } else { NOBODY };
         stack.joiner.store(joiner, Ordering::Release);
-        // As glibc rounds a size: down, and no more than static TLS asks for.
+        // As glibc rounds a size: down, and no more than static TLS needs.
         let length = (owner.size & !(runtime.alignment() - 1)) + owner.guard;
         // SAFETY: an Idle is the only owner of its stack and block. The place for the id is the program's, which waits for
         // it in pthread_create.

@@ -158,7 +158,7 @@ fn legacy(flags: u64, thread_pointer: usize) -> Result<(), Errno> {
     }
 }
 
-/// Asks for a thread, as glibc does, that ends at once if it is granted: nothing but its exit is run on the caller's
+/// Makes a thread, as glibc does, that ends at once if it is granted: nothing but its exit is run on the caller's
 /// thread pointer (A1). By one thread at a time.
 #[cfg(feature = "interpose")]
 pub(crate) fn repeat(call: CloneCall) -> Result<(), Errno> {

@@ -70,7 +70,7 @@ pub(crate) unsafe fn create(
     if attributes.size.checked_add(attributes.guard).is_none() {
         return Some(Err(NotCreated::Attributes(libc::EINVAL)));
     }
-    // Of these two the thread would ask the kernel for the policy alone.
+    // Of these two the thread would set the policy alone.
     if let Some((libc::SCHED_OTHER, priority)) = attributes.scheduling
         && priority != 0
     {

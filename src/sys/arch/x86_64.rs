@@ -109,7 +109,7 @@ pub(crate) unsafe extern "C" fn clone<E: EntryPoint>(
 /// Calls `run(argument)` on the stack that ends at `top`, and returns to this one.
 ///
 /// # Safety
-/// The stack is long enough for `run`, aligned to 16 bytes, and nobody else's until this returns; `run` does not unwind, and
+/// The stack is long enough for `run`, aligned to 16 bytes, and used by this call alone until it returns; `run` does not unwind, and
 /// gets the argument that it is written for.
 #[cfg(feature = "interpose")]
 #[unsafe(naked)]
@@ -313,7 +313,7 @@ pub(crate) unsafe fn leave_signal_stack(
 ///  r12 = 1        after a forced unwind, which comes here by longjmp  ──► finish ──┘ (a destructor can call
 ///                                                                            pthread_exit: then once more)
 /// ```
-/// Unwinders end here, so that an exception that nobody catches finds no handler, and std::terminate runs with the whole
+/// Unwinders end here, so that an exception that is not caught finds no handler, and std::terminate runs with the whole
 /// stack below it.
 ///
 /// # Safety

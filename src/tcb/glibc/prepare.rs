@@ -8,7 +8,7 @@ use crate::sys;
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
-/// In `flags` (ATTR_FLAG_NOTINHERITSCHED): policy and priority were asked for.
+/// In `flags` (ATTR_FLAG_NOTINHERITSCHED): policy and priority were requested.
 const NOT_INHERITED: u32 = 2;
 
 /// A descriptor on glibc's list whose thread does not exist yet. Dropping it takes it off again,
@@ -196,7 +196,7 @@ impl Runtime {
             ((tp + symbols.nextevent) as *mut usize).write(0);
             std::ptr::write_bytes((tp + symbols.eventbuf.0) as *mut u8, 0, symbols.eventbuf.1);
             ((tp + offsets.result) as *mut usize).write(0);
-            // Without the flag for them, policy and priority are asked of the kernel.
+            // Without the flag for them, policy and priority are read from the kernel.
             let flags = (tp + offsets.flags) as *mut u32;
             flags.write(flags.read() & !(SCHEDULING_KNOWN | NOT_INHERITED));
             ((tp + symbols.cancelhandling) as *mut u32).write(0);
@@ -254,7 +254,7 @@ impl Runtime {
         }
     }
 
-    /// Describes the thread's stack, and policy and priority if it does not inherit them, as C code has asked for them.
+    /// Describes the thread's stack, and policy and priority if it does not inherit them, as C code has requested them.
     ///
     /// # Safety
     /// The block is enlisted, and the caller its only owner.

@@ -383,7 +383,7 @@ impl Symbols {
 
 /// None where glibc has no rseq: before 2.35. Where it is not registered (switched off by a tunable,
 /// refused by the kernel, a filter or valgrind), `__rseq_size` is 0, but `sched_getcpu` looks into
-/// the area all the same and must find there that it has to ask the kernel.
+/// the area all the same and must find there that it has to call the kernel.
 fn rseq() -> Result<Option<Rseq>, RuntimeError> {
     let (Ok(offset), Ok(size)) = (address(c"__rseq_offset"), address(c"__rseq_size")) else {
         return Ok(None);
