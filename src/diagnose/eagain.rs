@@ -10,7 +10,7 @@ use super::limits::ProcessLimits;
 use super::numbers::{self, Look, Numbers};
 use super::outside::{self, Outside};
 use super::probe::{self, Reached};
-use super::rule::{Standing, rule};
+use super::rule::{Ruling, Standing, rule};
 use super::settings::hierarchy_of;
 use super::user_tasks;
 use super::verdict::{Verdict, since};
@@ -105,38 +105,16 @@ pub(super) fn diagnose(
         facts.limits = facts.limits.counted(visible);
     }
     let ruling = rule(&facts.checks(), facts.repeated);
-    let cause = ruling.named.map(|kind| -> Cause {
-        match kind {
-            CauseKind::UserProcesses => facts.limits.user.into(),
-            CauseKind::ThreadsMax => facts.limits.threads_max.into(),
-            CauseKind::DeadlineScheduling => facts.limits.deadline.into(),
-            CauseKind::SiblingExec => SiblingExec {
-                threads: status.threads,
-            }
-            .into(),
-            CauseKind::PidNumbers => numbers.into(),
-            CauseKind::PidsCgroup => {
-                pids_cgroup(&facts.cgroup, cgroup.as_ref().and_then(Option::as_ref)).into()
-            }
-            kind => outside::cause(kind, error, status, seen),
-        }
+    let cause = ruling.named.map(|kind| {
+        let hierarchy = cgroup.as_ref().and_then(Option::as_ref);
+        let own = facts.cause(kind, numbers, hierarchy);
+        own.unwrap_or_else(|| outside::cause(kind, error, status, seen))
     });
-    let possible = ruling.possible();
-    // A sibling inside execve is gone in milliseconds, and can be before anything is asked of a call that is not
-    // repeated; and so are ended threads, which stand in nobody's way where something else than a count refused.
-    let exec = match ruling.named {
-        Some(kind) => kind == CauseKind::SiblingExec,
-        None if facts.repeated => facts.exec() >= Standing::Open,
-        None => facts.exec() > Standing::Excluded,
-    };
-    // Where that is not known, or nothing is named that refuses still, an end that lies near is enough.
-    let unclear = ruling.named.is_none() || status.threads.is_none();
-    let ended = reaping || unclear && cache::thread_ended_within(20);
     let verdict = Verdict {
         counted,
         ..Verdict::ruled(&ruling, cause)
     };
-    Ok(verdict.transient_if(exec || ended && possible.has_count()))
+    Ok(verdict.transient_if(facts.are_transient(&ruling, reaping)))
 }
 
 /// The tasks of the user that could be seen before and after a repetition, where they may be what the limit is for.
@@ -247,6 +225,39 @@ impl Facts {
             _ => self.cgroup() >= Standing::Signed,
         };
         certain && agreeing > 0 || agreeing >= AGREEING
+    }
+
+    /// What the rule has named, with its evidence; `None` for what answers in the kernel's place.
+    fn cause(
+        &self,
+        kind: CauseKind,
+        numbers: PidNumbers,
+        hierarchy: Option<&Hierarchy>,
+    ) -> Option<Cause> {
+        let threads = self.threads;
+        Some(match kind {
+            CauseKind::UserProcesses => self.limits.user.into(),
+            CauseKind::ThreadsMax => self.limits.threads_max.into(),
+            CauseKind::DeadlineScheduling => self.limits.deadline.into(),
+            CauseKind::SiblingExec => SiblingExec { threads }.into(),
+            CauseKind::PidNumbers => numbers.into(),
+            CauseKind::PidsCgroup => pids_cgroup(&self.cgroup, hierarchy).into(),
+            _ => return None,
+        })
+    }
+
+    /// A sibling inside execve is gone in milliseconds, and can be before a call that is not repeated is looked at; and
+    /// so are ended threads, which do not matter where something else than a count refused.
+    fn are_transient(&self, ruling: &Ruling, reaping: bool) -> bool {
+        let exec = match ruling.named {
+            Some(kind) => kind == CauseKind::SiblingExec,
+            None if self.repeated => self.exec() >= Standing::Open,
+            None => self.exec() > Standing::Excluded,
+        };
+        // Where that is not known, or nothing is named that refuses still, an end that lies near is enough.
+        let unclear = ruling.named.is_none() || self.threads.is_none();
+        let ended = reaping || unclear && cache::thread_ended_within(20);
+        exec || ended && ruling.possible().has_count()
     }
 
     fn exec(&self) -> Standing {

@@ -202,8 +202,7 @@ fn become_user(uid: u32) {
     }
 }
 
-/// A descriptor that says when this process has ended, for a child that requested too late to be killed with it. The
-/// parent's number would not do: in a namespace of its own the child cannot see it.
+/// Says when this process has ended, to a child in another namespace that was too late to be killed with it.
 fn own_pidfd() -> i32 {
     // SAFETY: plain numbers.
     unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) as i32 }
