@@ -349,3 +349,57 @@ fn what_is_no_import_is_not_found() {
         assert_eq!(planted("sys::calls", line), [""; 0], "{line}");
     }
 }
+
+/// The names of a formatted file's functions, each with its lines: to the brace, or the semicolon, at the same depth.
+fn functions(source: &str) -> Vec<(&str, usize)> {
+    let lines: Vec<_> = source.lines().collect();
+    let begins = |line: &&str| {
+        let words = line.trim_start().split(' ');
+        let mut words = words.skip_while(|word| {
+            word.starts_with("pub") || ["const", "unsafe", "extern", "\"C\""].contains(word)
+        });
+        words.next() == Some("fn")
+    };
+    let mut functions = Vec::new();
+    for (first, line) in lines.iter().enumerate().filter(|(_, line)| begins(line)) {
+        let depth = |line: &str| line.len() - line.trim_start().len();
+        let closes = |other: &&str| depth(other) == depth(line) && other.ends_with(['}', ';']);
+        let last = lines[first..].iter().position(closes).unwrap_or(0);
+        let (_, name) = line.split_once("fn ").unwrap_or_default();
+        let name = name.split(['(', '<']).next().unwrap_or(name);
+        functions.push((name, last + 1));
+    }
+    functions
+}
+
+/// Tables are data, not functions.
+#[test]
+fn no_file_and_no_function_is_too_long_to_read_at_once() {
+    const FILE: usize = 700;
+    const FUNCTION: usize = 80;
+    let mut long = Vec::new();
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let source = fs::read_to_string(&path).expect("a file");
+                let length = source.lines().count();
+                if length > FILE {
+                    long.push(format!("{}: {length} lines", path.display()));
+                }
+                let functions = functions(&source).into_iter();
+                long.extend(
+                    functions
+                        .filter(|(_, lines)| *lines > FUNCTION)
+                        .map(|(name, lines)| {
+                            format!("{}: fn {name}, {lines} lines", path.display())
+                        }),
+                );
+            }
+        }
+    }
+    assert!(long.is_empty(), "\n{}", long.join("\n"));
+}
