@@ -63,6 +63,12 @@ pub struct HeadroomLimit {
 
 impl HeadroomLimit {
     /// Maximum less in use, at most; 0 at the limit, [`u64::MAX`] without one, `None` if either is unknown.
+    ///
+    /// ```
+    /// for limit in &nptl::headroom() {
+    ///     println!("{}: {:?} left", limit.cause, limit.left());
+    /// }
+    /// ```
     pub fn left(&self) -> Option<u64> {
         match self.maximum? {
             UNLIMITED => Some(UNLIMITED),

@@ -34,6 +34,10 @@ pub struct Headroom {
 
 impl Headroom {
     /// The limits.
+    ///
+    /// ```
+    /// assert!(!nptl::headroom().limits().is_empty());
+    /// ```
     pub fn limits(&self) -> &[HeadroomLimit] {
         &self.limits
     }
@@ -45,6 +49,13 @@ impl Headroom {
     /// lower number allows for what glibc's malloc may take besides: 64 MiB of address space for each arena (twice
     /// that for a moment), and 8 arenas for each processor. What the program takes for itself is not counted, nor
     /// what others take or give back meanwhile.
+    ///
+    /// ```
+    /// let headroom = nptl::headroom();
+    /// for limit in headroom.limits() {
+    ///     println!("{}: {:?} more threads", limit.cause, headroom.threads_left(limit, 2 << 20));
+    /// }
+    /// ```
     pub fn threads_left(
         &self,
         limit: &HeadroomLimit,
@@ -140,6 +151,12 @@ impl Headroom {
 
     /// The limits of which it cannot be told how many threads they let pass; [`source`](HeadroomLimit::source) says
     /// why.
+    ///
+    /// ```
+    /// for limit in nptl::headroom().hidden(2 << 20) {
+    ///     println!("{} may refuse earlier: {}", limit.cause, limit.source);
+    /// }
+    /// ```
     pub fn hidden(&self, stack_bytes: usize) -> impl Iterator<Item = &HeadroomLimit> {
         let limits = self.limits.iter();
         limits.filter(move |limit| self.threads_left(limit, stack_bytes).is_none())
