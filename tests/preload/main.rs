@@ -3,6 +3,8 @@
 //!
 //! What a program prints is always the same where the C library is right, and is compared with what glibc makes it print.
 
+mod refusals;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,21 +20,22 @@ fn sources() -> &'static Path {
 
 /// Builds libnptl.so as it is shipped, and says where it is.
 fn library() -> &'static Path {
-    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    LIBRARY.get_or_init(|| {
+    // A build that fails is not tried again for each test.
+    static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let built = LIBRARY.get_or_init(|| {
         let build = Command::new(env!("CARGO"))
             .args(["build", "--quiet", "--release", "--package", "nptl-preload"])
-            .args(["--message-format", "json"])
+            .args(["--message-format", "json-render-diagnostics"])
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .output()
-            .expect("cargo");
+            .map_err(|error| format!("cargo: {error}"))?;
         let stdout = String::from_utf8_lossy(&build.stdout);
-        let stderr = String::from_utf8_lossy(&build.stderr);
-        assert!(build.status.success(), "{stderr}");
         let mut words = stdout.split('"');
         let file = words.find(|word| word.ends_with("/libnptl.so"));
-        file.expect("the library's file").into()
-    })
+        let said = || String::from_utf8_lossy(&build.stderr).into_owned();
+        file.map(PathBuf::from).ok_or_else(said)
+    });
+    built.as_deref().unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Compiles a program, or where its name says so the object that one loads, with the system's compiler.
