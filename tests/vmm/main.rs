@@ -1,7 +1,7 @@
 //! What a virtual machine monitor needs of its threads: settings in force before the closure, setups that can fail,
 //! gates, control of a living thread, and system-call filters.
 //!
-//! Runs on the system's glibc and on newer ones, and (module `gate`) under valgrind.
+//! Runs on the system's glibc and on newer ones, and (modules `gate` and `setup`) under valgrind.
 
 mod example;
 mod filters;
