@@ -148,7 +148,7 @@ fn hierarchy(error: &StepError, calls: Calls) -> Option<Hierarchy> {
     }
 }
 
-/// A repetition of the refused call, with what was asked and read before and after it.
+/// A repetition of the refused call, with what was probed and read before and after it.
 struct Round {
     reached: [Reached; 2],
     numbers: (Numbers, PidNumbers),

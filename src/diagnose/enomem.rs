@@ -27,7 +27,7 @@ pub(super) fn diagnose(
     repetition: &mut Repetition<'_>,
 ) -> Result<Verdict, Granted> {
     let calls = status.calls();
-    // Every call that asks a starved kernel for memory costs it a fruitless search for pages, some 200 µs: where
+    // Every call for which a starved kernel needs memory costs it a fruitless search for pages, some 200 µs: where
     // the first file could not be opened, the others are left alone.
     let starved_of_files = status.error == Some(Errno::ENOMEM);
     let hierarchy = status
@@ -44,7 +44,7 @@ pub(super) fn diagnose(
     let first = probe::ask(&mut seen.oracle, error, &outside, calls, &mut probe_kernel);
     // The repetition charges the cgroup once more, so that its counter rises even if the probe passed.
     let repeated = repetition.refused(seen)?;
-    // Between two refusals one answer is enough; the search for pages is not asked for twice.
+    // Between two refusals one answer is enough; the search for pages is not repeated.
     let second = if first == Reached::KernelMemory && repeated {
         first
     } else {
@@ -112,7 +112,7 @@ struct Facts {
     starved_of_files: bool,
     /// The thread may have a shadow stack: that of a new task is a mapping, and refused as one.
     shadow_stack: bool,
-    /// A process was to be made in another pid namespace than its parent's, where the probes are not asked.
+    /// A process was to be made in another pid namespace than its parent's, where the probes are not made.
     elsewhere: bool,
     /// The commit limit, for a copy of this process's memory.
     copy: Standing,
@@ -230,7 +230,7 @@ fn is_short(snapshot: &Snapshot) -> bool {
     snapshot.unread || snapshot.levels().iter().any(is_nearly_full)
 }
 
-/// A new task asks for some 30 KiB, and the kernel tries 256 KiB at a time first.
+/// A new task needs some 30 KiB, and the kernel tries 256 KiB at a time first.
 fn is_nearly_full(level: &Level) -> bool {
     const ASKED_FOR: u64 = 1 << 20;
     let used = level.current.map(|bytes| bytes.saturating_add(ASKED_FOR));

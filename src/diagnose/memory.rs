@@ -1,8 +1,8 @@
 //! From a refused mapping to the limit that refused it.
 //!
 //! The kernel looks at a mapping in a fixed order: number of mappings, free addresses, locked memory, RLIMIT_AS,
-//! RLIMIT_DATA, commit limit. `sys::map_probe` asks each in turn. One mmap makes the first two checks, and another thread
-//! can map at any time, so the number of mappings is asked again after each refusal, and two rounds must agree. Of
+//! RLIMIT_DATA, commit limit. `sys::map_probe` probes each in turn. One mmap makes the first two checks, and another thread
+//! can map at any time, so the number of mappings is probed again after each refusal, and two rounds must agree. Of
 //! limits in bytes the arithmetic must agree as well, before and after.
 
 use crate::errno::Errno;
@@ -32,7 +32,7 @@ pub(super) fn diagnose(error: &StepError, status: &Status, seen: &mut Unknown) -
         (Step::MapStack, Errno::ENOMEM | Errno::EAGAIN) => {
             mapping(error, error.bytes, true, status, seen)
         }
-        // malloc was refused; how much it asked of the kernel is its own business, but a heap grows by at
+        // malloc was refused; how much it requested of the kernel is not known, but a heap grows by at
         // least this much, and it never folds one cause into another.
         (Step::Allocate | Step::AllocateTls, Errno::ENOMEM) => {
             const HEAP_STEP: usize = 1 << 20;
@@ -56,7 +56,7 @@ enum Place {
     Commit,
     /// None does now.
     Nowhere,
-    /// Others may not be asked under a filter: one of them.
+    /// One of the others, which may not be probed under a filter.
     Somewhere,
     /// The answers are of different moments.
     Unclear,
@@ -65,7 +65,7 @@ enum Place {
 /// The kernel, or in tests a model of it.
 type Kernel<'a> = &'a mut dyn FnMut(Question) -> Result<(), Errno>;
 
-/// Asks for the mapping in the kernel's order of checks. `literally`: the refused call was an mmap with the arguments
+/// Probes for the mapping in the kernel's order of checks. `literally`: the refused call was an mmap with the arguments
 /// of [`Question::Stack`]; under a filter no other is made.
 fn ask(literally: bool, calls: Calls, memory: &mut MemoryOracle, kernel: Kernel<'_>) -> Place {
     if calls == Calls::FilesOnly {
@@ -177,7 +177,7 @@ impl Facts {
         // Two answers that no limit explains: another thread has mapped or unmapped between them.
         let moved = place == Place::DataOrCommit && data.max(commit) <= Standing::Remote;
         let is_open = moved || matches!(place, Place::Somewhere | Place::Unclear);
-        // A limit that is asked about somewhere else has not been met, or has let it pass.
+        // A limit that is probed somewhere else has not been met, or has let it pass.
         let at = |places: &[Place], standing| match is_open || places.contains(&place) {
             true => standing,
             false => Standing::Excluded,

@@ -60,7 +60,7 @@ fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> Result<T, Errno
 }
 
 /// Opens a file of /proc and makes sure that it is the kernel's own: lxcfs and container engines mount others over
-/// single files. ENODATA if it is not, or if that cannot be told.
+/// single files. ENODATA if it is not, or if that is not known.
 pub(crate) fn open_genuine(path: &CStr, calls: Calls) -> Result<OwnedFd, Errno> {
     let file = open(path)?;
     let genuine = match calls {

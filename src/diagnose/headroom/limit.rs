@@ -37,7 +37,7 @@ pub enum Charge {
     Each,
     /// As things are, a new thread is not counted.
     Nothing,
-    /// Whether it is counted, or how much, cannot be told.
+    /// Whether it is counted, or how much, is not known.
     Unknown,
 }
 

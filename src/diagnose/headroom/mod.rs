@@ -1,6 +1,6 @@
 //! How many more threads fit: every limit that thread creation meets, how full it is, and which comes first.
 //!
-//! Unlike the rest of this folder this is asked in good times: it may allocate, and takes milliseconds.
+//! Unlike the rest of this folder this runs in good times: it may allocate, and takes milliseconds.
 
 mod limit;
 mod subject;
@@ -43,7 +43,7 @@ impl Headroom {
     }
 
     /// How many more threads with this many bytes of stack a limit lets pass: at least, and at most. [`u64::MAX`] is
-    /// no limit, `None` cannot be told.
+    /// no limit, `None` is not known.
     ///
     /// Counted are guard, thread-local storage, signal stack, stacks in caches, and 4 KiB of heap for each thread. The
     /// lower number allows for what glibc's malloc may take besides: 64 MiB of address space for each arena (twice
@@ -149,7 +149,7 @@ impl Headroom {
         Some((first, least..=*threads.end()))
     }
 
-    /// The limits of which it cannot be told how many threads they let pass; [`source`](HeadroomLimit::source) says
+    /// The limits of which it is not known how many threads they let pass; [`source`](HeadroomLimit::source) says
     /// why.
     ///
     /// ```

@@ -24,7 +24,7 @@ pub(super) struct Subject<'a> {
     /// Which calls the reader may make.
     calls: Calls,
     initial_user: Option<bool>,
-    /// Whether mlockall(MCL_FUTURE) is in force, which only the process itself can tell.
+    /// Whether mlockall(MCL_FUTURE) is in force, which only the process itself can find out.
     future_locked: Option<bool>,
 }
 
@@ -52,7 +52,7 @@ impl Subject<'_> {
         Limit::read_from(&self.file("limits"), limited).map(|limit| limit.soft)
     }
 
-    /// Whether it has a capability that counts for the whole machine. None: that cannot be told.
+    /// Whether it has a capability that counts for the whole machine, if that is known.
     fn has(&self, capability: u32) -> Option<bool> {
         match self
             .status
@@ -133,7 +133,7 @@ impl Subject<'_> {
             if all_visible {
                 user.in_namespaces
             } else {
-                // Nobody can have more tasks than the machine.
+                // No user can have more tasks than the machine.
                 machine.map_or(UNLIMITED, |machine| machine.saturating_sub(user.own))
             }
         });
@@ -165,7 +165,7 @@ impl Subject<'_> {
             return Some(process == reader);
         }
         // The link may only be read by who may trace the process, its status by everybody: with one level the mounted
-        // /proc is of the reader's own namespace, and whoever has more is in one inside.
+        // /proc is of the reader's own namespace, and a process with more levels is in one inside.
         let reader = Status::read().pid_levels?;
         let process = self.status.pid_levels?;
         (reader == 1).then_some(process == 1)
@@ -310,11 +310,11 @@ impl Subject<'_> {
             (Some(true), Some(false)) => (Charge::Sum, "mlockall(MCL_FUTURE) is in force"),
             (Some(true), None) => (
                 Charge::Unknown,
-                "whether this process is exempt cannot be told",
+                "whether this process is exempt is not known",
             ),
             (None, _) => (
                 Charge::Unknown,
-                "counts for locked stacks and under mlockall(MCL_FUTURE), of which only the process itself can tell",
+                "counts for locked stacks and under mlockall(MCL_FUTURE), which only the process itself can find out",
             ),
         };
         let row = |cause, limited, in_use, field, charge| HeadroomLimit {
