@@ -348,19 +348,19 @@ impl Display for Explained {
 impl Error for Explained {}
 
 /// What was refused, and why.
-struct Refusal {
+struct RefusedVcpu {
     what: String,
     step: String,
     cause: Cause,
     report: String,
 }
 
-impl Refusal {
-    fn new(error: SetupError<io::Error>) -> Result<Refusal, Box<dyn Error>> {
+impl RefusedVcpu {
+    fn new(error: SetupError<io::Error>) -> Result<RefusedVcpu, Box<dyn Error>> {
         let what = error.to_string();
         let failed = match error {
             SetupError::Refused(error) => {
-                return Ok(Refusal {
+                return Ok(RefusedVcpu {
                     what,
                     step: error.step().to_string(),
                     cause: *error.cause(),
@@ -374,7 +374,7 @@ impl Refusal {
         let Some(Explained(_, explanation)) = explained else {
             return Err(what.into());
         };
-        Ok(Refusal {
+        Ok(RefusedVcpu {
             what,
             step: "KVM_RUN".to_owned(),
             cause: *explanation.cause(),
@@ -409,7 +409,7 @@ fn fail(
             }
             Ok(vcpu) => vcpus.push(vcpu),
             Err(error) => {
-                refused = Some(Refusal::new(error)?);
+                refused = Some(RefusedVcpu::new(error)?);
                 break;
             }
         }

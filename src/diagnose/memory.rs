@@ -63,11 +63,16 @@ enum Place {
 }
 
 /// The kernel, or in tests a model of it.
-type Kernel<'a> = &'a mut dyn FnMut(Question) -> Result<(), Errno>;
+type ProbeMapping<'a> = &'a mut dyn FnMut(Question) -> Result<(), Errno>;
 
 /// Probes for the mapping in the kernel's order of checks. `literally`: the refused call was an mmap with the arguments
 /// of [`Question::Stack`]; under a filter no other is made.
-fn ask(literally: bool, calls: Calls, memory: &mut MemoryOracle, kernel: Kernel<'_>) -> Place {
+fn ask(
+    literally: bool,
+    calls: Calls,
+    memory: &mut MemoryOracle,
+    kernel: ProbeMapping<'_>,
+) -> Place {
     if calls == Calls::FilesOnly {
         if !literally {
             return Place::Somewhere;
@@ -111,15 +116,15 @@ fn ask(literally: bool, calls: Calls, memory: &mut MemoryOracle, kernel: Kernel<
 
 /// Everything about a mapping that was read at one moment.
 #[derive(Clone, Copy, Debug)]
-struct Numbers {
+struct MemoryNumbers {
     size: Fill,
     data: Fill,
     locked: Fill,
     commit: Overcommit,
 }
 
-impl Numbers {
-    fn read(requested: u64, status: &Status) -> Numbers {
+impl MemoryNumbers {
+    fn read(requested: u64, status: &Status) -> MemoryNumbers {
         let calls = status.calls();
         let fill = |in_use, limited| Fill {
             requested,
@@ -130,7 +135,7 @@ impl Numbers {
                 (_, soft) => soft,
             }),
         };
-        Numbers {
+        MemoryNumbers {
             size: fill(status.mapped, Limited::AddressSpace),
             data: fill(status.data, Limited::Data),
             locked: fill(status.locked, Limited::LockedMemory),
@@ -145,13 +150,13 @@ struct Facts {
     errno: Errno,
     outside: [(CauseKind, Standing); 2],
     places: [Place; 2],
-    numbers: [Numbers; 2],
+    numbers: [MemoryNumbers; 2],
     /// CAP_IPC_LOCK lets the caller lock what it likes.
     exempt: bool,
 }
 
 impl Facts {
-    fn both(&self, of: impl Fn(&Numbers) -> Standing) -> Standing {
+    fn both(&self, of: impl Fn(&MemoryNumbers) -> Standing) -> Standing {
         let [before, after] = self.numbers.each_ref().map(of);
         match before == after {
             true => before,
@@ -167,7 +172,7 @@ impl Facts {
             true => first,
             false => Place::Unclear,
         };
-        let commit = |numbers: &Numbers| match (place, numbers.commit.mode) {
+        let commit = |numbers: &MemoryNumbers| match (place, numbers.commit.mode) {
             // MAP_NORESERVE was refused as well, which only mode 2 does.
             (Place::DataOrCommit, Some(0)) => Standing::Excluded,
             _ => commit_stands(&numbers.commit),
@@ -267,14 +272,14 @@ fn mapping(
     let memory = &mut seen.memory;
     let mut kernel = |question| probe::ask(question, bytes);
     let first = ask(literally, calls, memory, &mut kernel);
-    let before = Numbers::read(requested, status);
+    let before = MemoryNumbers::read(requested, status);
     if literally {
         memory.stack = kernel(Question::Stack).into();
         if !memory.stack.is(error.errno) {
             return passed(seen);
         }
     }
-    let after = Numbers::read(requested, &Status::read());
+    let after = MemoryNumbers::read(requested, &Status::read());
     let second = ask(literally, calls, memory, &mut kernel);
     if [first, second] == [Place::Nowhere; 2] {
         return passed(seen);
@@ -330,8 +335,8 @@ fn lock(error: &StepError, status: &Status, seen: &mut Unknown) -> Verdict {
         !seen.memory.locked.is(Errno::EINVAL)
     };
     let first = refuses();
-    let before = Numbers::read(requested, status).locked;
-    let after = Numbers::read(requested, &Status::read()).locked;
+    let before = MemoryNumbers::read(requested, status).locked;
+    let after = MemoryNumbers::read(requested, &Status::read()).locked;
     let second = refuses();
     if !first && !second {
         return passed(seen);

@@ -16,7 +16,7 @@ use crate::step::{CloneCall, StepError};
 use crate::sys::clone_probe::Probe;
 
 /// The kernel, or in tests a model of it.
-pub(super) type Kernel<'a> = &'a mut dyn FnMut(Probe) -> Result<(), Errno>;
+pub(super) type ProbeClone<'a> = &'a mut dyn FnMut(Probe) -> Result<(), Errno>;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Outside {
@@ -34,7 +34,7 @@ impl Outside {
         status: &Status,
         modules: Option<InlinePath>,
         seen: &mut Unknown,
-        kernel: Kernel<'_>,
+        kernel: ProbeClone<'_>,
     ) -> Outside {
         let answer = ask(error, status.calls(), seen, kernel);
         // The kernel answers this probe with EINVAL and nothing else. What answers it with the refusal's errno has
@@ -80,7 +80,7 @@ impl Outside {
 }
 
 /// A probe that the kernel always refuses with EINVAL, if there is one that is safe to make.
-fn ask(error: &StepError, calls: Calls, seen: &mut Unknown, kernel: Kernel<'_>) -> Answer {
+fn ask(error: &StepError, calls: Calls, seen: &mut Unknown, kernel: ProbeClone<'_>) -> Answer {
     let oracle = &mut seen.oracle;
     match (error.call, calls) {
         (CloneCall::Clone, _) => Answer::NotAsked,

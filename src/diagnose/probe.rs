@@ -14,7 +14,7 @@
 use crate::errno::Errno;
 
 use super::cause::Oracle;
-use super::outside::{Kernel, Outside};
+use super::outside::{Outside, ProbeClone};
 use crate::proc::status::Calls;
 use crate::step::{CloneCall, StepError};
 use crate::sys::clone_probe::Probe;
@@ -65,7 +65,7 @@ pub(super) fn ask(
     error: &StepError,
     outside: &Outside,
     calls: Calls,
-    kernel: Kernel<'_>,
+    kernel: ProbeClone<'_>,
 ) -> Reached {
     if !error.probes {
         return Reached::Unusable;
@@ -77,7 +77,7 @@ pub(super) fn ask(
     }
 }
 
-fn ask_clone3(oracle: &mut Oracle, kernel: Kernel<'_>) -> Reached {
+fn ask_clone3(oracle: &mut Oracle, kernel: ProbeClone<'_>) -> Reached {
     let answer = kernel(Probe::PidNumber { fs: false });
     oracle.until_pid_number = answer.into();
     match answer {
@@ -106,7 +106,7 @@ fn ask_clone3(oracle: &mut Oracle, kernel: Kernel<'_>) -> Reached {
     }
 }
 
-fn ask_clone(oracle: &mut Oracle, calls: Calls, kernel: Kernel<'_>) -> Reached {
+fn ask_clone(oracle: &mut Oracle, calls: Calls, kernel: ProbeClone<'_>) -> Reached {
     let answer = kernel(Probe::ThreadPointer { fs: true });
     oracle.until_thread_pointer = answer.into();
     match answer {

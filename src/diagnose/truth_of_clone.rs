@@ -46,7 +46,7 @@ enum Pids {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Group {
+enum CgroupView {
     Invisible,
     /// Counters of every cgroup's own; or one in the thread's own cgroup.
     Visible {
@@ -55,7 +55,7 @@ enum Group {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Fill {
+enum Fullness {
     Roomy,
     Own,
     Parent,
@@ -77,8 +77,8 @@ struct World {
     threads: u64,
     exec: bool,
     pids: Pids,
-    group: Group,
-    fill: Fill,
+    group: CgroupView,
+    fill: Fullness,
     /// A process was refused: the probes are those of a thread all the same.
     process: bool,
 }
@@ -111,7 +111,7 @@ impl World {
             (CauseKind::SecurityModule, self.module),
             (CauseKind::SiblingExec, self.exec),
             (CauseKind::PidNumbers, full),
-            (CauseKind::PidsCgroup, self.fill != Fill::Roomy),
+            (CauseKind::PidsCgroup, self.fill != Fullness::Roomy),
         ]
         .into_iter()
         .filter_map(|(kind, refuses)| refuses.then_some(kind))
@@ -215,7 +215,7 @@ impl World {
 
     /// `refusals`: so many were counted before.
     fn snapshot(&self, refusals: u64) -> Option<Snapshot> {
-        let Group::Visible { local } = self.group else {
+        let CgroupView::Visible { local } = self.group else {
             return None;
         };
         let level = |full, counts: bool| Level {
@@ -225,10 +225,13 @@ impl World {
             local,
             ..Level::NONE
         };
-        let own = level(self.fill == Fill::Own, !local || self.fill == Fill::Own);
+        let own = level(
+            self.fill == Fullness::Own,
+            !local || self.fill == Fullness::Own,
+        );
         let parent = level(
-            self.fill == Fill::Parent,
-            local && self.fill == Fill::Parent,
+            self.fill == Fullness::Parent,
+            local && self.fill == Fullness::Parent,
         );
         Some(Snapshot::of(&[own, parent], true))
     }
@@ -329,12 +332,17 @@ fn worlds() -> impl Iterator<Item = World> {
         Pids::OwnFull,
         Pids::OuterFull,
     ];
-    const GROUPS: [Group; 3] = [
-        Group::Invisible,
-        Group::Visible { local: false },
-        Group::Visible { local: true },
+    const GROUPS: [CgroupView; 3] = [
+        CgroupView::Invisible,
+        CgroupView::Visible { local: false },
+        CgroupView::Visible { local: true },
     ];
-    const FILLS: [Fill; 4] = [Fill::Roomy, Fill::Own, Fill::Parent, Fill::Hidden];
+    const FILLS: [Fullness; 4] = [
+        Fullness::Roomy,
+        Fullness::Own,
+        Fullness::Parent,
+        Fullness::Hidden,
+    ];
     let sizes = [2, 4, 4, 2, 2, 7, 2, 2, 2, 3, 4, 3, 4];
     let count = sizes.iter().product::<usize>();
     (0..count).map(move |number| {
@@ -420,7 +428,7 @@ fn what_comes_and_goes_is_never_named_wrongly() {
             turned(|world| world.tasks_full = !world.tasks_full),
             turned(|world| world.exec = !world.exec && world.threads > 1),
             turned(|world| world.pids = Pids::Free),
-            turned(|world| world.fill = Fill::Roomy),
+            turned(|world| world.fill = Fullness::Roomy),
         ] {
             check(&other, &at, &at, true);
             check(&at, &at, &other, true);
@@ -445,8 +453,8 @@ fn one_cause_alone_is_proven() {
         threads: 3,
         exec: false,
         pids: Pids::Free,
-        group: Group::Visible { local: true },
-        fill: Fill::Roomy,
+        group: CgroupView::Visible { local: true },
+        fill: Fullness::Roomy,
         process: false,
     };
     for (change, certainty) in [
@@ -459,20 +467,20 @@ fn one_cause_alone_is_proven() {
         (|world| world.exec = true, Certainty::Proven),
         (|world| world.pids = Pids::OwnFull, Certainty::Proven),
         (|world| world.pids = Pids::OuterFull, Certainty::Proven),
-        (|world| world.fill = Fill::Own, Certainty::Proven),
-        (|world| world.fill = Fill::Parent, Certainty::Proven),
+        (|world| world.fill = Fullness::Own, Certainty::Proven),
+        (|world| world.fill = Fullness::Parent, Certainty::Proven),
         (|world| world.tracer = Who::AnswersAll, Certainty::Proven),
         (|world| world.filter = Who::AnswersAll, Certainty::Proven),
         // Docker's and Kubernetes' limit: a filter without clone3, and a cgroup namespace.
         (
             |world| {
                 (world.call, world.filter, world.fill) =
-                    (CloneCall::Clone, Who::Quiet, Fill::Hidden);
+                    (CloneCall::Clone, Who::Quiet, Fullness::Hidden);
             },
             Certainty::Inferred,
         ),
         // Nothing in sight shows them.
-        (|world| world.fill = Fill::Hidden, Certainty::Inferred),
+        (|world| world.fill = Fullness::Hidden, Certainty::Inferred),
         (
             |world| world.user = User::NamespaceFull,
             Certainty::Inferred,

@@ -91,7 +91,7 @@ impl World {
         }
     }
 
-    fn numbers(&self) -> Numbers {
+    fn numbers(&self) -> MemoryNumbers {
         let fill = |limited| Fill {
             requested: REQUESTED,
             in_use: Some(100 << 20),
@@ -109,7 +109,7 @@ impl World {
             }
         };
         let commit = fill(full(self.commit_full));
-        Numbers {
+        MemoryNumbers {
             size: fill(self.size),
             data: fill(self.data),
             locked: fill(full(self.locked_full)),

@@ -8,12 +8,12 @@ use super::{Call, Listener, listen};
 /// Holds the next call of chosen threads, and lets all others pass.
 pub struct Warden {
     listener: Listener,
-    state: Mutex<State>,
+    state: Mutex<WardenState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct WardenState {
     /// Threads whose next call is to be held.
     wanted: Vec<i32>,
     held: Vec<Call>,
@@ -52,7 +52,7 @@ impl Warden {
 
     /// Returns when the thread stands in its call.
     pub fn wait_until_held(&self, tid: i32) {
-        let held = |state: &State| state.held.iter().any(|call| call.tid == tid);
+        let held = |state: &WardenState| state.held.iter().any(|call| call.tid == tid);
         let state = self.state.lock().unwrap();
         drop(
             self.changed

@@ -8,16 +8,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use support::{Cgroup, Snapshot, alone, await_reaping, case, child, inherited_cgroup, or_skip};
 
 /// Threads at one gate, and what became of them.
-struct Group {
+struct GatedThreads {
     gate: StartGate,
     ran: Arc<AtomicUsize>,
     dropped: Arc<AtomicUsize>,
     threads: Vec<JoinHandle<usize>>,
 }
 
-impl Group {
-    fn new(count: usize) -> Group {
-        let mut group = Group {
+impl GatedThreads {
+    fn new(count: usize) -> GatedThreads {
+        let mut group = GatedThreads {
             gate: StartGate::new(),
             ran: Arc::default(),
             dropped: Moved::counter(),
@@ -48,12 +48,12 @@ fn is_cancelled<T>(outcome: std::thread::Result<T>) -> bool {
 
 #[test]
 fn threads_run_when_the_gate_is_opened_and_not_before() {
-    let Group {
+    let GatedThreads {
         gate,
         ran,
         dropped,
         threads,
-    } = Group::new(16);
+    } = GatedThreads::new(16);
     std::thread::sleep(std::time::Duration::from_millis(20));
     assert_eq!(ran.load(Ordering::SeqCst), 0);
     assert!(threads.iter().all(|thread| !thread.is_finished()));
@@ -87,7 +87,7 @@ fn a_builder_outlives_its_gate_and_the_decision_stays() {
 
 /// How a gate and the handles of its threads go, in every order.
 #[derive(Clone, Copy, PartialEq, Debug)]
-enum Handle {
+enum HandleEnd {
     DroppedBefore,
     DroppedAfter,
     Joined,
@@ -98,7 +98,7 @@ enum Handle {
 
 #[test]
 fn what_was_moved_in_is_dropped_once_in_any_order_of_gate_and_handles() {
-    use Handle::{DroppedAfter, DroppedBefore, DroppedLate, Joined, JoinedElsewhere};
+    use HandleEnd::{DroppedAfter, DroppedBefore, DroppedLate, Joined, JoinedElsewhere};
     let orders = [
         DroppedBefore,
         DroppedAfter,
@@ -109,9 +109,9 @@ fn what_was_moved_in_is_dropped_once_in_any_order_of_gate_and_handles() {
     for first in orders {
         for second in orders {
             for cancel in [true, false] {
-                let mut group = Group::new(2);
+                let mut group = GatedThreads::new(2);
                 let threads = std::mem::take(&mut group.threads);
-                let Group {
+                let GatedThreads {
                     gate, ran, dropped, ..
                 } = group;
                 let mut kept = Vec::new();
@@ -156,7 +156,7 @@ fn a_refusal_or_a_panic_at_every_k_of_n_ends_all_the_others() {
             let (ran, dropped) = (Arc::new(AtomicUsize::new(0)), Moved::counter());
             let kept = Arc::new(parking_lot::Mutex::new(Vec::new()));
             let start = || -> Result<(), SpawnError> {
-                let mut group = Group {
+                let mut group = GatedThreads {
                     gate: StartGate::new(),
                     ran: Arc::clone(&ran),
                     dropped: Arc::clone(&dropped),
@@ -318,13 +318,13 @@ fn a_thread_at_a_gate_handles_signals_and_goes_on_waiting() {
             let signal = libc::SIGRTMIN() + 1;
             // SAFETY: a handler that only counts.
             unsafe { libc::signal(signal, count as *const () as usize) };
-            let group = Group::new(1);
+            let group = GatedThreads::new(1);
             for sent in 1..=50 {
                 group.threads[0].kill(signal).unwrap();
                 wait_until("handled", || HANDLED.load(Ordering::SeqCst) == sent);
             }
             assert_eq!(group.ran.load(Ordering::SeqCst), 0);
-            let Group { gate, threads, .. } = group;
+            let GatedThreads { gate, threads, .. } = group;
             gate.open();
             for thread in threads {
                 assert_eq!(thread.join().unwrap(), 0);
