@@ -180,7 +180,11 @@ impl Facts {
         let data = self.both(|numbers| stands(&numbers.data));
         let commit = self.both(commit);
         // Two answers that no limit explains: another thread has mapped or unmapped between them.
-        let moved = place == Place::DataOrCommit && data.max(commit) <= Standing::Remote;
+        let moved = match place {
+            Place::DataOrCommit => data.max(commit) <= Standing::Remote,
+            Place::Commit => commit <= Standing::Remote,
+            _ => false,
+        };
         let is_open = moved || matches!(place, Place::Somewhere | Place::Unclear);
         // A limit that is probed somewhere else has not been met, or has let it pass.
         let at = |places: &[Place], standing| match is_open || places.contains(&place) {

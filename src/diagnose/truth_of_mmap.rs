@@ -243,29 +243,32 @@ fn answers_that_no_limit_explains_leave_the_address_space_possible() {
         size: Limited3::Full,
         ..roomy
     };
-    let place = ask(
-        true,
-        Calls::Any,
-        &mut MemoryOracle::default(),
-        &mut |question| match question {
-            Question::Unreserved | Question::Stack => full.answer(question),
-            _ => roomy.answer(question),
-        },
-    );
-    assert_eq!(place, Place::DataOrCommit);
-    let facts = Facts {
-        errno: Errno::ENOMEM,
-        outside: outside(&roomy.status()),
-        places: [place; 2],
-        numbers: [roomy.numbers(); 2],
-        exempt: false,
-    };
-    let ruling = rule(&facts.checks(), true);
-    assert!(
-        ruling.possible().contains(CauseKind::AddressSpace),
-        "{ruling:?}"
-    );
-    assert_ne!(ruling.certainty, Certainty::Proven);
+    for (from, expected) in [
+        (Question::Unreserved, Place::DataOrCommit),
+        (Question::Stack, Place::Commit),
+    ] {
+        let mut taken = false;
+        let mut kernel = |question| {
+            taken |= question == from;
+            match taken && question != Question::Count {
+                true => full.answer(question),
+                false => roomy.answer(question),
+            }
+        };
+        let place = ask(true, Calls::Any, &mut MemoryOracle::default(), &mut kernel);
+        assert_eq!(place, expected);
+        let facts = Facts {
+            errno: Errno::ENOMEM,
+            outside: outside(&roomy.status()),
+            places: [place; 2],
+            numbers: [roomy.numbers(); 2],
+            exempt: false,
+        };
+        let ruling = rule(&facts.checks(), true);
+        let possible = ruling.possible().contains(CauseKind::AddressSpace);
+        assert!(possible, "{expected:?}: {ruling:?}");
+        assert_ne!(ruling.certainty, Certainty::Proven);
+    }
 }
 
 /// Where nothing refuses.
