@@ -43,6 +43,6 @@ pub(crate) struct Routine {
     pub argument: *mut c_void,
     /// Where the C library keeps what the function returns.
     pub result: *mut *mut c_void,
-    /// Runs the destructors of the thread. May unwind, and is called again then.
+    /// Runs the destructors of the thread, and ends its being cancellable. May unwind, and is called again then.
     pub finish: unsafe extern "C-unwind" fn(),
 }

@@ -317,7 +317,7 @@ pub(crate) unsafe fn leave_signal_stack(
 /// stack below it.
 ///
 /// # Safety
-/// Called by a thread of this crate with cancellation disabled, which it is again afterwards. What is called may unwind
+/// Called by a thread of this crate with cancellation disabled. `finish` makes it impossible as its last act. What is called may unwind
 /// into this frame, so no frame with destructors of Rust may lie above it.
 #[cfg(feature = "interpose")]
 #[unsafe(naked)]
@@ -340,6 +340,11 @@ pub(crate) unsafe extern "C" fn call_routine(routine: *const Routine) {
         "jz 2f",
         "mov rdi, rsp",          // a cleanup handler has left its own buffer registered
         "call {unregister}",
+        ".weak __asan_handle_no_return", // AddressSanitizer, if it is there: frames are gone that it still guards
+        "mov rax, [rip + __asan_handle_no_return@GOTPCREL]",
+        "test rax, rax",
+        "jz 2f",
+        "call rax",
         "2:",
         "mov rdi, rsp",
         "call {register}",
@@ -354,9 +359,6 @@ pub(crate) unsafe extern "C" fn call_routine(routine: *const Routine) {
         "mov [rcx], rax",
         "3:",
         "call [rbx + {finish}]",
-        "mov edi, 1",            // PTHREAD_CANCEL_DISABLE
-        "xor esi, esi",
-        "call {set_state}",
         "mov rdi, rsp",
         "call {unregister}",
         "add rsp, {buffer}",

@@ -16,6 +16,9 @@ use std::time::Duration;
 /// Rounds of destructors of pthread keys: `PTHREAD_DESTRUCTOR_ITERATIONS`.
 const DESTRUCTOR_ROUNDS: usize = 4;
 
+/// In `cancelhandling`: the thread comes to its end, and cannot be cancelled any more (EXITING_BITMASK).
+const EXITING: u32 = 0x10;
+
 /// In `cancelhandling`: a set-id broadcast counts on the thread (SETXID_BITMASK).
 const SETXID: u32 = 0x40;
 
@@ -232,6 +235,7 @@ impl Runtime {
                 unsafe {
                     runtime.run_destructors();
                     runtime.clear_keys(false);
+                    runtime.cancelhandling().fetch_or(EXITING, Ordering::AcqRel);
                 }
             }
         }
@@ -243,6 +247,15 @@ impl Runtime {
         };
         // SAFETY: the routine outlives the call, and its result is a word of this thread's descriptor.
         unsafe { sys::call_routine(&raw const routine) };
+    }
+
+    /// The word of the calling thread that glibc changes atomically.
+    ///
+    /// # Safety
+    /// Called by a thread of this crate, which uses the reference itself.
+    unsafe fn cancelhandling(&self) -> &AtomicU32 {
+        // SAFETY: a word of this thread's descriptor.
+        unsafe { &*((sys::thread_pointer() + self.symbols.cancelhandling) as *const AtomicU32) }
     }
 
     /// Whether the calling thread has registered rseq: then the threads that it creates do so, too.
@@ -355,13 +368,13 @@ impl Runtime {
         if unsafe { !used.replace(false) } {
             return false;
         }
-        let table = (tp + self.symbols.specific) as *const [*mut KeyValues; KEY_BLOCKS];
+        let table = (tp + self.symbols.specific) as *const *mut KeyValues;
         let mut ran = false;
-        // SAFETY: `specific` is an array of 32 pointers, null or to 32 values each. Destructors can
-        // add second-level blocks, so it is read afresh in every round, and no reference into it or
-        // them is held across a destructor.
-        let blocks = unsafe { table.read() };
-        for (block, &values) in blocks.iter().enumerate() {
+        for block in 0..KEY_BLOCKS {
+            // SAFETY: `specific` is an array of 32 pointers, null or to 32 values each. Destructors can add second-level
+            // blocks, so no reference into it or them is held across a destructor. Not copied as a whole: that is a call
+            // of memcpy, and AddressSanitizer takes what a forced unwind has left on this stack for its frames.
+            let values = unsafe { table.add(block).read() };
             // SAFETY: not null, and so a table of this thread's, which only a destructor changes: none runs here.
             if values.is_null() || unsafe { is_empty(&*values) } {
                 continue;
@@ -413,7 +426,6 @@ impl Runtime {
     /// # Safety
     /// Called by an ending thread of this crate with application signals blocked and SIGSETXID unblocked (G3).
     pub(crate) unsafe fn mark_exiting(&self) {
-        const EXITING: u32 = 0x10;
         let tp = sys::thread_pointer();
         if let Some(exiting) = self.offsets.exiting {
             // SAFETY: both words lie in this thread's descriptor; glibc reads `exiting` only under
@@ -425,8 +437,8 @@ impl Runtime {
                 sys::lll_unlock(lock);
             }
         }
-        // SAFETY: a word of this thread's descriptor that glibc uses atomically.
-        let word = unsafe { &*((tp + self.symbols.cancelhandling) as *const AtomicU32) };
+        // SAFETY: this very thread.
+        let word = unsafe { self.cancelhandling() };
         let mut value = word.fetch_or(EXITING, Ordering::AcqRel) | EXITING;
         while value & SETXID != 0 {
             // The signal interrupts this, or has come before and changed the word. A broadcast that could not signal
