@@ -49,8 +49,6 @@ pub enum Phase {
     Gate,
     /// From the closure to the end of the thread.
     End,
-    /// In addition, if the thread overflows its stack: the report, and abort(3).
-    Overflow,
     /// In addition, in every thread that lives, if another thread changes a user or group id through glibc: its handler
     /// repeats the call.
     SetId,
@@ -66,6 +64,8 @@ pub enum Phase {
     Refusal,
     /// The heap of glibc.
     Heap,
+    /// In addition to [`End`](Phase::End), if the thread overflows its stack: the report, and abort(3).
+    Overflow,
 }
 
 impl Phase {
