@@ -155,6 +155,7 @@ programs! {
     fork_in_threads "fork.c"
     threads_of_libc_itself "helpers.c"
     join_and_detach "join.c"
+    late_cancellation "late_cancel.c"
     exit_of_main "main_exit.c" ["alone" "last" "join" "exit" "another" "cancel" "after"]
     mutexes "mutexes.c"
     own_state "own_state.c"
