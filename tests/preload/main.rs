@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use support::{Child, Output, executable, or_skip, short_or_long};
 
@@ -65,7 +66,8 @@ fn compile(source: &str) -> PathBuf {
 }
 
 fn run(child: Child) -> Result<Output, String> {
-    let output = child.run()?;
+    let limit = Duration::from_secs(short_or_long(120, 600) as u64);
+    let output = child.time_limit(limit).run()?;
     assert!(output.timed_out.is_none(), "{output}");
     // What `must` of check.h says.
     assert!(!matches!(output.code(), Some(97 | 98)), "{output}");
