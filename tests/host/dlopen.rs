@@ -396,6 +396,47 @@ fn tls_of_a_cached_stack_is_initialised_anew() {
     }
 }
 
+/// A spawn initialises the TLS of a library while another thread loads and unloads that: nothing of the loader's own
+/// description of the library may change by it. (It did, in a bit beside others, on 2.41 and later: within 300 rounds an
+/// assertion of ld.so's ended the process.)
+#[test]
+fn threads_start_while_a_library_comes_and_goes() {
+    const ROUNDS: usize = 3000;
+    if case().is_some() {
+        let built = or_skip!(Built::new(2));
+        let (done, started) = (AtomicBool::new(false), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        let thread = nptl::spawn(|| ()).expect("a thread");
+                        thread.join().expect("its end");
+                        started.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            for round in 0..ROUNDS {
+                let (path, initial) = &built.libraries[round % 2];
+                Loaded::open(path, *initial).close();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        report("started", started.into_inner() > 0);
+        return;
+    }
+    let output = or_skip!(
+        child(
+            "dlopen::threads_start_while_a_library_comes_and_goes",
+            "run"
+        )
+        .run()
+    );
+    let output = output.success();
+    if output.skipped().is_none() {
+        assert_eq!(output.get("started"), Some("true"), "{output}");
+    }
+}
+
 /// TLS that a thread allocated for a library of dynamic TLS is not there in the next thread, and is freed.
 #[test]
 fn dynamic_tls_does_not_reach_the_next_thread() {

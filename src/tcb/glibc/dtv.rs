@@ -90,8 +90,11 @@ impl Refill {
     /// # Safety
     /// `tp` is the thread pointer of such a block, whose only owner the caller is.
     pub(super) unsafe fn refill(&self, tp: usize) -> bool {
+        // Never true: from 2.41 on that is for the main thread at the start of the process, and clears a flag in the
+        // module's description that a dlopen in another thread can be changing. In a single namespace `false` is right
+        // for both meanings.
         // SAFETY: by the caller's promise.
-        !unsafe { (self.init)(tp as *mut c_void, true) }.is_null()
+        !unsafe { (self.init)(tp as *mut c_void, false) }.is_null()
     }
 }
 
