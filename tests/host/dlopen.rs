@@ -397,11 +397,11 @@ fn tls_of_a_cached_stack_is_initialised_anew() {
 }
 
 /// A spawn initialises the TLS of a library while another thread loads and unloads that: nothing of the loader's own
-/// description of the library may change by it. (It did, in a bit beside others, on 2.41 and later: within 300 rounds an
+/// description of the library may change by it. (It did, in a bit beside others, on 2.41 and later: within this many rounds an
 /// assertion of ld.so's ended the process.)
 #[test]
 fn threads_start_while_a_library_comes_and_goes() {
-    const ROUNDS: usize = 3000;
+    const ROUNDS: usize = 30_000;
     if case().is_some() {
         let built = or_skip!(Built::new(2));
         let (done, started) = (AtomicBool::new(false), AtomicUsize::new(0));
