@@ -58,8 +58,8 @@ impl Refill {
             && unsafe { length(dtv) == (*self.highest).load(Ordering::Relaxed).wrapping_add(SURPLUS) }
     }
 
-    /// Makes the DTV of a thread that has ended like a new one, if nothing hangs off it, the loader has one namespace,
-    /// and the DTV is long enough: to make it longer the loader allocates memory, and ends the process if there is none.
+    /// Makes the DTV of a thread that has ended like a new one, if nothing hangs off it and it is long enough: to make it
+    /// longer the loader allocates memory, and ends the process if there is none.
     ///
     /// # Safety
     /// `dtv` is the DTV of an idle block, whose only owner the caller is.
@@ -75,9 +75,7 @@ impl Refill {
             let four = |all, [a, b, c, d]: &[[usize; 2]; 4]| all | a[1] | b[1] | c[1] | d[1];
             let hanging = fours.iter().fold(0, four);
             let hanging = rest.iter().fold(hanging, |all, entry| all | entry[1]);
-            let refillable = hanging == 0
-                && (*self.highest).load(Ordering::Relaxed) <= length
-                && (*self.debug_version).load(Ordering::Relaxed) <= 1;
+            let refillable = hanging == 0 && (*self.highest).load(Ordering::Relaxed) <= length;
             if refillable {
                 std::ptr::write_bytes(dtv as *mut u8, 0, (length + 1) * ENTRY);
             }
@@ -85,10 +83,18 @@ impl Refill {
         }
     }
 
-    /// Like `_dl_allocate_tls`, for a block with a DTV that is [empty](Refill::empty).
+    /// Whether the loader has one namespace. Read when the thread is on glibc's list: what is loaded into another one
+    /// after that initialises its TLS in this thread, too (G6).
+    pub(super) fn has_one_namespace(&self) -> bool {
+        // SAFETY: a variable of ld.so's, which stays.
+        unsafe { (*self.debug_version).load(Ordering::Acquire) <= 1 }
+    }
+
+    /// Like `_dl_allocate_tls`, for a block with a DTV that is [empty](Refill::empty). `false`: no memory.
     ///
     /// # Safety
-    /// `tp` is the thread pointer of such a block, whose only owner the caller is.
+    /// `tp` is the thread pointer of such a block, whose only owner the caller is. The loader
+    /// [has one namespace](Refill::has_one_namespace).
     pub(super) unsafe fn refill(&self, tp: usize) -> bool {
         // Never true: from 2.41 on that is for the main thread at the start of the process, and clears a flag in the
         // module's description that a dlopen in another thread can be changing. In a single namespace `false` is right

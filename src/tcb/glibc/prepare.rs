@@ -421,8 +421,11 @@ impl Enlisted<'_> {
         unsafe {
             let has_dtv = ((tp + runtime.symbols.dtv) as *const usize).read() != 0;
             let granted = match &runtime.offsets.refill {
-                Some(refill) if has_dtv => refill.refill(tp),
-                _ => !(runtime.symbols.allocate_tls)(tp as *mut libc::c_void).is_null(),
+                Some(refill) if has_dtv && refill.has_one_namespace() => refill.refill(tp),
+                _ => {
+                    runtime.release_dtv(tp);
+                    !(runtime.symbols.allocate_tls)(tp as *mut libc::c_void).is_null()
+                }
             };
             if !granted {
                 return false;
