@@ -243,7 +243,7 @@ pub(crate) struct Special {
     pub owner: Option<Owner>,
 }
 
-/// What C code is told of its thread, and what pthread_getattr_np(3) is to say of it.
+/// What C code learns of its thread, and what pthread_getattr_np(3) reports.
 #[cfg(feature = "interpose")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Owner {
@@ -251,7 +251,7 @@ pub(crate) struct Owner {
     pub id: usize,
     /// It is not created detached.
     pub joinable: bool,
-    /// Bytes of stack, as asked for, and of guard.
+    /// Bytes of stack, as requested, and of guard.
     pub size: usize,
     pub guard: usize,
     /// Policy and priority, where they are not inherited.

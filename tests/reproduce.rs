@@ -148,11 +148,7 @@ fn a_storm_makes_no_answer_wrong() {
             continue;
         }
         let counts = outcome.storm.expect("counts");
-        println!(
-            "{name}: {} refusals, {} proven",
-            counts.refusals(),
-            counts.proven
-        );
+        println!("| {name} | {counts}");
         assert!(counts.refusals() > 0, "{name}: never refused");
         assert_eq!(counts.wrong, 0, "{name}: {:?}", outcome.notes);
     }

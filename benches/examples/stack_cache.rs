@@ -11,7 +11,6 @@
 //! is what the kernel says of the whole process (VmRSS).
 
 use std::error::Error;
-use std::hint::black_box;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -20,6 +19,7 @@ use nptl::{Builder, StackCache, StackCacheConfig};
 
 use measure::gate::Gate;
 use measure::proc;
+use support::touch_stack;
 
 /// Watch the stack cache over some bursts of threads.
 #[derive(Parser)]
@@ -167,15 +167,4 @@ impl Watch<'_> {
 
 fn mib(bytes: usize) -> f64 {
     bytes as f64 / f64::from(1 << 20)
-}
-
-/// Uses about `bytes` of the stack, from the top down.
-fn touch_stack(bytes: usize) {
-    let page = [1u8; 4096];
-    black_box(&page);
-    if bytes > page.len() {
-        touch_stack(bytes - page.len());
-    }
-    // Keeps the frame, and so the page, in use below the call.
-    black_box(&page);
 }

@@ -125,7 +125,9 @@ fn main() -> ExitCode {
         Duration::from_millis(each.max(50))
     });
     if storm.is_some() {
-        println!("{}", storm_line("", &Counts::default()));
+        println!(
+            "| limit | granted | refused | proven | inferred | unknown | wrong | p50 µs | p99 µs |"
+        );
         println!("| --- | --: | --: | --: | --: | --: | --: | --: | --: |");
     }
     let mut sum = Counts::default();
@@ -143,7 +145,7 @@ fn main() -> ExitCode {
         }
         if storm.is_some() {
             let counts = storm_of(&outcome);
-            println!("{}", storm_line(outcome.name, &counts));
+            println!("| {} | {counts}", outcome.name);
             for note in outcome.notes.iter().chain(&outcome.why) {
                 eprintln!("{}: {note}", outcome.name);
             }
@@ -152,7 +154,7 @@ fn main() -> ExitCode {
         outcomes.push(outcome);
     }
     if storm.is_some() {
-        println!("{}", storm_line("all", &sum));
+        println!("| all | {sum}");
         return match sum.wrong {
             0 => ExitCode::SUCCESS,
             _ => ExitCode::FAILURE,
@@ -195,36 +197,6 @@ fn storm_of(outcome: &Outcome) -> Counts {
         counts.wrong += u64::from(answer.wrong.is_some());
     }
     counts
-}
-
-/// The microseconds that so many of a thousand refusals did not exceed.
-fn per_mille(times: &[u64], part: u64) -> u64 {
-    let all: u64 = times.iter().sum();
-    let mut rest = (all * part).div_ceil(1000);
-    let reached = |count: &u64| {
-        rest = rest.saturating_sub(*count);
-        rest == 0
-    };
-    let place = times.iter().position(reached);
-    place.map_or(0, |place| ((place + 1) as f64 / 20.0).exp() as u64)
-}
-
-/// A line of the table, the first without a name.
-fn storm_line(name: &str, counts: &Counts) -> String {
-    if name.is_empty() {
-        return "| limit | granted | refused | proven | inferred | unknown | wrong | p50 µs | p99 µs |".to_owned();
-    }
-    format!(
-        "| {name} | {} | {} | {} | {} | {} | {} | {} | {} |",
-        counts.granted,
-        counts.refusals(),
-        counts.proven,
-        counts.inferred,
-        counts.unknown,
-        counts.wrong,
-        per_mille(&counts.times, 500),
-        per_mille(&counts.times, 990),
-    )
 }
 
 fn chosen(only: &[String]) -> Result<Vec<&'static Scenario>, String> {

@@ -16,14 +16,15 @@ use crate::tcb::Runtime;
 use libc::pthread_t;
 use std::sync::atomic::Ordering;
 
-/// Who may join a thread, or does so ([`Stack`]'s `joiner`):
+/// What a record's `joiner` holds beside the thread pointer of the thread that is joining this one:
 ///
 /// ```text
-///  created ──► JOINABLE ◄──► thread pointer of the joiner ──► NOBODY
-///                  └─── detached ──────────────────────────────► NOBODY
+///  NOT_JOINABLE   a thread of Rust code, one that was created detached or is detached now, or one that was joined
+///  JOINABLE       a thread of C code that may be joined
 /// ```
-/// NOBODY is also what a thread has that C code has not created, or has created detached.
-const NOBODY: usize = 0;
+/// A joiner puts its thread pointer in the place of JOINABLE. It puts JOINABLE back if its time is up or it is cancelled,
+/// and NOT_JOINABLE when it has joined.
+const NOT_JOINABLE: usize = 0;
 const JOINABLE: usize = 1;
 
 impl Stack {
@@ -49,7 +50,7 @@ impl Stack {
 
     /// Whether C code can join the thread, or is about to.
     pub(crate) fn is_joinable(&self) -> bool {
-        self.joiner.load(Ordering::Acquire) != NOBODY
+        self.joiner.load(Ordering::Acquire) != NOT_JOINABLE
     }
 
     /// Makes the calling thread the one that joins this.
@@ -69,7 +70,7 @@ impl Stack {
                 .compare_exchange(JOINABLE, own, Ordering::SeqCst, Ordering::Acquire);
         match claimed {
             // Joined or detached in this moment.
-            Err(NOBODY) => Err(self.lost()),
+            Err(NOT_JOINABLE) => Err(self.lost()),
             Err(_) => Err(Errno::EINVAL),
             Ok(_) if is_joined_by(self.block.thread_pointer()) => {
                 self.release_join();
@@ -144,7 +145,7 @@ impl Stack {
             // SAFETY: the block of a thread that is not joined yet is mapped, and nothing runs on it.
             unsafe { runtime.result(&self.block) }
         });
-        self.joiner.store(NOBODY, Ordering::Release);
+        self.joiner.store(NOT_JOINABLE, Ordering::Release);
         result
     }
 
@@ -154,12 +155,15 @@ impl Stack {
     /// # Errors
     /// EINVAL if it is detached, ESRCH if it is no thread any more.
     pub(crate) fn claim_detach(&self) -> Result<bool, Errno> {
-        let claimed =
-            self.joiner
-                .compare_exchange(JOINABLE, NOBODY, Ordering::AcqRel, Ordering::Acquire);
+        let claimed = self.joiner.compare_exchange(
+            JOINABLE,
+            NOT_JOINABLE,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
         match claimed {
             Ok(_) => Ok(true),
-            Err(NOBODY) => Err(self.lost()),
+            Err(NOT_JOINABLE) => Err(self.lost()),
             Err(_) => Ok(false),
         }
     }
@@ -167,7 +171,7 @@ impl Stack {
     /// In a forked child, of a thread that does not exist there: takes its id out of use. Returns `true` if it was that of
     /// a thread that could be joined: then there is no other handle.
     pub(super) fn forget_id(&self) -> bool {
-        self.joiner.swap(NOBODY, Ordering::Relaxed) != NOBODY
+        self.joiner.swap(NOT_JOINABLE, Ordering::Relaxed) != NOT_JOINABLE
     }
 
     /// In a forked child, of the thread that forked: the thread that was joining it does not exist.
@@ -195,7 +199,11 @@ impl Idle {
     /// clone, because the thread can use its id at once, and pass it to others.
     pub(crate) fn hand_to(&self, owner: &Owner) {
         let (stack, runtime) = (self.stack(), self.runtime());
-        let joiner = if owner.joinable { JOINABLE } else { NOBODY };
+        let joiner = if owner.joinable {
+            JOINABLE
+        } else {
+            NOT_JOINABLE
+        };
         stack.joiner.store(joiner, Ordering::Release);
         // As glibc rounds a size: down, and no more than static TLS needs.
         let length = (owner.size & !(runtime.alignment() - 1)) + owner.guard;

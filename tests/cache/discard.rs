@@ -5,9 +5,9 @@ use std::cell::Cell;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use crate::{touch, with_warden};
+use crate::with_warden;
 use nptl::{Builder, JoinHandle, StackCache, StackCacheConfig, StackInfo};
-use support::{resident_pages, wait_for_end};
+use support::{resident_pages, touch_stack, wait_for_end};
 
 const KIB: usize = 1024;
 /// More than a stack keeps, and less than it has.
@@ -19,7 +19,7 @@ const KEPT: usize = 32 * KIB;
 fn deep() -> (JoinHandle<()>, Sender<()>) {
     let (end, wait) = channel::<()>();
     let body = move || {
-        touch(DEEP);
+        touch_stack(DEEP);
         let _ = wait.recv();
     };
     let handle = Builder::new().stack_size(1024 * KIB).spawn(body);
@@ -89,7 +89,7 @@ fn a_thread_whose_handle_is_dropped_at_its_end_discards() {
         || {
             let ((say, ended), (end, wait)) = (channel(), channel());
             let body = move || {
-                touch(DEEP);
+                touch_stack(DEEP);
                 AT_END.set(Some(AtEnd(say, wait)));
             };
             let handle = Builder::new().stack_size(1024 * KIB).spawn(body);
@@ -112,7 +112,7 @@ fn a_handle_dropped_before_the_last_instruction_leaves_the_stack_alone() {
         let cache = StackCache::new(StackCacheConfig::default().keep_resident(0));
         let (end, wait) = channel::<()>();
         let body = move || {
-            touch(DEEP);
+            touch_stack(DEEP);
             let _ = wait.recv();
         };
         let builder = Builder::new().stack_size(1024 * KIB).stack_cache(&cache);

@@ -13,19 +13,8 @@ mod soak;
 mod zeroed;
 
 use nptl::StackCache;
-use std::hint::black_box;
 use std::time::Duration;
 use support::{Warden, case, child, or_skip, report};
-
-/// Uses about so many bytes of the stack.
-fn touch(bytes: usize) {
-    let page = [1_u8; 4096];
-    black_box(&page);
-    if bytes > page.len() {
-        touch(bytes - page.len());
-    }
-    black_box(&page);
-}
 
 /// Runs `work` in a child process, with a warden that can hold its threads in exit(2).
 fn with_warden(test: &str, work: impl FnOnce(&Warden)) {

@@ -3,11 +3,10 @@
 use std::ffi::{CStr, CString, c_char};
 use std::hint::black_box;
 
-use crate::touch;
 use nptl::{Builder, StackCache, StackCacheConfig, StackInfo};
 use support::{
     alone, burst, burst_of, case, child, is_mapped, malloc_in_use, or_skip, private, report,
-    resident_pages, short_or_long,
+    resident_pages, short_or_long, touch_stack,
 };
 
 const KIB: usize = 1 << 10;
@@ -26,7 +25,7 @@ fn resident() -> usize {
 /// As `burst`, with threads that use so much of their stacks.
 fn deep_burst(builder: &Builder, count: usize, bytes: usize) -> Vec<StackInfo> {
     burst_of(builder, count, move |all| {
-        touch(bytes);
+        touch_stack(bytes);
         all.wait();
     })
 }

@@ -139,6 +139,13 @@ fn explained(test: &str) -> Result<Output, String> {
     Ok(child.run()?.success())
 }
 
+/// The child's assertions hold, and it has written one report.
+fn expect_one_report(test: &str) {
+    let output = or_skip!(explained(test));
+    let skipped = output.skipped().is_some();
+    assert!(skipped || reports(&output).len() == 1, "{output}");
+}
+
 #[test]
 fn a_refused_call_answers_as_libc_does_and_is_explained() {
     let test = "calls::a_refused_call_answers_as_libc_does_and_is_explained";
@@ -225,13 +232,13 @@ fn glibc_version() -> (u32, u32) {
     (number(major), number(minor))
 }
 
-/// A filter has made glibc give clone3 up, and a later one kills for it; and one alone kills for what makes no process here:
-/// the analysis must not make such a call, or the program dies of a question.
+/// In the first case a filter has made glibc give up clone3, and a later filter kills for clone3. In the second one filter
+/// kills for it, and fork does not use it. The analysis must not make that call.
 #[test]
 fn the_analysis_makes_no_call_that_a_filter_kills_for() {
     let test = "calls::the_analysis_makes_no_call_that_a_filter_kills_for";
     let Some(case) = case() else {
-        // Before 2.37 glibc asks for clone3 again and again, and dies of such a filter itself.
+        // Before 2.37 glibc calls clone3 for every thread, so the filter kills the program without the analysis.
         let remembers = glibc_version() >= (2, 37);
         for case in ["thread", "process"]
             .into_iter()
@@ -311,11 +318,7 @@ fn a_fork_refused_on_a_small_signal_stack_is_explained() {
         assert_eq!(IN_HANDLER.load(Ordering::SeqCst), -1);
         return;
     }
-    let output = or_skip!(explained(test));
-    assert!(
-        output.skipped().is_some() || reports(&output).len() == 1,
-        "{output}"
-    );
+    expect_one_report(test);
 }
 
 /// What is refused to a thread with the smallest stack that glibc allows.
@@ -353,11 +356,7 @@ fn a_thread_with_a_small_stack_is_told_why_it_gets_none() {
         assert_eq!(answer.addr(), libc::EAGAIN as usize);
         return;
     }
-    let output = or_skip!(explained(test));
-    assert!(
-        output.skipped().is_some() || reports(&output).len() == 1,
-        "{output}"
-    );
+    expect_one_report(test);
 }
 
 /// A thread of the parent is writing its report, which is not read.

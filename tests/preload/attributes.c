@@ -6,7 +6,7 @@ static struct gate over = GATE;
 
 struct asked {
     const char *what;
-    sem_t told;
+    sem_t ready;
 };
 
 static void *describe(void *argument) {
@@ -37,7 +37,7 @@ static void *describe(void *argument) {
         sigismember(&blocked, SIGUSR1), sigismember(&blocked, SIGUSR2), sigismember(&blocked, SIGRTMIN),
         here > (char *)low && here < (char *)low + size);
     pthread_attr_destroy(&found);
-    sem_post(&asked->told);
+    sem_post(&asked->ready);
     gate_wait(&over);
     return (void *)asked->what;
 }
@@ -49,14 +49,14 @@ static int count;
 static void start(const char *what, pthread_attr_t *attributes) {
     struct asked *asked = malloc(sizeof *asked);
     asked->what = what;
-    must(sem_init(&asked->told, 0, 0));
+    must(sem_init(&asked->ready, 0, 0));
     pthread_t thread;
     int error = pthread_create(&thread, attributes, describe, asked);
     if (error) {
         say("%s: refused: %s", what, name(error));
         return;
     }
-    while (sem_wait(&asked->told) != 0)
+    while (sem_wait(&asked->ready) != 0)
         ;
     int detached = PTHREAD_CREATE_JOINABLE;
     if (attributes)

@@ -4,10 +4,10 @@
 #include <dlfcn.h>
 
 static struct gate loaded = GATE;
-static sem_t told;
+static sem_t ready;
 static int (*function)(void);
 static void *waits(void *unused) {
-    sem_post(&told);
+    sem_post(&ready);
     gate_wait(&loaded);
     say("in a thread that was there before: %d, %d", function(), function());
     return unused;
@@ -20,13 +20,13 @@ static void *calls(void *unused) {
 int main(int count, char **arguments) {
     pthread_t threads[2];
     must(count != 2);
-    must(sem_init(&told, 0, 0));
+    must(sem_init(&ready, 0, 0));
     for (int round = 0; round < 2; round++) {
         loaded.open = 0;
         if (round == 1)
             for (int i = 0; i < 2; i++) {
                 must(pthread_create(&threads[i], NULL, waits, NULL));
-                while (sem_wait(&told) != 0)
+                while (sem_wait(&ready) != 0)
                     ;
             }
         void *object = dlopen(arguments[1], RTLD_NOW);

@@ -4,7 +4,7 @@
 #include <mqueue.h>
 #include <netdb.h>
 
-static sem_t told;
+static sem_t ready;
 static pthread_t seen;
 
 static void *value(void *argument) { return argument; }
@@ -26,16 +26,16 @@ static void notify(union sigval argument) {
         detached == PTHREAD_CREATE_DETACHED, name(pthread_detach(pthread_self())),
         name(pthread_join(pthread_self(), NULL)));
     must(pthread_setname_np(pthread_self(), "named"));
-    sem_post(&told);
+    sem_post(&ready);
     pthread_exit(NULL);
 }
 static void await(void) {
-    while (sem_wait(&told) != 0)
+    while (sem_wait(&ready) != 0)
         ;
 }
 
 int main(void) {
-    must(sem_init(&told, 0, 0));
+    must(sem_init(&ready, 0, 0));
     timer_t timer;
     struct sigevent event = {.sigev_notify = SIGEV_THREAD, .sigev_notify_function = notify};
     event.sigev_value.sival_ptr = "timer";

@@ -183,24 +183,20 @@ fn an_object_that_is_loaded() {
     or_skip!(compare(&compile("dlopen.c"), Some(plugin.as_os_str()), &[]));
 }
 
+/// Compares a program that takes a number.
+fn compare_with(source: &str, count: usize) {
+    let count = count.to_string();
+    or_skip!(compare(&compile(source), Some(OsStr::new(&count)), &[]));
+}
+
 #[test]
 fn fork_storm() {
-    let rounds = short_or_long(20, 1000).to_string();
-    or_skip!(compare(
-        &compile("fork_storm.c"),
-        Some(OsStr::new(&rounds)),
-        &[]
-    ));
+    compare_with("fork_storm.c", short_or_long(20, 1000));
 }
 
 #[test]
 fn threads_end_in_every_way() {
-    let threads = short_or_long(4000, 100_000).to_string();
-    or_skip!(compare(
-        &compile("random_ends.c"),
-        Some(OsStr::new(&threads)),
-        &[]
-    ));
+    compare_with("random_ends.c", short_or_long(4000, 100_000));
 }
 
 /// Where glibc waits for ever, or says 0.

@@ -58,7 +58,7 @@ int main(void) {
     must(pthread_join(thread, NULL));
     say("its owner was cancelled: %s", name(pthread_mutex_lock(&robust)));
     must(pthread_mutex_unlock(&robust));
-    say("and nobody made it consistent: %s", name(pthread_mutex_lock(&robust)));
+    say("and it was not made consistent: %s", name(pthread_mutex_lock(&robust)));
 
     must(pthread_mutexattr_init(&attributes));
     must(pthread_mutexattr_setprotocol(&attributes, PTHREAD_PRIO_INHERIT));

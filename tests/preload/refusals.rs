@@ -2,10 +2,6 @@
 //! it: the same errno, and a report that names what the scenario has put in the way.
 
 #[path = "../../examples/reproduce/scenarios/mod.rs"]
-#[allow(
-    dead_code,
-    reason = "the example and the test of its name use what this one does not"
-)]
 mod scenarios;
 
 use std::collections::BTreeSet;

@@ -47,13 +47,13 @@ int main(void) {
     for (long i = 0; i < 2; i++)
         must(pthread_create(&threads[i], NULL, join_the_other, (void *)i));
     gate_open(&known);
-    /* The refused one is nobody's to join but the other's; that one is ours. */
+    /* The other thread joins the refused one; this thread joins the other. */
     for (int i = 0; i < 2; i++) {
         int error;
         do
             error = pthread_tryjoin_np(threads[i], NULL);
         while (error == EBUSY && usleep(1000) == 0);
     }
-    say("%s", answers[0] == EDEADLK || answers[1] == EDEADLK ? "one was refused: EDEADLK" : "nobody was refused");
+    say("%s", answers[0] == EDEADLK || answers[1] == EDEADLK ? "one was refused: EDEADLK" : "none was refused");
     return 0;
 }

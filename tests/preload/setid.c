@@ -2,14 +2,14 @@
 #include "check.h"
 
 static struct gate over = GATE, changed = GATE;
-static sem_t told;
+static sem_t ready;
 static void *waits(void *unused) {
     uid_t real, effective, saved;
-    sem_post(&told);
+    sem_post(&ready);
     gate_wait(&changed);
     must(syscall(SYS_getresuid, &real, &effective, &saved));
     say("%u %u %u", real, effective, saved);
-    sem_post(&told);
+    sem_post(&ready);
     gate_wait(&over);
     return unused;
 }
@@ -34,11 +34,11 @@ int main(void) {
         say("not root");
         return 0;
     }
-    must(sem_init(&told, 0, 0));
+    must(sem_init(&ready, 0, 0));
     for (int i = 0; i < 4; i++)
         must(pthread_create(&threads[i], NULL, waits, NULL));
     for (int i = 0; i < 4; i++)
-        while (sem_wait(&told) != 0)
+        while (sem_wait(&ready) != 0)
             ;
     must(pthread_create(&churn, NULL, comes_and_goes, &stop));
     for (int i = 0; i < 200; i++) {
@@ -51,7 +51,7 @@ int main(void) {
     say("main: %u %u", getuid(), getgid());
     gate_open(&changed);
     for (int i = 0; i < 4; i++)
-        while (sem_wait(&told) != 0)
+        while (sem_wait(&ready) != 0)
             ;
     gate_open(&over);
     for (int i = 0; i < 4; i++)

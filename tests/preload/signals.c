@@ -2,7 +2,7 @@
 #include "check.h"
 
 static struct gate over = GATE;
-static sem_t told;
+static sem_t ready;
 static volatile pid_t tid;
 static volatile int got_signal, got_value;
 static volatile pid_t got_by;
@@ -12,15 +12,15 @@ static void handle(int signal, siginfo_t *info, void *context) {
     got_signal = signal;
     got_value = info->si_code == SI_QUEUE ? info->si_value.sival_int : -1;
     got_by = gettid();
-    sem_post(&told);
+    sem_post(&ready);
 }
 static void await(void) {
-    while (sem_wait(&told) != 0)
+    while (sem_wait(&ready) != 0)
         ;
 }
 static void *waits(void *argument) {
     tid = gettid();
-    sem_post(&told);
+    sem_post(&ready);
     gate_wait(&over);
     return argument;
 }
@@ -30,7 +30,7 @@ static void *takes_signal(void *argument) {
     sigemptyset(&set);
     sigaddset(&set, SIGUSR2);
     must(pthread_sigmask(SIG_BLOCK, &set, NULL));
-    sem_post(&told);
+    sem_post(&ready);
     must(sigwait(&set, &signal));
     say("sigwait: %d", signal == SIGUSR2);
     return argument;
@@ -38,7 +38,7 @@ static void *takes_signal(void *argument) {
 
 int main(void) {
     pthread_t thread;
-    must(sem_init(&told, 0, 0));
+    must(sem_init(&ready, 0, 0));
     struct sigaction action = {.sa_sigaction = handle, .sa_flags = SA_SIGINFO | SA_RESTART};
     must(sigaction(SIGUSR1, &action, NULL));
     must(sigaction(SIGRTMIN + 1, &action, NULL));

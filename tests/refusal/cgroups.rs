@@ -1,5 +1,5 @@
 //! Where the cgroup of a refusal lies, in places that are hard to read: far below the root, under a path longer than any
-//! buffer, beside thousands of mounts, under files that somebody has mounted over the cgroup's own.
+//! buffer, beside thousands of mounts, under files that are mounted over the cgroup's own.
 
 use std::ffi::{CStr, CString};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use support::{Cgroup, case, child, inherited_cgroup, or_skip, report};
 
 const ROUNDS: usize = 20;
 
-/// What a thread more is told, so often.
+/// The refusals of one thread more, so often.
 fn refusals() -> Vec<SpawnError> {
     let builder = || {
         Builder::new()
@@ -71,7 +71,7 @@ fn full_above(test: &str, names: fn() -> Vec<String>) {
         })
         .collect();
     while let Some(cgroup) = made.pop() {
-        std::fs::remove_dir(&cgroup).expect("nobody is in it");
+        std::fs::remove_dir(&cgroup).expect("an empty cgroup");
     }
     let output = output.success();
     if output.skipped().is_none() {

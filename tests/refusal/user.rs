@@ -20,7 +20,7 @@ fn the_tasks_of_a_user_are_counted_where_they_can_be_seen() {
         nptl::StackCache::global().clear();
         or_skip!(become_unused_user());
         let mut sleepers = Sleepers::default();
-        // Whether they may be traced: else nobody can see which user namespace they are in.
+        // Whether they may be traced: else their user namespace cannot be read.
         // SAFETY: sets a flag of this process, which its children inherit.
         let dumpable = |yes: i32| unsafe { libc::prctl(libc::PR_SET_DUMPABLE, yes) };
         dumpable(i32::from(name == "visible"));

@@ -46,7 +46,7 @@ pub use seccomp::{
 pub use snapshot::{Difference, Snapshot, malloc_in_use};
 pub use threads::{
     await_reaping, burst, burst_of, is_mapped, listed_threads, private, resident_pages, tid,
-    wait_until,
+    touch_stack, wait_until,
 };
 pub use warden::{Warden, wait_for_end};
 

@@ -1,6 +1,7 @@
 //! glibc's own view of its threads, read as libthread_db reads it.
 
 use std::ffi::CStr;
+use std::hint::black_box;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
@@ -133,4 +134,15 @@ pub fn private(config: nptl::StackCacheConfig) -> (nptl::StackCache, nptl::Build
     let cache = nptl::StackCache::new(config);
     let builder = nptl::Builder::new().stack_cache(&cache);
     (cache, builder)
+}
+
+/// Uses about so many bytes of the calling thread's stack.
+pub fn touch_stack(bytes: usize) {
+    let page = [1_u8; 4096];
+    black_box(&page);
+    if bytes > page.len() {
+        touch_stack(bytes - page.len());
+    }
+    // Keeps the frame, and so the page, in use below the call.
+    black_box(&page);
 }

@@ -21,6 +21,16 @@ macro_rules! pass_on {
     };
 }
 
+/// What this crate answers of a thread of its own, or else libc's function of any other.
+macro_rules! answer {
+    ($own:expr, $name:ident($($argument:expr),*)) => {
+        match $own {
+            Some(errno) => errno,
+            None => pass_on!($name($($argument),*)),
+        }
+    };
+}
+
 /// pthread_join(3)
 ///
 /// # Safety
@@ -28,10 +38,8 @@ macro_rules! pass_on {
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn pthread_join(thread: pthread_t, result: *mut *mut c_void) -> c_int {
     // SAFETY: the caller's own arguments, and a null pointer is no deadline.
-    match unsafe { join::join(thread, result, libc::CLOCK_REALTIME, std::ptr::null()) } {
-        Some(errno) => errno,
-        None => pass_on!(PTHREAD_JOIN(thread, result)),
-    }
+    let own = unsafe { join::join(thread, result, libc::CLOCK_REALTIME, std::ptr::null()) };
+    answer!(own, PTHREAD_JOIN(thread, result))
 }
 
 /// pthread_tryjoin_np(3)
@@ -44,10 +52,8 @@ pub unsafe extern "C-unwind" fn pthread_tryjoin_np(
     result: *mut *mut c_void,
 ) -> c_int {
     // SAFETY: the caller's own arguments.
-    match unsafe { join::try_join(thread, result) } {
-        Some(errno) => errno,
-        None => pass_on!(PTHREAD_TRYJOIN(thread, result)),
-    }
+    let own = unsafe { join::try_join(thread, result) };
+    answer!(own, PTHREAD_TRYJOIN(thread, result))
 }
 
 /// pthread_timedjoin_np(3)
@@ -61,10 +67,8 @@ pub unsafe extern "C-unwind" fn pthread_timedjoin_np(
     deadline: *const timespec,
 ) -> c_int {
     // SAFETY: the caller's own arguments.
-    match unsafe { join::join(thread, result, libc::CLOCK_REALTIME, deadline) } {
-        Some(errno) => errno,
-        None => pass_on!(PTHREAD_TIMEDJOIN(thread, result, deadline)),
-    }
+    let own = unsafe { join::join(thread, result, libc::CLOCK_REALTIME, deadline) };
+    answer!(own, PTHREAD_TIMEDJOIN(thread, result, deadline))
 }
 
 /// pthread_clockjoin_np, which glibc documents beside pthread_timedjoin_np
@@ -82,10 +86,8 @@ pub unsafe extern "C-unwind" fn pthread_clockjoin_np(
         return libc::EINVAL;
     }
     // SAFETY: the caller's own arguments.
-    match unsafe { join::join(thread, result, clock, deadline) } {
-        Some(errno) => errno,
-        None => pass_on!(PTHREAD_CLOCKJOIN(thread, result, clock, deadline)),
-    }
+    let own = unsafe { join::join(thread, result, clock, deadline) };
+    answer!(own, PTHREAD_CLOCKJOIN(thread, result, clock, deadline))
 }
 
 /// pthread_detach(3)
@@ -95,10 +97,8 @@ pub unsafe extern "C-unwind" fn pthread_clockjoin_np(
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C-unwind" fn pthread_detach(thread: pthread_t) -> c_int {
     // SAFETY: the caller's own argument.
-    match unsafe { join::detach(thread) } {
-        Some(errno) => errno,
-        None => pass_on!(PTHREAD_DETACH(thread)),
-    }
+    let own = unsafe { join::detach(thread) };
+    answer!(own, PTHREAD_DETACH(thread))
 }
 
 /// pthread_getattr_np(3)

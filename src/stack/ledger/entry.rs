@@ -64,7 +64,7 @@ impl State {
 }
 
 /// Owner of an entry in no ledger.
-pub(super) const NOBODY: usize = 0;
+pub(super) const NO_OWNER: usize = 0;
 
 /// The ledger's part of an entry.
 pub(crate) struct Links<E: 'static> {
@@ -89,7 +89,7 @@ impl<E> Links<E> {
 
     pub(crate) const fn new() -> Self {
         Links {
-            owner: AtomicUsize::new(NOBODY),
+            owner: AtomicUsize::new(NO_OWNER),
             state: AtomicU8::new(State::Gone as u8),
             facts: Keyed::new(Details {
                 evicted: false,

@@ -43,7 +43,7 @@ pub(crate) use victims::Victims;
 
 use crate::sync::lock::Guard;
 use class::Class;
-use entry::{End, NOBODY};
+use entry::{End, NO_OWNER};
 use lists::{Bound, Lists};
 use std::sync::atomic::Ordering;
 use victims::TURN;
@@ -65,7 +65,7 @@ impl<E: Entry> Ledger<E> {
         let free = e
             .links()
             .owner
-            .compare_exchange(NOBODY, self.id(), Ordering::Acquire, Ordering::Relaxed)
+            .compare_exchange(NO_OWNER, self.id(), Ordering::Acquire, Ordering::Relaxed)
             .is_ok();
         if free {
             lists.admit(e, e.class(), e.bytes());
@@ -326,7 +326,7 @@ impl<E: Entry> Ledger<E> {
                 // Another thread was mapping or unmapping it: whether it is mapped is not known.
                 State::Gone | State::Unmapping => {
                     e.links().state.store(State::Gone as u8, Ordering::Relaxed);
-                    e.links().owner.store(NOBODY, Ordering::Relaxed);
+                    e.links().owner.store(NO_OWNER, Ordering::Relaxed);
                 }
                 State::Live | State::Pending | State::Cached | State::Doomed => {
                     lists.admit(e, e.class(), e.bytes());

@@ -1,6 +1,6 @@
 //! [`Victims`]: what is to be unmapped.
 
-use super::entry::{End, Entry, NOBODY, State};
+use super::entry::{End, Entry, NO_OWNER, State};
 use super::lists::{Bound, Ledger, Lists, Victim};
 use std::sync::atomic::Ordering;
 
@@ -81,7 +81,7 @@ impl<'a, E: Entry> Victims<'a, E> {
         if let Some(mut lists) = self.ledger.enter(e, State::Unmapping) {
             lists.stats.evictions += u64::from(lists.facts(e).evicted);
             lists.forget(e);
-            e.links().owner.store(NOBODY, Ordering::Release);
+            e.links().owner.store(NO_OWNER, Ordering::Release);
         }
     }
 

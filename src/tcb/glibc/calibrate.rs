@@ -383,7 +383,7 @@ impl CalibrationThread<'_> {
         let (mut size, mut guard, mut state) = (0, 0, 0);
         // SAFETY: fields of this thread's own, which are as before when its creator joins it; no other thread has its id.
         // The attributes are looked at only where they were filled.
-        let told = unsafe {
+        let filled = unsafe {
             let set = |guard: usize, reported: usize, is_detached: bool| {
                 this.write(stackblock + GUARDSIZE, guard);
                 this.write(stackblock + REPORTED_GUARDSIZE, reported);
@@ -396,20 +396,20 @@ impl CalibrationThread<'_> {
             };
             let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
             set(GUARD, REPORTED, true);
-            let told =
+            let filled =
                 (self.symbols.get_attributes)(libc::pthread_self(), &raw mut attributes) == 0;
             set(0, 0, false);
-            if told {
+            if filled {
                 libc::pthread_attr_getstacksize(&raw const attributes, &raw mut size);
                 libc::pthread_attr_getguardsize(&raw const attributes, &raw mut guard);
                 symbols::pthread_attr_getdetachstate(&raw const attributes, &raw mut state);
                 libc::pthread_attr_destroy(&raw mut attributes);
             }
-            told
+            filled
         };
         let known = (size, guard) == (self.stack.1 - GUARD, REPORTED);
-        check(known || !told, "guardsize beside stackblock_size")?;
-        check(state == libc::PTHREAD_CREATE_DETACHED || !told, JOIN)
+        check(known || !filled, "guardsize beside stackblock_size")?;
+        check(state == libc::PTHREAD_CREATE_DETACHED || !filled, JOIN)
     }
 
     /// `tpp`, and the resolver's state behind it.
